@@ -1,0 +1,111 @@
+"""What is known about each server right now: the one thing that exporters, pages and commands read.
+
+Plain data. Cumulative values never run backwards within a server's life. What was not measured is
+absent (None, or a missing key), never 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmprobe.compute.figures import PhaseFigures
+from llmprobe.compute.hardware import Peaks
+
+
+@dataclass
+class HistogramView:
+    """A cumulative latency histogram.
+
+    ``counts`` belong to the fine buckets of `llmprobe.record.layout.bucket_bounds_seconds` (upper bounds
+    1 % apart); exporters merge them into the buckets they show. ``sum`` is in seconds.
+    """
+
+    counts: np.ndarray
+    sum: float
+
+    @property
+    def count(self) -> int:
+        """How many durations were counted."""
+        return int(self.counts.sum())
+
+
+@dataclass
+class RankView:
+    """One worker process: one rank of one engine of a server."""
+
+    engine: int
+    rank: int
+    facts: dict[str, Any]
+    clock: str  # "cuda": measured on the device; "host": a CPU device's own clock
+    runner: str
+    armed: bool
+    inert: bool
+    #: Cumulative seconds, phase → component (`llmprobe.compute.accounting.COMPONENTS`). Time in no phase
+    #: (nothing to do) stands under the phase "none".
+    device_time: dict[str, dict[str, float]]
+    #: Cumulative model of the work: phase → kind ("weights", "kv_read", "kv_write") → bytes; phase → FLOPs.
+    bytes: dict[str, dict[str, float]]
+    flops: dict[str, float]
+    #: Cumulative, from the engine process itself: phase → steps.
+    steps: dict[str, int]
+    #: Over the last 30 s; a phase without steps in that time is missing.
+    figures: dict[str, PhaseFigures]
+    step_duration: dict[str, HistogramView]
+    peaks: Peaks | None
+    weights_bytes: int | None
+    kv_capacity_bytes: int | None
+    #: Seconds for which the running step has been running, None between steps.
+    step_running_seconds: float | None
+    #: Cumulative: llmprobe's own host seconds inside steps, its errors, its lost records.
+    own_seconds: float
+    errors: int
+    dropped: int
+    lost: int
+    #: Last steps, newest last, as JSON-ready dicts (see Collector.recent_steps).
+    recent: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class EngineView:
+    """One engine (data-parallel index) of a server, as its front ends see it."""
+
+    engine: int
+    requests_running: int | None
+    requests_waiting: int | None
+    kv_usage: float | None  # ratio of capacity
+    kv_used_bytes: int | None
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    preemptions: int
+    requests: int
+    requests_aborted: int
+    #: name (as in `llmprobe.record.layout.HISTOGRAMS`, not those of steps) → cumulative histogram
+    latency: dict[str, HistogramView]
+    #: quantiles over the last 30 s: name → {"p50": seconds, "p99": seconds, "count": n}
+    recent_latency: dict[str, dict[str, float]]
+    own_seconds: float
+    errors: int
+
+
+@dataclass
+class ServerView:
+    """One server: all processes that share a group id (one ``vllm serve``, one program)."""
+
+    server: str
+    model_name: str
+    group: str
+    framework: str
+    framework_version: str
+    started: float  # Unix seconds
+    armed: bool
+    inert: bool
+    flags: dict[str, Any]
+    engines: list[EngineView]
+    ranks: list[RankView]
+    #: figure → why it is not available, e.g. {"mbu_ratio": "no peak bandwidth: run `llmprobe calibrate`"}
+    missing: dict[str, str]
+    notes: list[str]

@@ -1,0 +1,100 @@
+"""The probe of one process: its settings, guard, patches and, once armed, its recorder."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from llmprobe.hooks.guard import Guard
+from llmprobe.hooks.patch import Patch
+from llmprobe.record.journal import JournalError
+from llmprobe.record.recorder import Recorder
+from llmprobe.settings import Settings, logger
+
+
+class Probe:
+    """State of llmprobe in one process. Made once by `llmprobe.hooks.session`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.guard = Guard()
+        self.patches: list[Patch] = []
+        #: False after ``llmprobe off`` or `disable`: wrappers then only call the original.
+        self.enabled = True
+        #: Called with the new recorder when this process arms.
+        self.on_armed: list[Callable[[Recorder], None]] = []
+        self._recorder: Recorder | None = None
+        self._arming = threading.Lock()
+        self._refused_pid = 0
+        self.guard.observers.append(self._count_error)
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """This process's recorder; None before `arm`, in a forked child, and when no journal can be made."""
+        recorder = self._recorder
+        return recorder if recorder is not None and recorder.pid == os.getpid() else None
+
+    @property
+    def active(self) -> bool:
+        """Whether wrappers should do anything."""
+        return self.enabled and not self.guard.inert
+
+    def arm(self, role: str, facts: Callable[[], dict[str, Any]]) -> Recorder | None:
+        """Make this process's journal if it has none. Not for the step path.
+
+        Args:
+            role: ``worker``, ``frontend`` or ``program``.
+            facts: builds the facts of this process; called once.
+
+        Returns:
+            The recorder, or None if no journal can be made; that is said in one line, once.
+        """
+        with self._arming:
+            if self.recorder is not None:
+                return self.recorder
+            if self._refused_pid == os.getpid():
+                return None
+            try:
+                recorder = Recorder.open(self.settings.directory, role, facts())
+            except JournalError as error:
+                self._refused_pid = os.getpid()
+                logger().error("the probe stays off: %s", error)
+                return None
+            self._recorder = recorder
+        for called in self.on_armed:
+            self.guard.call("on_armed", called, recorder)
+        return recorder
+
+    def disarm(self) -> None:
+        """Close this process's journal and remove it."""
+        recorder, self._recorder = self.recorder, None
+        if recorder is not None:
+            recorder.close(remove=True)
+
+    def patch(self, owner: Any, name: str, make: Callable[..., Callable[..., Any]]) -> Patch:
+        """Wrap ``owner.name`` (once) and remember it for `remove_patches`."""
+        for known in self.patches:
+            if known.owner is owner and known.name == name:
+                known.apply()
+                return known
+        patch = Patch(owner, name, make)
+        patch.apply()
+        self.patches.append(patch)
+        return patch
+
+    def remove_patches(self) -> None:
+        """Silence every wrapper and take out those that are outermost; the latest goes first."""
+        for patch in reversed(self.patches):
+            patch.remove()
+
+    def apply_patches(self) -> None:
+        """Undo `remove_patches`."""
+        for patch in self.patches:
+            patch.apply()
+
+    def _count_error(self, where: str, error: Exception) -> None:
+        recorder = self.recorder
+        if recorder is not None:
+            recorder.error()

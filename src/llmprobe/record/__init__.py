@@ -1,0 +1,1 @@
+"""What runs inside the engine's processes: stamp events and append fixed-size records, nothing else."""

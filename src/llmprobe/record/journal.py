@@ -1,0 +1,411 @@
+"""Writing and reading a journal: the file through which an engine process tells the agent what it saw.
+
+The writer allocates its file before anything else, so that it can never meet a full disk later, and uses
+``os.pwrite`` (a memory map that loses its backing kills the process with SIGBUS). It holds a record lock
+on the file for as long as it lives: the kernel drops it at any kind of death, so liveness needs no pid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmprobe.record import layout
+
+# Bound once: these run several times a step inside the engine.
+BUCKETS = layout.BUCKETS
+CELL_PAIR = layout.CELL_PAIR
+HISTOGRAMS_OFFSET = layout.HISTOGRAMS_OFFSET
+bucket_of = layout.bucket_of
+_CRC = layout.CRC
+_crc32 = zlib.crc32
+_pwrite = os.pwrite
+_pack_crc = layout.CRC.pack
+_pack_cell = layout.CELL.pack
+_pack_position = struct.Struct("<QQ").pack
+_pack_progress = layout.PROGRESS.pack
+_pack_counters = layout.COUNTER_BLOCK.pack
+_COUNTERS_OFFSET = layout.COUNTERS_OFFSET
+_RING_OFFSET = layout.RING_OFFSET
+_CELL_DTYPE = np.dtype([("value", "<u8"), ("crc", "<u4"), ("pad", "V4")])
+
+
+class JournalError(Exception):
+    """A journal could not be made or read; the message says which and why, in one line."""
+
+
+def _seal(payload: bytes) -> bytes:
+    return payload + _CRC.pack(_crc32(payload))
+
+
+class JournalWriter:
+    """Appends records and keeps cumulative totals. One writer a process; calls must not overlap."""
+
+    def __init__(self, fd: int, path: Path, slots: int) -> None:
+        self._fd = fd
+        self.path = path
+        self._slots = slots
+        self._seq = 0
+        self._updates = 0
+        self._loads = 0
+        self._facts_writes = 0
+        self.counters = [0] * len(layout.COUNTERS)
+        self._cells = [[0] * BUCKETS for _ in layout.HISTOGRAMS]
+
+    @classmethod
+    def create(cls, path: Path, facts: Mapping[str, Any], size: int = layout.DEFAULT_SIZE) -> JournalWriter:
+        """Allocate and open a journal.
+
+        Args:
+            path: a file that does not exist yet.
+            facts: what the reader must know about this process; JSON, at most 64 KiB.
+            size: bytes of the whole file.
+
+        Raises:
+            JournalError: no room, no permission, or a directory that is missing or read-only.
+        """
+        slots = (size - layout.RING_OFFSET) // layout.RECORD_SIZE
+        fd = -1
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.posix_fallocate(fd, 0, size)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise JournalError(
+                f"no journal at {path}: {os.strerror(error.errno or 0)} ({size >> 10} KiB needed)"
+            ) from None
+        writer = cls(fd, path, slots)
+        try:
+            writer.set_facts(facts)
+            writer._write_header(size)
+        except Exception:
+            writer.close(remove=True)
+            raise
+        return writer
+
+    def _write_header(self, size: int) -> None:
+        head = layout.HEADER.pack(
+            layout.MAGIC,
+            layout.VERSION,
+            size,
+            layout.RING_OFFSET,
+            layout.RECORD_SIZE,
+            self._slots,
+            secrets.token_bytes(24),
+            0,
+        )[:-4]
+        os.pwrite(self._fd, _seal(head), 0)
+
+    def close(self, remove: bool = False) -> None:
+        """Give up the lock, and with ``remove`` the file too."""
+        if self._fd >= 0:
+            if remove:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+            os.close(self._fd)
+            self._fd = -1
+
+    def fileno(self) -> int:
+        """The file descriptor; -1 once closed."""
+        return self._fd
+
+    def set_facts(self, facts: Mapping[str, Any]) -> None:
+        """Replace the facts. Raises JournalError above 64 KiB."""
+        text = json.dumps(facts, separators=(",", ":")).encode()
+        if len(text) > layout.FACTS_SLOT - 16:
+            raise JournalError(f"the facts of {self.path.name} take {len(text)} bytes, more than fit")
+        self._facts_writes += 1
+        slot = self._facts_writes % 2
+        payload = struct.pack("<QI", self._facts_writes, len(text)) + text
+        os.pwrite(self._fd, _seal(payload), layout.FACTS_OFFSET + slot * layout.FACTS_SLOT)
+
+    def append(self, pack: struct.Struct, *fields: Any) -> int:
+        """Append one record; ``fields`` are those of its layout behind ``seq``. Returns its ``seq``."""
+        seq = self._seq
+        self._seq = seq + 1
+        payload = pack.pack(seq, *fields)
+        _pwrite(self._fd, payload + _pack_crc(_crc32(payload)), _RING_OFFSET + (seq % self._slots) * 256)
+        return seq
+
+    def progress(self, begun: int, time_ns: int, completed: int, phase: int, tokens: int) -> None:
+        """Note that a step begins, so that a reader can tell a stalled engine from an idle one."""
+        payload = _pack_progress(begun, time_ns, completed, phase, tokens)
+        sealed = payload + _pack_crc(_crc32(payload))
+        _pwrite(self._fd, sealed + sealed, layout.PROGRESS_OFFSET)
+
+    def load(
+        self,
+        time_ns: int,
+        running: int,
+        waiting: int,
+        kv_usage: float,
+        unfinished: int,
+        armed: bool,
+        inert: bool,
+    ) -> None:
+        """Publish the load as it is now; ``kv_usage`` is NaN where it is not known."""
+        self._loads += 1
+        payload = layout.LOAD.pack(
+            self._loads, time_ns, running, waiting, kv_usage, unfinished, armed, inert
+        )
+        sealed = payload + _CRC.pack(_crc32(payload))
+        os.pwrite(self._fd, sealed + sealed, layout.LOAD_OFFSET)
+
+    def flush_counters(self) -> None:
+        """Publish `counters`."""
+        self._updates += 1
+        payload = _pack_counters(self._updates, *self.counters)
+        sealed = payload + _pack_crc(_crc32(payload))
+        _pwrite(self._fd, sealed + sealed, _COUNTERS_OFFSET)
+
+    def observe(self, histogram: int, nanoseconds: int, times: int = 1) -> None:
+        """Count a duration ``times`` times in a histogram (an index of `layout.HISTOGRAMS`)."""
+        bucket = bucket_of(nanoseconds)
+        cells = self._cells[histogram]
+        value = cells[bucket] = cells[bucket] + times
+        position = histogram * BUCKETS + bucket
+        cell = _pack_cell(value, _crc32(_pack_position(position, value)) or 1)
+        _pwrite(self._fd, cell + cell, HISTOGRAMS_OFFSET + position * CELL_PAIR)
+
+
+def _cell_crc(position: int, value: int) -> int:
+    """Never 0, so that a cell nobody wrote is told from one that holds 0."""
+    return _crc32(_pack_position(position, value)) or 1
+
+
+class Load(NamedTuple):
+    """What a process published about its load; see `layout.LOAD`."""
+
+    update: int
+    time: int
+    running: int
+    waiting: int
+    kv_usage: float
+    unfinished: int
+    armed: int
+    inert: int
+
+
+class Progress(NamedTuple):
+    """The step begun last; ``completed < begun`` while it runs."""
+
+    begun: int
+    time: int
+    completed: int
+    phase: int
+    tokens: int
+
+
+class Records(NamedTuple):
+    """New records since the last read, in order, by kind, and how many the ring overwrote unread."""
+
+    steps: np.ndarray
+    requests: np.ndarray
+    pending: np.ndarray
+    lost: int
+
+
+class JournalReader:
+    """Reads one journal, at any time, without disturbing its writer."""
+
+    def __init__(self, path: Path, writer: JournalWriter | None = None) -> None:
+        """Open a journal.
+
+        Args:
+            path: the journal's file.
+            writer: this process's own writer of that file, if it is. Its descriptor is then shared:
+                closing another descriptor of the same file would drop the writer's lock (POSIX).
+
+        Raises:
+            JournalError: ``path`` is not a journal this version reads, or is still being made.
+        """
+        self.path = path
+        self._writer = writer
+        self._fd = -1
+        if writer is not None:
+            self._fd = writer.fileno()
+        else:
+            try:
+                self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError as error:
+                raise JournalError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from None
+        try:
+            self._read_header()
+        except JournalError:
+            self.close()
+            raise
+        self._next = 0
+
+    def _read_header(self) -> None:
+        head = os.pread(self._fd, layout.HEADER.size, 0)
+        if len(head) < layout.HEADER.size or head[:8] != layout.MAGIC:
+            raise JournalError(f"{self.path} is not a journal, or is still being made")
+        magic, version, size, ring, record, slots, identity, crc = layout.HEADER.unpack(head)
+        if crc != _crc32(head[:-4]):
+            raise JournalError(f"the header of {self.path} is damaged")
+        if (version, ring, record) != (layout.VERSION, layout.RING_OFFSET, layout.RECORD_SIZE):
+            raise JournalError(f"{self.path} has journal version {version}; this llmprobe reads {layout.VERSION}")
+        if slots <= 0 or os.fstat(self._fd).st_size < size:
+            raise JournalError(f"{self.path} is cut short")
+        self.identity = bytes(identity).hex()
+        self._slots = int(slots)
+
+    def close(self) -> None:
+        """Close the file; the journal itself stays."""
+        if self._fd >= 0 and self._writer is None:
+            os.close(self._fd)
+        self._fd = -1
+
+    def alive(self) -> bool:
+        """Whether the writer still lives: it holds a lock on the file until it dies."""
+        if self._writer is not None:
+            return self._writer.fileno() >= 0
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+        fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        return False
+
+    def facts(self) -> dict[str, Any]:
+        """What the writer says about its process, engine and model; empty if unreadable."""
+        best: tuple[int, bytes] = (0, b"{}")
+        for slot in range(2):
+            data = os.pread(self._fd, layout.FACTS_SLOT, layout.FACTS_OFFSET + slot * layout.FACTS_SLOT)
+            if len(data) < 16:
+                continue
+            number, length = struct.unpack_from("<QI", data)
+            end = 12 + length
+            if end + 4 <= len(data) and _CRC.unpack_from(data, end)[0] == _crc32(data[:end]) and number > best[0]:
+                best = (number, data[12:end])
+        facts = json.loads(best[1])
+        return facts if isinstance(facts, dict) else {}
+
+    def _pair(self, offset: int, size: int) -> bytes | None:
+        """The newer whole copy of a pair, by its leading update number; None if there is none yet."""
+        data = os.pread(self._fd, 2 * (size + 4), offset)
+        best: bytes | None = None
+        for start in (0, size + 4):
+            copy = data[start : start + size]
+            crc = data[start + size : start + size + 4]
+            if len(crc) < 4 or _CRC.unpack(crc)[0] != _crc32(copy):
+                continue
+            if best is None or struct.unpack_from("<Q", copy)[0] > struct.unpack_from("<Q", best)[0]:
+                best = copy
+        return best
+
+    def counters(self) -> dict[str, int]:
+        """Every cumulative total of `layout.COUNTERS` by name; zeros before the first flush."""
+        data = self._pair(layout.COUNTERS_OFFSET, layout.COUNTER_BLOCK.size)
+        values = layout.COUNTER_BLOCK.unpack(data)[1:] if data else [0] * len(layout.COUNTERS)
+        return dict(zip(layout.COUNTERS, values, strict=True))
+
+    def progress(self) -> Progress | None:
+        """The step begun last, or None before the first."""
+        data = self._pair(layout.PROGRESS_OFFSET, layout.PROGRESS.size)
+        return Progress(*layout.PROGRESS.unpack(data)) if data else None
+
+    def load(self) -> Load | None:
+        """The load published last, or None before the first."""
+        data = self._pair(layout.LOAD_OFFSET, layout.LOAD.size)
+        return Load(*layout.LOAD.unpack(data)) if data else None
+
+    def histogram(self, name: str) -> np.ndarray:
+        """Counts by bucket; see `layout.bucket_bounds_seconds`. Its sum is a counter."""
+        first = layout.HISTOGRAM_INDEX[name] * BUCKETS
+        data = os.pread(self._fd, BUCKETS * CELL_PAIR, HISTOGRAMS_OFFSET + first * CELL_PAIR)
+        raw = np.frombuffer(data, dtype=_CELL_DTYPE).reshape(-1, 2)
+        counts = np.zeros(BUCKETS, dtype=np.uint64)
+        for bucket in np.flatnonzero(raw["crc"].any(axis=1)):
+            whole = [
+                int(cell["value"])
+                for cell in raw[bucket]
+                if cell["crc"] == _cell_crc(first + int(bucket), int(cell["value"]))
+            ]
+            counts[bucket] = max(whole, default=0)
+        return counts
+
+    def read(self) -> Records:
+        """The records appended since the last call."""
+        rows: list[bytes] = []
+        lost = 0
+        for _ in range(_READ_ROUNDS):
+            chunk = self._chunk()
+            taken = 0
+            for record in chunk:
+                if not self._whole(record, self._next):
+                    break
+                rows.append(record)
+                self._next += 1
+                taken += 1
+            if chunk and taken == len(chunk):
+                continue
+            skipped = self._skip_lost()
+            if skipped == 0:
+                break
+            lost += skipped
+        return _by_kind(rows, lost)
+
+    def _chunk(self) -> list[bytes]:
+        slot = self._next % self._slots
+        count = min(_CHUNK, self._slots - slot)
+        data = os.pread(self._fd, count * layout.RECORD_SIZE, layout.RING_OFFSET + slot * layout.RECORD_SIZE)
+        return [data[at : at + layout.RECORD_SIZE] for at in range(0, len(data), layout.RECORD_SIZE)]
+
+    @staticmethod
+    def _whole(record: bytes, seq: int) -> bool:
+        return (
+            len(record) == layout.RECORD_SIZE
+            and _SEQ.unpack_from(record)[0] == seq
+            and _CRC.unpack_from(record, layout.RECORD_SIZE - 4)[0] == _crc32(record[:-4])
+        )
+
+    def _skip_lost(self) -> int:
+        """Move past records that will never be read; 0 if the next one is merely not written yet.
+
+        A slot with a newer whole record in it was overwritten. A damaged slot with a whole successor was
+        lost: the writer finishes one record before it begins the next.
+        """
+        ring = os.pread(self._fd, self._slots * layout.RECORD_SIZE, layout.RING_OFFSET)
+        newer = [
+            seq
+            for at in range(0, len(ring), layout.RECORD_SIZE)
+            if (seq := _SEQ.unpack_from(ring, at)[0]) >= self._next
+            and seq % self._slots == at // layout.RECORD_SIZE
+            and self._whole(ring[at : at + layout.RECORD_SIZE], seq)
+        ]
+        if not newer:
+            return 0
+        lost = int(min(newer)) - self._next
+        self._next += lost
+        return lost
+
+
+_CHUNK = 512
+_READ_ROUNDS = 256
+_SEQ = struct.Struct("<Q")
+
+
+def _by_kind(rows: list[bytes], lost: int) -> Records:
+    kinds = [int.from_bytes(row[16:18], "little") for row in rows]
+
+    def of(kind: layout.Kind) -> np.ndarray:
+        joined = b"".join(row for row, found in zip(rows, kinds, strict=True) if found == kind)
+        return np.frombuffer(joined, dtype=layout.DTYPES[kind])
+
+    return Records(of(layout.Kind.STEP), of(layout.Kind.REQUEST), of(layout.Kind.PENDING), lost)

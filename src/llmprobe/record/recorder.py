@@ -1,0 +1,350 @@
+"""The one object through which hooks write: steps, requests and load of this process into its journal.
+
+Several threads may record at once (``generate`` in many threads). Nobody ever waits: whoever finds the
+writer busy leaves its event in a queue and goes on, and the busy one writes it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmprobe.record import layout
+from llmprobe.record.journal import JournalWriter
+
+_QUEUE_LIMIT = 4096
+_INDEX = layout.COUNTER_INDEX
+_STEPS = tuple(_INDEX[f"steps_{phase}"] for phase in layout.PHASES)
+_SPANS = tuple(_INDEX[f"span_ns_{phase}"] for phase in layout.PHASES)
+_GAPS = tuple(_INDEX[f"gap_ns_{phase}"] for phase in layout.PHASES)
+_STEP_HISTOGRAMS = tuple(layout.HISTOGRAM_INDEX.get(f"step_{phase}", -1) for phase in layout.PHASES)
+_TTFT = layout.HISTOGRAM_INDEX["time_to_first_token"]
+_TPOT = layout.HISTOGRAM_INDEX["time_per_output_token"]
+_ITL = layout.HISTOGRAM_INDEX["inter_token_latency"]
+_DURATION = layout.HISTOGRAM_INDEX["request_duration"]
+_QUEUE = layout.HISTOGRAM_INDEX["request_queue"]
+_STEP_PROMPT = _INDEX["step_prompt_tokens"]
+_STEP_DECODE = _INDEX["step_decode_tokens"]
+_OWN_STEP = _INDEX["own_ns_step"]
+_OWN_REQUEST = _INDEX["own_ns_request"]
+_PROMPT = _INDEX["prompt_tokens"]
+_GENERATED = _INDEX["generated_tokens"]
+_CACHED = _INDEX["cached_tokens"]
+_PREEMPTIONS = _INDEX["preemptions"]
+_REQUESTS = _INDEX["requests"]
+_ABORTED = _INDEX["requests_aborted"]
+_SUM_TTFT = _INDEX["sum_ns_time_to_first_token"]
+_SUM_TPOT = _INDEX["sum_ns_time_per_output_token"]
+_SUM_ITL = _INDEX["sum_ns_inter_token_latency"]
+_SUM_DURATION = _INDEX["sum_ns_request_duration"]
+_SUM_QUEUE = _INDEX["sum_ns_request_queue"]
+# Plain integers: enum members cost a microsecond a step.
+_KIND_STEP = int(layout.Kind.STEP)
+_KIND_REQUEST = int(layout.Kind.REQUEST)
+_KIND_PENDING = int(layout.Kind.PENDING)
+_HOST = int(layout.Clock.HOST)
+_RESTARTED = int(layout.Flag.RESTARTED)
+_NONE = (0,) * layout.KV_GROUPS
+
+
+class Recorder:
+    """Writes this process's journal. Methods may be called from any thread and never block."""
+
+    def __init__(self, writer: JournalWriter, facts: Mapping[str, Any]) -> None:
+        self.writer = writer
+        self.pid = os.getpid()
+        self._facts = dict(facts)
+        self._busy = threading.Lock()  # only ever tried, never waited for
+        self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque(maxlen=_QUEUE_LIMIT)
+        self._begun = 0
+        self._completed = 0
+        self._last_end = 0
+
+    @classmethod
+    def open(cls, directory: Path, role: str, facts: Mapping[str, Any]) -> Recorder:
+        """Make the journal of this process in ``directory``.
+
+        Args:
+            directory: the shared directory (``Settings.directory``); made with mode 0700 if missing.
+            role: ``worker`` or ``frontend`` of a server, or ``program``.
+            facts: see docs/how-it-works.md, "What a journal says about its process".
+
+        Raises:
+            JournalError: no journal can be made there.
+        """
+        journals = prepare_directory(directory)
+        path = journals / f"{role}-{os.getpid()}-{secrets.token_hex(4)}.journal"
+        return cls(JournalWriter.create(path, facts), facts)
+
+    def close(self, remove: bool = False) -> None:
+        """End the journal; the agent then drops this process."""
+        self.writer.close(remove=remove)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """A copy of what the journal says about this process."""
+        return dict(self._facts)
+
+    def update_facts(self, **changes: Any) -> None:
+        """Change some of the facts. Not for the step path."""
+        self._facts.update(changes)
+        self._submit(self.writer.set_facts, (dict(self._facts),))
+
+    def begin(self, phase: int, tokens: int, time_ns: int) -> int:
+        """A step begins on the host. Returns its number, to be given to `step`."""
+        number = self._begun = self._begun + 1
+        self._submit(self.writer.progress, (number, time_ns, self._completed, phase, tokens))
+        return number
+
+    def step(
+        self,
+        number: int,
+        time_ns: int,
+        phase: int,
+        clock: int,
+        flags: int,
+        times: tuple[int, int, int, int],
+        *,
+        requests: int,
+        prefill_requests: int,
+        prompt_tokens: int,
+        decode_tokens: int,
+        draft_tokens: int = 0,
+        sampled: int = 0,
+        new_tokens: int = 0,
+        own_ns: int = 0,
+        kv_used_bytes: int = 0,
+        encode_ns: int = 0,
+        context_prefill: tuple[int, ...] = _NONE,
+        context_decode: tuple[int, ...] = _NONE,
+        pairs_prefill: tuple[int, ...] = _NONE,
+        pairs_decode: tuple[int, ...] = _NONE,
+    ) -> None:
+        """A step is complete; fields as in `layout.STEP`, ``times`` are e0 to e3."""
+        fields = (
+            time_ns,
+            _KIND_STEP,
+            phase,
+            clock,
+            flags,
+            number,
+            *times,
+            requests,
+            prefill_requests,
+            prompt_tokens,
+            decode_tokens,
+            draft_tokens,
+            sampled,
+            new_tokens,
+            min(own_ns, 0xFFFFFFFF),
+            kv_used_bytes,
+            encode_ns,
+            *context_prefill,
+            *context_decode,
+            *pairs_prefill,
+            *pairs_decode,
+        )
+        self._submit(self._write_step, (fields, phase, flags, times, prompt_tokens, decode_tokens, own_ns))
+
+    def _write_step(
+        self,
+        fields: tuple[Any, ...],
+        phase: int,
+        flags: int,
+        times: tuple[int, int, int, int],
+        prompt_tokens: int,
+        decode_tokens: int,
+        own_ns: int,
+    ) -> None:
+        writer = self.writer
+        writer.append(layout.STEP_PACK, *fields)
+        e0, _, _, e3 = times
+        counters = writer.counters
+        counters[_STEPS[phase]] += 1
+        counters[_SPANS[phase]] += max(e3 - e0, 0)
+        if not flags & _RESTARTED and self._last_end:
+            counters[_GAPS[phase]] += max(e0 - self._last_end, 0)
+        self._last_end = max(e3, self._last_end)
+        counters[_STEP_PROMPT] += prompt_tokens
+        counters[_STEP_DECODE] += decode_tokens
+        counters[_OWN_STEP] += own_ns
+        self._completed += 1
+        writer.flush_counters()
+        histogram = _STEP_HISTOGRAMS[phase]
+        if histogram >= 0:
+            writer.observe(histogram, e3 - e0)
+
+    def pending(self, time_ns: int, unfinished: int, engine: int = 0) -> None:
+        """Work became pending at ``time_ns`` (``unfinished`` > 0), or nothing is pending from then on."""
+        self._submit(
+            self.writer.append,
+            (layout.PENDING_PACK, time_ns, _KIND_PENDING, 0, _HOST, 0, unfinished, engine),
+        )
+
+    def load(
+        self,
+        running: int,
+        waiting: int,
+        kv_usage: float = float("nan"),
+        unfinished: int = 0,
+        armed: bool = True,
+        inert: bool = False,
+    ) -> None:
+        """Publish the load as it is now; ``kv_usage`` is a ratio of the KV cache's capacity."""
+        self._submit(
+            self.writer.load,
+            (time.monotonic_ns(), running, waiting, kv_usage, unfinished, armed, inert),
+        )
+
+    def tokens(
+        self,
+        prompt: int = 0,
+        generated: int = 0,
+        *,
+        cached: int = 0,
+        preemptions: int = 0,
+        first_token_ns: tuple[int, ...] = (),
+        inter_token_ns: Mapping[int, int] | None = None,
+        own_ns: int = 0,
+    ) -> None:
+        """Tokens that reached the client side: counts, times to first token, and gaps between tokens.
+
+        Args:
+            inter_token_ns: duration → how many tokens had it; the tokens of one step share theirs.
+        """
+        self._submit(
+            self._write_tokens,
+            (prompt, generated, cached, preemptions, first_token_ns, inter_token_ns or {}, own_ns),
+        )
+
+    def _write_tokens(
+        self,
+        prompt: int,
+        generated: int,
+        cached: int,
+        preemptions: int,
+        first_token_ns: tuple[int, ...],
+        inter_token_ns: Mapping[int, int],
+        own_ns: int,
+    ) -> None:
+        writer = self.writer
+        counters = writer.counters
+        counters[_PROMPT] += prompt
+        counters[_GENERATED] += generated
+        counters[_CACHED] += cached
+        counters[_PREEMPTIONS] += preemptions
+        counters[_OWN_REQUEST] += own_ns
+        counters[_SUM_TTFT] += sum(first_token_ns)
+        counters[_SUM_ITL] += sum(duration * times for duration, times in inter_token_ns.items())
+        writer.flush_counters()
+        for duration in first_token_ns:
+            writer.observe(_TTFT, duration)
+        for duration, times in inter_token_ns.items():
+            writer.observe(_ITL, duration, times)
+
+    def request(
+        self,
+        time_ns: int,
+        duration_ns: int,
+        *,
+        ttft_ns: int = -1,
+        tpot_ns: int = -1,
+        queue_ns: int = -1,
+        prompt_tokens: int = 0,
+        generated_tokens: int = 0,
+        cached_tokens: int = 0,
+        preemptions: int = 0,
+        engine: int = 0,
+        finish: int = 0,
+        aborted: bool = False,
+    ) -> None:
+        """A request ended. Times to first token are counted by `tokens`, when they happen, not here."""
+        fields = (
+            time_ns,
+            _KIND_REQUEST,
+            0,
+            _HOST,
+            0,
+            duration_ns,
+            ttft_ns,
+            tpot_ns,
+            queue_ns,
+            prompt_tokens,
+            generated_tokens,
+            cached_tokens,
+            preemptions,
+            engine,
+            finish,
+        )
+        self._submit(self._write_request, (fields, duration_ns, tpot_ns, queue_ns, aborted))
+
+    def _write_request(
+        self, fields: tuple[Any, ...], duration_ns: int, tpot_ns: int, queue_ns: int, aborted: bool
+    ) -> None:
+        writer = self.writer
+        writer.append(layout.REQUEST_PACK, *fields)
+        counters = writer.counters
+        counters[_REQUESTS] += 1
+        counters[_ABORTED] += aborted
+        counters[_SUM_DURATION] += duration_ns
+        counters[_SUM_TPOT] += max(tpot_ns, 0)
+        counters[_SUM_QUEUE] += max(queue_ns, 0)
+        writer.flush_counters()
+        writer.observe(_DURATION, duration_ns)
+        if tpot_ns >= 0:
+            writer.observe(_TPOT, tpot_ns)
+        if queue_ns >= 0:
+            writer.observe(_QUEUE, queue_ns)
+
+    def error(self) -> None:
+        """llmprobe itself failed somewhere in this process."""
+        self._submit(self._write_error, ())
+
+    def _write_error(self) -> None:
+        self.writer.counters[_INDEX["errors"]] += 1
+        self.writer.flush_counters()
+
+    def _submit(self, write: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if not self._queue and self._busy.acquire(blocking=False):
+            try:
+                write(*arguments)
+            finally:
+                self._busy.release()
+        else:
+            if len(self._queue) == _QUEUE_LIMIT:
+                self.writer.counters[_INDEX["dropped"]] += 1
+            self._queue.append((write, arguments))
+        # Whoever was busy may have looked at the queue just before we added to it.
+        while self._queue and self._busy.acquire(blocking=False):
+            try:
+                queued, rest = self._queue.popleft()
+                queued(*rest)
+            except IndexError:  # another thread took the last one
+                pass
+            finally:
+                self._busy.release()
+
+
+def prepare_directory(directory: Path) -> Path:
+    """Make the shared directory (0700) and return its folder of journals.
+
+    Raises:
+        JournalError: it cannot be made, or belongs to somebody else.
+    """
+    from llmprobe.record.journal import JournalError
+
+    journals = directory / "journals"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if directory.stat().st_uid != os.getuid():
+            raise JournalError(f"{directory} belongs to another user; set LLMPROBE_DIR to a directory of yours")
+        journals.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise JournalError(f"cannot make {directory}: {os.strerror(error.errno or 0)}; set LLMPROBE_DIR") from None
+    return journals
