@@ -10,6 +10,7 @@ from typing import Any
 from llmprobe.hooks.guard import Guard
 from llmprobe.hooks.patch import Patch
 from llmprobe.record.journal import JournalError
+from llmprobe.record.layout import DEFAULT_SIZE
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, logger
 
@@ -23,6 +24,8 @@ class Probe:
         self.patches: list[Patch] = []
         #: False after ``llmprobe off`` or `disable`: wrappers then only call the original.
         self.enabled = True
+        #: How often the wrappers were switched on again; state that followed requests is stale then.
+        self.generation = 0
         #: Called with the new recorder when this process arms.
         self.on_armed: list[Callable[[Recorder], None]] = []
         self._recorder: Recorder | None = None
@@ -41,12 +44,15 @@ class Probe:
         """Whether wrappers should do anything."""
         return self.enabled and not self.guard.inert
 
-    def arm(self, role: str, facts: Callable[[], dict[str, Any]]) -> Recorder | None:
+    def arm(
+        self, role: str, facts: Callable[[], dict[str, Any]], size: int = DEFAULT_SIZE
+    ) -> Recorder | None:
         """Make this process's journal if it has none. Not for the step path.
 
         Args:
             role: ``worker``, ``frontend`` or ``program``.
             facts: builds the facts of this process; called once.
+            size: bytes of the journal.
 
         Returns:
             The recorder, or None if no journal can be made; that is said in one line, once.
@@ -57,7 +63,7 @@ class Probe:
             if self._refused_pid == os.getpid():
                 return None
             try:
-                recorder = Recorder.open(self.settings.directory, role, facts())
+                recorder = Recorder.open(self.settings.directory, role, facts(), size)
             except JournalError as error:
                 self._refused_pid = os.getpid()
                 logger().error("the probe stays off: %s", error)
@@ -91,6 +97,7 @@ class Probe:
 
     def apply_patches(self) -> None:
         """Undo `remove_patches`."""
+        self.generation += 1
         for patch in self.patches:
             patch.apply()
 

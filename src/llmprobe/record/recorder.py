@@ -65,22 +65,27 @@ class Recorder:
         self._begun = 0
         self._completed = 0
         self._last_end = 0
+        self._load: tuple[int, int, float, int] = (0, 0, float("nan"), 0)
+        self._status = (True, False)
 
     @classmethod
-    def open(cls, directory: Path, role: str, facts: Mapping[str, Any]) -> Recorder:
+    def open(
+        cls, directory: Path, role: str, facts: Mapping[str, Any], size: int = layout.DEFAULT_SIZE
+    ) -> Recorder:
         """Make the journal of this process in ``directory``.
 
         Args:
             directory: the shared directory (``Settings.directory``); made with mode 0700 if missing.
             role: ``worker`` or ``frontend`` of a server, or ``program``.
             facts: see docs/how-it-works.md, "What a journal says about its process".
+            size: bytes of the journal.
 
         Raises:
             JournalError: no journal can be made there.
         """
         journals = prepare_directory(directory)
         path = journals / f"{role}-{os.getpid()}-{secrets.token_hex(4)}.journal"
-        return cls(JournalWriter.create(path, facts), facts)
+        return cls(JournalWriter.create(path, facts, size), facts)
 
     def close(self, remove: bool = False) -> None:
         """End the journal; the agent then drops this process."""
@@ -187,20 +192,15 @@ class Recorder:
             (layout.PENDING_PACK, time_ns, _KIND_PENDING, 0, _HOST, 0, unfinished, engine),
         )
 
-    def load(
-        self,
-        running: int,
-        waiting: int,
-        kv_usage: float = float("nan"),
-        unfinished: int = 0,
-        armed: bool = True,
-        inert: bool = False,
-    ) -> None:
+    def load(self, running: int, waiting: int, kv_usage: float = float("nan"), unfinished: int = 0) -> None:
         """Publish the load as it is now; ``kv_usage`` is a ratio of the KV cache's capacity."""
-        self._submit(
-            self.writer.load,
-            (time.monotonic_ns(), running, waiting, kv_usage, unfinished, armed, inert),
-        )
+        self._load = (running, waiting, kv_usage, unfinished)
+        self._submit(self.writer.load, (time.monotonic_ns(), *self._load, *self._status))
+
+    def status(self, *, armed: bool, inert: bool) -> None:
+        """Publish whether the hooks of this process are at work."""
+        self._status = (armed, inert)
+        self._submit(self.writer.load, (time.monotonic_ns(), *self._load, *self._status))
 
     def tokens(
         self,
@@ -263,8 +263,13 @@ class Recorder:
         engine: int = 0,
         finish: int = 0,
         aborted: bool = False,
+        known: bool = True,
     ) -> None:
-        """A request ended. Times to first token are counted by `tokens`, when they happen, not here."""
+        """A request ended. Times to first token are counted by `tokens`, when they happen, not here.
+
+        Args:
+            known: whether ``duration_ns`` is; only then it goes into the histogram.
+        """
         fields = (
             time_ns,
             _KIND_REQUEST,
@@ -282,7 +287,7 @@ class Recorder:
             engine,
             finish,
         )
-        self._submit(self._write_request, (fields, duration_ns, tpot_ns, queue_ns, aborted))
+        self._submit(self._write_request, (fields, duration_ns if known else -1, tpot_ns, queue_ns, aborted))
 
     def _write_request(
         self, fields: tuple[Any, ...], duration_ns: int, tpot_ns: int, queue_ns: int, aborted: bool
@@ -292,11 +297,12 @@ class Recorder:
         counters = writer.counters
         counters[_REQUESTS] += 1
         counters[_ABORTED] += aborted
-        counters[_SUM_DURATION] += duration_ns
+        counters[_SUM_DURATION] += max(duration_ns, 0)
         counters[_SUM_TPOT] += max(tpot_ns, 0)
         counters[_SUM_QUEUE] += max(queue_ns, 0)
         writer.flush_counters()
-        writer.observe(_DURATION, duration_ns)
+        if duration_ns >= 0:
+            writer.observe(_DURATION, duration_ns)
         if tpot_ns >= 0:
             writer.observe(_TPOT, tpot_ns)
         if queue_ns >= 0:

@@ -1,0 +1,139 @@
+"""Who may ask what: the checks between a listening socket and the service.
+
+The loopback interface is no user boundary, and a web page that a user visits can reach it too. So the
+Host header must name us (a page on another site that rebinds its name to 127.0.0.1 cannot fake that), a
+request from a page must come from our own, and switches need the token. On the Unix socket the file
+system has already checked the user.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llmprobe.agent.files import Token
+from llmprobe.agent.problems import Problem
+
+#: What a scraper needs, and all that an open door without a token file serves.
+PUBLIC_PATHS = frozenset({"/metrics", "/healthz"})
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+Kind = Literal["unix", "loopback", "open"]
+
+
+@dataclass(frozen=True)
+class Door:
+    """One way in.
+
+    ``token`` is None on an open door without ``LLMPROBE_TOKEN_FILE``: then only `PUBLIC_PATHS` are served.
+    """
+
+    kind: Kind
+    token: Token | None
+    names: frozenset[str] = frozenset()
+
+    def check(self, method: str, path: str, headers: Mapping[str, str]) -> Problem | None:
+        """Why a request may not pass; None if it may. ``headers`` has lower-case names."""
+        if self.kind == "unix":
+            return None
+        public = path in PUBLIC_PATHS and method in _READING
+        if self.kind == "open" and public:
+            return None  # scrapers come by service names that we cannot know
+        if self.token is None:
+            return Problem(
+                403,
+                f"{path} is not served here: the agent listens beyond loopback without a token file.",
+                "Set LLMPROBE_TOKEN_FILE, or ask on the node itself with `llmprobe status`.",
+            )
+        return self._check_host(headers) or self._check_origin(headers) or self._check_token(method, headers)
+
+    def _check_host(self, headers: Mapping[str, str]) -> Problem | None:
+        host = headers.get("host", "")
+        name = _host_name(host)
+        if name and (name in self.names or _is_address(name)):
+            return None
+        return Problem(
+            403,
+            f"Host {host!r} does not name this agent.",
+            "Ask for it by IP address, localhost or this machine's name.",
+        )
+
+    def _check_origin(self, headers: Mapping[str, str]) -> Problem | None:
+        origin = headers.get("origin")
+        if origin is None or urlsplit(origin).netloc.lower() == headers.get("host", "").lower():
+            return None
+        return Problem(
+            403, f"Origin {origin!r} is another site.", "Call the agent from its own page or a program."
+        )
+
+    def _check_token(self, method: str, headers: Mapping[str, str]) -> Problem | None:
+        if self.kind == "loopback" and method in _READING:
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if self.token is not None and scheme.lower() == "bearer" and self.token.matches(given.strip()):
+            return None
+        where = self.token.path if self.token is not None else "the token file"
+        return Problem(
+            401,
+            "This needs the agent's token, and the request has none or another one.",
+            f'Send "Authorization: Bearer <token>" with the token in {where}, or use the llmprobe command.',
+            {"WWW-Authenticate": 'Bearer realm="llmprobe"'},
+        )
+
+
+def door_for(host: str, token: Token, token_file_given: bool) -> Door:
+    """The door of a TCP socket that listens on ``host``."""
+    if is_loopback(host):
+        return Door("loopback", token, frozenset({"localhost", host.lower()}))
+    names = {"localhost", host.lower(), socket.gethostname().lower()}
+    return Door("open", token if token_file_given else None, frozenset(names))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a socket that listens on ``host``."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without port and brackets."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class DoorKeeper:
+    """ASGI middleware that applies a door's checks before anything else runs."""
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self._app = app
+        self._door = door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with the problem, or pass the request on."""
+        if scope["type"] == "http":
+            problem = self._door.check(scope["method"], scope["path"], Headers(scope=scope))
+            if problem is not None:
+                await problem.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,35 @@
+"""Errors over HTTP: problem details (RFC 9457) that also say what to do next."""
+
+from __future__ import annotations
+
+import http
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+MEDIA_TYPE = "application/problem+json"
+
+
+@dataclass(eq=False)
+class Problem(Exception):
+    """``detail`` says what is wrong, ``next`` what to do about it."""
+
+    status: int
+    detail: str
+    next: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """The JSON members."""
+        return {
+            "type": "about:blank",
+            "title": http.HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "next": self.next,
+        }
+
+    def response(self) -> JSONResponse:
+        """As an HTTP response."""
+        return JSONResponse(self.body(), self.status, self.headers, media_type=MEDIA_TYPE)

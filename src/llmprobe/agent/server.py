@@ -1,0 +1,187 @@
+"""The agent put together: the collecting thread, the listening sockets, and when to leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from llmprobe.agent import daemon, listen
+from llmprobe.agent.door import Door, door_for
+from llmprobe.agent.exposition import ExpositionFiles
+from llmprobe.agent.files import Token
+from llmprobe.agent.jobs import Jobs
+from llmprobe.agent.main import Options
+from llmprobe.agent.peaks import peaks_of
+from llmprobe.agent.service import State, create_app
+from llmprobe.collect.collector import Collector
+from llmprobe.record.agent_launch import LOG_NAME
+
+log = logging.getLogger("llmprobe.agent")
+
+CHECKPOINT_NAME = "checkpoint.json"
+_TICK_SECONDS = 0.1
+_SAVE_SECONDS = 5.0
+_MOST_RESIDENT_BYTES = 150 << 20
+
+
+def serve(options: Options, lock: daemon.Lock) -> None:
+    """Serve ``options.settings.directory`` until there is a reason to leave; all of it is said in the log."""
+    settings = options.settings
+    directory = settings.directory
+    collector = Collector(directory, checkpoint=directory / CHECKPOINT_NAME, peaks=peaks_of, remove_dead=True)
+    jobs = Jobs()
+    state = State(
+        collector,
+        directory,
+        since_read=lambda: jobs.since_success("collect"),
+        errors=lambda: dict(jobs.errors),
+    )
+    exposition = ExpositionFiles(directory)
+    try:
+        jobs.attempt("exposition", exposition.start)
+        asyncio.run(_Agent(options, lock, collector, jobs, state, exposition).run())
+    finally:
+        jobs.attempt("checkpoint", collector.save)
+        jobs.attempt("exposition", exposition.remove)
+        if lock.in_place():
+            listen.unpublish(directory)
+        collector.close()
+
+
+class _Agent:
+    """One run of the agent."""
+
+    def __init__(
+        self,
+        options: Options,
+        lock: daemon.Lock,
+        collector: Collector,
+        jobs: Jobs,
+        state: State,
+        exposition: ExpositionFiles,
+    ) -> None:
+        self._options = options
+        self._lock = lock
+        self._collector = collector
+        self._jobs = jobs
+        self._state = state
+        self._exposition = exposition
+        self._directory = options.settings.directory
+        self._leave = threading.Event()
+        self._empty_since = time.monotonic()
+        self._said_large = False
+
+    async def run(self) -> None:
+        """Until a signal comes, or the collecting thread finds a reason to leave."""
+        loop = asyncio.get_running_loop()
+        leaving = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._go, signal.Signals(number).name)
+        servers = [_Server(app, listener) for app, listener in self._doors()]
+        self._add_jobs()
+        thread = threading.Thread(target=self._collect, args=(loop, leaving), name="collect")
+        thread.start()
+        serving = [asyncio.ensure_future(server.serve([server.listener])) for server in servers]
+        try:
+            await leaving.wait()
+        finally:
+            self._leave.set()
+            for server in servers:
+                server.should_exit = True
+            await asyncio.gather(*serving, return_exceptions=True)
+            thread.join()
+
+    def _doors(self) -> Iterator[tuple[ASGIApp, socket.socket]]:
+        settings = self._options.settings
+        token = Token.make(self._directory) if settings.token_file is None else Token(settings.token_file)
+        if settings.token_file is not None and not token.value():
+            log.error("LLMPROBE_TOKEN_FILE %s is empty or cannot be read: switches are refused", token.path)
+        unix = listen.bind_unix(self._directory)
+        tcp = listen.bind_tcp(*settings.listen)
+        self._state.info = listen.publish(self._directory, tcp, settings.listen)
+        yield create_app(self._state, Door("unix", None)), unix
+        if tcp is not None:
+            door = door_for(settings.listen[0], token, settings.token_file is not None)
+            yield create_app(self._state, door), tcp
+            log.info("serving http://%s:%s/metrics for %s", *tcp.getsockname()[:2], self._directory)
+            if door.token is None:
+                log.warning(
+                    "beyond loopback without LLMPROBE_TOKEN_FILE: only /metrics and /healthz are served"
+                )
+
+    def _add_jobs(self) -> None:
+        self._jobs.add("collect", _TICK_SECONDS, self._collector.tick)
+        self._jobs.add("exposition", 1.0, lambda: self._exposition.write(self._collector.views()))
+        self._jobs.add("watch", 1.0, self._watch)
+        self._jobs.add("checkpoint", _SAVE_SECONDS, self._collector.save)
+        self._jobs.add("log", 60.0, lambda: daemon.cap_log(self._directory / LOG_NAME))
+
+    def _collect(self, loop: asyncio.AbstractEventLoop, leaving: asyncio.Event) -> None:
+        try:
+            self._jobs.run_until(self._leave)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
+                loop.call_soon_threadsafe(leaving.set)
+
+    def _go(self, reason: str) -> None:
+        if not self._leave.is_set():
+            log.info("leaving: %s", reason)
+            self._leave.set()
+
+    def _watch(self) -> None:
+        """Find reasons to leave."""
+        if not self._lock.in_place():
+            self._go(f"{self._directory} was removed or replaced")
+        now = time.monotonic()
+        if self._collector.alive():
+            self._empty_since = now
+        elif not self._options.external and now - self._empty_since >= self._options.linger_seconds:
+            self._go(f"no engine for {self._options.linger_seconds:g} s")
+        resident = daemon.resident_bytes()
+        if resident > _MOST_RESIDENT_BYTES:
+            if not self._options.external:
+                self._go(f"{resident >> 20} MiB resident; an engine starts a new agent")
+            elif not self._said_large:
+                self._said_large = True
+                log.warning(
+                    "%d MiB resident, more than it should ever be; restart this agent", resident >> 20
+                )
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server on a socket of ours that leaves signals alone: two run in one process."""
+
+    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=64,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self.listener = listener
+
+    def install_signal_handlers(self) -> None:
+        """Nothing (uvicorn before 0.29)."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing (uvicorn from 0.29)."""
+        yield

@@ -1,0 +1,180 @@
+"""The agent over HTTP: metrics, health, status, steps, the switch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.process_collector import ProcessCollector
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+import llmprobe
+from llmprobe.agent import files
+from llmprobe.agent.door import Door, DoorKeeper
+from llmprobe.agent.problems import Problem
+from llmprobe.collect.views import ServerView
+from llmprobe.export.prometheus import ViewCollector
+from llmprobe.export.summary import SCHEMA_VERSION, plain, summarize
+
+log = logging.getLogger("llmprobe.agent")
+
+_MOST_STEPS = 4096
+_STALE_SECONDS = 5.0
+_ENDPOINTS = """\
+llmprobe {version} - what is your LLM server bound by?
+
+GET  /metrics            Prometheus
+GET  /healthz            is the agent at work
+GET  /api/status         every server's figures, as JSON
+GET  /api/steps?last=N   the newest steps
+POST /api/probe          {{"armed": true|false, "servers": [...]}}; needs the token
+GET  /openapi.json       the exact description
+"""
+
+
+class Reader(Protocol):
+    """What the service asks of `llmprobe.collect.collector.Collector`."""
+
+    def views(self) -> list[ServerView]:
+        """Every live server."""
+
+    def alive(self) -> int:
+        """How many live processes are read."""
+
+    def recent_steps(self, last: int) -> list[dict[str, Any]]:
+        """The newest steps, newest last."""
+
+
+@dataclass
+class State:
+    """What the service shows."""
+
+    reader: Reader
+    directory: Path
+    #: As published in ``agent.json``.
+    info: dict[str, Any] = field(default_factory=dict)
+    #: Seconds since journals were last read successfully; None if never.
+    since_read: Callable[[], float | None] = lambda: None
+    #: The agent's own errors by job.
+    errors: Callable[[], dict[str, int]] = dict
+
+
+class Switch(BaseModel):
+    """What ``POST /api/probe`` takes."""
+
+    armed: bool = Field(description="Whether the probes shall record.")
+    servers: list[str] | None = Field(
+        None, description="The servers it is meant for, by their label; all if left out."
+    )
+
+
+def create_app(state: State, door: Door) -> FastAPI:
+    """The service behind one door (see `llmprobe.agent.door`)."""
+    app = FastAPI(
+        title="llmprobe agent",
+        version=llmprobe.__version__,
+        description="What each LLM server on this node is bound by, live.",
+        docs_url=None,  # those pages load their scripts from elsewhere
+        redoc_url=None,
+    )
+    app.add_middleware(DoorKeeper, door=door)
+    _add_error_handlers(app)
+    _add_reading(app, state)
+    _add_switch(app, state)
+    return app
+
+
+def _add_reading(app: FastAPI, state: State) -> None:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ViewCollector(state.reader.views, llmprobe.__version__))
+    ProcessCollector(registry=registry)
+
+    @app.get("/", response_class=PlainTextResponse, include_in_schema=False)
+    async def root() -> str:
+        return _ENDPOINTS.format(version=llmprobe.__version__)
+
+    @app.get("/metrics", response_class=PlainTextResponse, summary="Every server's metrics for Prometheus")
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), media_type=content_type)
+
+    @app.get("/healthz", summary="Whether the agent reads journals")
+    async def healthz() -> dict[str, Any]:
+        age = state.since_read()
+        if age is None or age > _STALE_SECONDS:
+            raise Problem(503, "The agent does not get to read journals.", "See agent.log in its directory.")
+        return {
+            "status": "ok",
+            "version": llmprobe.__version__,
+            "processes": state.reader.alive(),
+            "last_read_seconds": round(age, 3),
+        }
+
+    @app.get("/api/status", summary="Every server's figures")
+    async def status() -> dict[str, Any]:
+        agent = {**state.info, "errors": state.errors(), "switch": files.read_switch(state.directory)}
+        return {**summarize(state.reader.views()), "time": time.time(), "agent": agent}
+
+    @app.get("/api/steps", summary="The newest steps of all ranks, newest last")
+    async def steps(last: Annotated[int, Query(ge=1, le=_MOST_STEPS)] = 100) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, "steps": plain(state.reader.recent_steps(last))}
+
+
+def _add_switch(app: FastAPI, state: State) -> None:
+    @app.post("/api/probe", summary="Switch probes on or off, without a restart of the engine")
+    async def probe(switch: Switch) -> dict[str, Any]:
+        known = sorted({view.server for view in state.reader.views()})
+        if unknown := sorted(set(switch.servers or ()) - set(known)):
+            raise Problem(
+                404,
+                f"No such server: {', '.join(unknown)}.",
+                f"Servers now: {', '.join(known) or 'none'}; leave `servers` out to switch all.",
+            )
+        try:
+            control = files.switch(state.directory, switch.armed, switch.servers)
+        except OSError as error:
+            raise Problem(
+                507, f"The switch cannot be written: {error.strerror}.", f"Make room in {state.directory}."
+            ) from None
+        log.info(
+            "probes switched %s for %s", "on" if switch.armed else "off", control["servers"] or "all servers"
+        )
+        return {"schema_version": SCHEMA_VERSION, **control}
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(Problem)
+    async def problem(request: Request, error: Problem) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        detail = f"{request.method} {request.url.path}: {error.detail}."
+        hint = "See GET / for what there is."
+        return Problem(error.status_code, detail, hint, dict(error.headers or {})).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        said = "; ".join(f"{_place(item['loc'])}: {item['msg']}" for item in error.errors())
+        return Problem(422, f"{said}.", "See GET /openapi.json for what is allowed.").response()
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return Problem(
+            500, f"{type(error).__name__} in the agent.", "See agent.log in its directory."
+        ).response()
+
+
+def _place(location: Sequence[str | int]) -> str:
+    return ".".join(map(str, location)) or "request"

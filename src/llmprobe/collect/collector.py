@@ -1,0 +1,410 @@
+"""Follows every journal in a directory and keeps what is known about each server up to date."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmprobe.collect.process import Latencies, Pending, Process, Rank, monotonic_to_unix
+from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
+from llmprobe.compute import intervals
+from llmprobe.compute.figures import summarise
+from llmprobe.compute.hardware import Peaks
+from llmprobe.record import layout
+from llmprobe.record.journal import JournalError, JournalReader, JournalWriter
+
+WINDOW_NS = 30 * 10**9
+_VIEW_EVERY_NS = 500_000_000
+_FACTS_EVERY_NS = 2 * 10**9
+_DEAD_KEEP_NS = 30 * 10**9
+_LATENCIES = ("time_to_first_token", "time_per_output_token", "inter_token_latency", "request_duration", "request_queue")
+_CHECKPOINT_SCHEMA = 1
+
+PeaksOf = Callable[[dict[str, Any]], Peaks | None]
+
+
+def _no_peaks(facts: dict[str, Any]) -> Peaks | None:
+    return None
+
+
+class Collector:
+    """Reads journals; `tick` and `views` may be called from different threads."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+        checkpoint: Path | None = None,
+        peaks: PeaksOf = _no_peaks,
+        only_group: str | None = None,
+        own_writers: dict[Path, JournalWriter] | None = None,
+        remove_dead: bool = False,
+    ) -> None:
+        """
+        Args:
+            directory: the shared directory (``Settings.directory``).
+            clock: nanoseconds of CLOCK_MONOTONIC.
+            checkpoint: file that carries derived counters over a restart.
+            peaks: peak rates for a worker's facts, None where unknown.
+            only_group: look at one server or program only.
+            own_writers: journals that this very process writes; see `JournalReader`.
+            remove_dead: delete the journals of processes that died more than 30 s ago.
+        """
+        self._directory = directory / "journals"
+        self._clock = clock
+        self._checkpoint = checkpoint
+        self._peaks = peaks
+        self._only_group = only_group
+        self._own_writers = own_writers or {}
+        self._remove_dead = remove_dead
+        self._lock = threading.Lock()
+        self._processes: dict[Path, Process] = {}
+        self._ranks: dict[Path, Rank] = {}
+        self._pending: dict[Path, Pending] = {}
+        self._latencies: dict[tuple[str, int], Latencies] = {}
+        self._ignored: set[Path] = set()
+        self._views: list[ServerView] = []
+        self._views_at = 0
+        self._facts_at = 0
+        self._saved = _load_checkpoint(checkpoint)
+
+    def tick(self, final: bool = False) -> None:
+        """Find journals, read what is new, account for it. ``final`` brings `views` up to date too."""
+        with self._lock:
+            self._discover()
+            now = self._clock()
+            # Steps before front ends: whatever a step worked on is then known to have been pending.
+            steps: dict[Path, np.ndarray] = {}
+            for path, process in self._processes.items():
+                if path in self._ranks and process.role == "worker":
+                    steps[path] = process.poll(now).steps
+            for path, process in self._processes.items():
+                if process.role == "worker":
+                    continue
+                records = process.poll(now)
+                unfinished = process.load.unfinished if process.load is not None else 0
+                self._pending[path].add(records.pending, unfinished)
+                if path in self._ranks:
+                    steps[path] = records.steps
+            for path, new in steps.items():
+                self._ranks[path].fold(new, self._pending_of(self._processes[path]), now)
+            self._forget(now)
+            if final or now - self._views_at >= _VIEW_EVERY_NS:
+                self._views_at = now
+                if final or now - self._facts_at >= _FACTS_EVERY_NS:
+                    self._facts_at = now
+                    for process in self._processes.values():
+                        process.refresh_facts()
+                self._views = self._build_views(now, keep_dead=final)
+
+    def views(self) -> list[ServerView]:
+        """Every live server as of the last tick."""
+        return self._views
+
+    def alive(self) -> int:
+        """How many live processes are being read."""
+        return sum(process.alive for process in self._processes.values())
+
+    def recent_steps(self, last: int) -> list[dict[str, Any]]:
+        """The newest ``last`` steps of all ranks, JSON-ready, newest last."""
+        with self._lock:
+            rows = [
+                (int(row["e3"]), rank, row)
+                for rank in self._ranks.values()
+                for row in list(rank.recent)[-last:]
+            ]
+        rows.sort(key=lambda item: item[0])
+        return [_step_json(rank.process, row) for _, rank, row in rows[-last:]]
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is one to write."""
+        if self._checkpoint is None:
+            return
+        with self._lock:
+            ranks = {rank.process.identity: rank.save() for rank in self._ranks.values() if rank.process.alive}
+        text = json.dumps({"schema": _CHECKPOINT_SCHEMA, "ranks": ranks})
+        temporary = self._checkpoint.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(self._checkpoint)
+
+    def close(self) -> None:
+        """Stop reading every journal."""
+        with self._lock:
+            for process in self._processes.values():
+                process.close()
+            self._processes.clear()
+            self._ranks.clear()
+            self._pending.clear()
+
+    def _discover(self) -> None:
+        try:
+            names = os.listdir(self._directory)
+        except OSError:
+            return
+        for name in names:
+            path = self._directory / name
+            if not name.endswith(".journal") or path in self._processes or path in self._ignored:
+                continue
+            try:
+                reader = JournalReader(path, self._own_writers.get(path))
+                process = Process(path, reader)
+            except (JournalError, ValueError):
+                continue  # still being made, or of another version: looked at again next time
+            if self._only_group is not None and process.group != self._only_group:
+                reader.close()
+                self._ignored.add(path)
+                continue
+            self._processes[path] = process
+            if process.role != "worker":
+                self._pending[path] = Pending()
+            if process.role in ("worker", "program"):
+                rank = Rank(process, self._peaks(process.facts))
+                if saved := self._saved.pop(process.identity, None):
+                    rank.restore(saved)
+                self._ranks[path] = rank
+
+    def _pending_of(self, process: Process) -> intervals.Intervals | None:
+        """When the server had unfinished requests, by all of its front ends; None if it has none that tell."""
+        told = [
+            self._pending[path].spans()
+            for path, other in self._processes.items()
+            if path in self._pending and other.group == process.group
+        ]
+        return intervals.union(*told) if told else None
+
+    def _forget(self, now: int) -> None:
+        for pending in self._pending.values():
+            pending.forget_before(now - 10 * WINDOW_NS)
+        for path, process in list(self._processes.items()):
+            if process.alive or now - process.died_ns < _DEAD_KEEP_NS:
+                continue
+            process.close()
+            self._processes.pop(path)
+            self._ranks.pop(path, None)
+            self._pending.pop(path, None)
+            self._ignored.add(path)
+            if self._remove_dead:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        self._ignored = {path for path in self._ignored if path.exists()}
+
+    def _build_views(self, now: int, keep_dead: bool) -> list[ServerView]:
+        groups: dict[str, list[Process]] = {}
+        for process in self._processes.values():
+            if process.alive or keep_dead:
+                groups.setdefault(process.group, []).append(process)
+        views = [self._server(group, processes, now) for group, processes in groups.items()]
+        views.sort(key=lambda view: view.started)
+        _tell_apart(views)
+        return views
+
+    def _server(self, group: str, processes: list[Process], now: int) -> ServerView:
+        first = min(processes, key=lambda process: (process.role == "worker", process.facts.get("started", 0)))
+        facts = first.facts
+        ranks = [
+            self._rank(self._ranks[process.path], now) for process in processes if process.path in self._ranks
+        ]
+        capacity: dict[int, int] = {}
+        for rank in ranks:
+            if rank.kv_capacity_bytes is not None:
+                capacity[rank.engine] = capacity.get(rank.engine, 0) + rank.kv_capacity_bytes
+        engines = self._engines(group, [p for p in processes if p.role != "worker"], capacity, now)
+        missing = self._missing(processes, ranks, engines)
+        notes = sorted({note for process in processes for note in process.facts.get("notes", ())})
+        loads = [process.load for process in processes if process.load is not None]
+        return ServerView(
+            server=str(facts.get("server", "")),
+            model_name=str(facts.get("model_name", "")),
+            group=group,
+            framework=str(facts.get("framework", "")),
+            framework_version=str(facts.get("framework_version", "")),
+            started=float(facts.get("started", 0.0)),
+            armed=all(load.armed for load in loads),
+            inert=any(load.inert for load in loads),
+            flags=dict(next((p.facts["flags"] for p in processes if p.facts.get("flags")), {})),
+            engines=engines,
+            ranks=sorted(ranks, key=lambda rank: (rank.engine, rank.rank)),
+            missing=missing,
+            notes=notes,
+        )
+
+    def _rank(self, rank: Rank, now: int) -> RankView:
+        process = rank.process
+        facts, counters = process.facts, process.counters
+        figures = summarise(rank.accounts, since_ns=now - WINDOW_NS, now_ns=now, peaks=rank.peaks)
+        model = facts.get("model") or {}
+        progress = process.reader.progress()
+        running = None
+        if progress is not None and progress.begun > progress.completed and progress.begun > counters_steps(counters):
+            running = max(now - progress.time, 0) / 1e9
+        steps = {phase: counters[f"steps_{phase}"] for phase in layout.PHASES if counters[f"steps_{phase}"]}
+        return RankView(
+            engine=process.engine,
+            rank=int(facts.get("rank", 0)),
+            facts=facts,
+            clock=str(facts.get("clock", "")),
+            runner=str(facts.get("runner", "")),
+            armed=bool(process.load.armed) if process.load is not None else True,
+            inert=bool(process.load.inert) if process.load is not None else False,
+            device_time={phase: dict(parts) for phase, parts in rank.device_time.items()},
+            bytes={phase: dict(parts) for phase, parts in rank.bytes.items()},
+            flops=dict(rank.flops),
+            steps=steps,
+            figures=figures,
+            step_duration={
+                phase: process.histogram(f"step_{phase}")
+                for phase in steps
+                if f"step_{phase}" in layout.HISTOGRAM_INDEX
+            },
+            peaks=rank.peaks,
+            weights_bytes=model.get("weights_bytes"),
+            kv_capacity_bytes=(model.get("kv") or {}).get("capacity_bytes"),
+            step_running_seconds=running,
+            own_seconds=counters["own_ns_step"] / 1e9,
+            errors=counters["errors"],
+            dropped=counters["dropped"],
+            lost=process.lost,
+        )
+
+    def _engines(
+        self, group: str, fronts: list[Process], capacity: dict[int, int], now: int
+    ) -> list[EngineView]:
+        engines: list[EngineView] = []
+        for engine in sorted({front.engine for front in fronts}):
+            of = [front for front in fronts if front.engine == engine]
+            totals = {name: sum(front.counters[name] for front in of) for name in layout.COUNTERS}
+            latency = {name: _merge([front.histogram(name) for front in of]) for name in _LATENCIES}
+            recent = self._latencies.setdefault((group, engine), Latencies()).update(
+                now, {name: view.counts for name, view in latency.items()}
+            )
+            # Every front end hears of the whole engine's load; the one that heard last knows best.
+            load = max((front.load for front in of if front.load), key=lambda seen: seen.time, default=None)
+            usage = load.kv_usage if load is not None and load.kv_usage == load.kv_usage else None
+            used = None
+            if usage is not None and engine in capacity:
+                used = round(usage * capacity[engine])
+            elif of[0].role == "program":
+                used = self._program_kv(of[0])
+            engines.append(
+                EngineView(
+                    engine=engine,
+                    requests_running=load.running if load is not None else None,
+                    requests_waiting=load.waiting if load is not None else None,
+                    kv_usage=usage,
+                    kv_used_bytes=used,
+                    prompt_tokens=totals["prompt_tokens"],
+                    generated_tokens=totals["generated_tokens"],
+                    cached_tokens=totals["cached_tokens"],
+                    preemptions=totals["preemptions"],
+                    requests=totals["requests"],
+                    requests_aborted=totals["requests_aborted"],
+                    latency=latency,
+                    recent_latency=recent,
+                    own_seconds=totals["own_ns_request"] / 1e9,
+                    errors=totals["errors"] if of[0].role == "frontend" else 0,
+                )
+            )
+        return engines
+
+    def _program_kv(self, process: Process) -> int | None:
+        """A program's cache as of its last step; nothing while nothing runs."""
+        recent = self._ranks[process.path].recent if process.path in self._ranks else None
+        if not recent or (process.load is not None and not process.load.running):
+            return None
+        return int(recent[-1]["kv_used_bytes"]) or None
+
+    def _missing(
+        self, processes: list[Process], ranks: list[RankView], engines: list[EngineView]
+    ) -> dict[str, str]:
+        missing: dict[str, str] = {}
+        if not engines:
+            missing["time_to_first_token_seconds"] = "no front end of this server is being recorded"
+            missing["no_work"] = "without a front end, waiting for the host cannot be told from having no work"
+        if not ranks:
+            missing["device_time_seconds"] = "no worker of this server is being recorded"
+        for view in ranks:
+            rank = next(r for r in self._ranks.values() if r.process.facts is view.facts)
+            if rank.model is None:
+                missing["mbu_ratio"] = missing["mfu_ratio"] = f"no model of the work: {rank.model_problem}"
+            elif rank.peaks is None:
+                device = view.facts.get("device") or {}
+                missing["mbu_ratio"] = missing["mfu_ratio"] = (
+                    f"no peak rates for {device.get('name', 'this device')}: run `llmprobe calibrate`"
+                )
+            missing["launch_gap"] = "gaps inside a step need kernel windows; they are off"
+        return missing
+
+
+def counters_steps(counters: dict[str, int]) -> int:
+    """Steps completed, all phases."""
+    return sum(counters[f"steps_{phase}"] for phase in layout.PHASES)
+
+
+def _merge(views: list[HistogramView]) -> HistogramView:
+    counts = np.stack([view.counts for view in views]).sum(axis=0)
+    return HistogramView(counts, sum(view.sum for view in views))
+
+
+def _tell_apart(views: list[ServerView]) -> None:
+    """Give servers of one name numbers, the oldest keeping the plain name."""
+    seen: dict[str, int] = {}
+    for view in views:
+        seen[view.server] = seen.get(view.server, 0) + 1
+        if seen[view.server] > 1:
+            view.server = f"{view.server}-{seen[view.server]}"
+
+
+def _step_json(process: Process, row: np.void) -> dict[str, Any]:
+    times = [int(row[name]) for name in ("e0", "e1", "e2", "e3")]
+    return {
+        "server": process.facts.get("server", ""),
+        "engine": process.engine,
+        "rank": int(process.facts.get("rank", 0)),
+        "step": int(row["step"]),
+        "phase": layout.PHASES[int(row["phase"])],
+        "clock": layout.Clock(int(row["clock"])).name.lower(),
+        "begin_unix_seconds": monotonic_to_unix(times[0]),
+        "span_seconds": (times[3] - times[0]) / 1e9,
+        "forward_seconds": (times[1] - times[0]) / 1e9,
+        "sample_gap_seconds": (times[2] - times[1]) / 1e9,
+        "sample_seconds": (times[3] - times[2]) / 1e9,
+        "own_seconds": int(row["own_ns"]) / 1e9,
+        **{
+            name: int(row[name])
+            for name in (
+                "requests",
+                "prefill_requests",
+                "prompt_tokens",
+                "decode_tokens",
+                "draft_tokens",
+                "sampled",
+                "new_tokens",
+                "kv_used_bytes",
+            )
+        },
+        "context_tokens": int(row["context_prefill"][0]) + int(row["context_decode"][0]),
+    }
+
+
+def _load_checkpoint(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(saved, dict) or saved.get("schema") != _CHECKPOINT_SCHEMA:
+        return {}
+    ranks = saved.get("ranks")
+    return ranks if isinstance(ranks, dict) else {}
+
+

@@ -1,0 +1,261 @@
+"""One engine process as its journal shows it: read incrementally, folded into cumulative figures."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmprobe.collect.views import HistogramView
+from llmprobe.compute import accounting, histogram, intervals, traffic
+from llmprobe.compute.facts import FactsError, ModelFacts
+from llmprobe.compute.hardware import Peaks
+from llmprobe.record import layout
+from llmprobe.record.journal import JournalReader, Records
+
+KEEP_NS = 60 * 10**9  #: how long accounts of single steps are kept
+RECENT_STEPS = 4096
+_BOUNDS = layout.bucket_bounds_seconds()
+#: Requests whose arrival is in the journal only later: idle time younger than this is not yet booked.
+_SETTLE_NS = 500_000_000
+
+
+class Process:
+    """What every journal has: facts, counters, load, liveness."""
+
+    def __init__(self, path: Path, reader: JournalReader) -> None:
+        self.path = path
+        self.reader = reader
+        self.identity = reader.identity
+        self.facts: dict[str, Any] = reader.facts()
+        self.counters = reader.counters()
+        self.load = reader.load()
+        self.alive = True
+        self.died_ns = 0
+        self.lost = 0
+
+    @property
+    def role(self) -> str:
+        """``worker``, ``frontend`` or ``program``."""
+        return str(self.facts.get("role", ""))
+
+    @property
+    def group(self) -> str:
+        """Processes of one server or program share this."""
+        return str(self.facts.get("group") or self.identity)
+
+    @property
+    def engine(self) -> int:
+        """Data-parallel index."""
+        return int(self.facts.get("engine", 0))
+
+    def poll(self, now_ns: int) -> Records:
+        """Read what is new. A dead process is read once more, to its end."""
+        if self.alive and not self.reader.alive():
+            self.alive = False
+            self.died_ns = now_ns
+        records = self.reader.read()
+        self.lost += records.lost
+        self.counters = self.reader.counters()
+        self.load = self.reader.load() or self.load
+        return records
+
+    def refresh_facts(self) -> None:
+        """Facts change rarely: when models are added, when errors occur."""
+        self.facts = self.reader.facts() or self.facts
+
+    def histogram(self, name: str) -> HistogramView:
+        """A cumulative latency histogram."""
+        sum_name = f"span_ns_{name.removeprefix('step_')}" if name.startswith("step_") else f"sum_ns_{name}"
+        return HistogramView(self.reader.histogram(name), self.counters[sum_name] / 1e9)
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.reader.close()
+
+
+class Pending:
+    """When requests were unfinished, as one front end tells it."""
+
+    def __init__(self) -> None:
+        self._spans: list[list[int]] = []
+        self.known = False
+
+    def add(self, records: np.ndarray, load_unfinished: int) -> None:
+        """Take in PENDING records; ``load_unfinished`` bridges those that a ring lost."""
+        if not self.known and not len(records) and load_unfinished:
+            self._spans.append([0, intervals.OPEN])
+        for row in records:
+            at = int(row["time"])
+            self.known = True
+            opened = bool(self._spans) and self._spans[-1][1] == intervals.OPEN
+            if row["unfinished"] and not opened:
+                self._spans.append([at, intervals.OPEN])
+            elif not row["unfinished"] and opened:
+                self._spans[-1][1] = max(at, self._spans[-1][0])
+            elif not row["unfinished"] and not self._spans:
+                self._spans.append([0, at])  # it began before the oldest record that is left
+
+    def spans(self) -> intervals.Intervals:
+        """Sorted, disjoint intervals in nanoseconds."""
+        return np.array(self._spans, dtype=np.int64).reshape(-1, 2)
+
+    def forget_before(self, time_ns: int) -> None:
+        """Drop intervals that ended before ``time_ns``."""
+        self._spans = [span for span in self._spans if span[1] >= time_ns]
+
+
+class Latencies:
+    """Quantiles over the last 30 s, from the difference of cumulative histograms."""
+
+    def __init__(self, window_ns: int = 30 * 10**9) -> None:
+        self._window_ns = window_ns
+        self._snapshots: deque[tuple[int, dict[str, np.ndarray]]] = deque()
+
+    def update(self, now_ns: int, counts: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        """Take in the counts as they are now; returns name → p50, p99 (seconds) and count."""
+        if not self._snapshots:
+            # A process found late brings its whole past; one that just began brings nothing yet.
+            self._snapshots.append((now_ns, {name: np.zeros_like(value) for name, value in counts.items()}))
+        self._snapshots.append((now_ns, counts))
+        while len(self._snapshots) > 2 and self._snapshots[1][0] <= now_ns - self._window_ns:
+            self._snapshots.popleft()
+        base = self._snapshots[0][1]
+        recent: dict[str, dict[str, float]] = {}
+        for name, value in counts.items():
+            delta = value - base[name]
+            total = int(delta.sum())
+            p50, p99 = (histogram.quantile(delta, _BOUNDS, q) for q in (0.5, 0.99))
+            if total and p50 is not None and p99 is not None:
+                recent[name] = {"p50": p50, "p99": p99, "count": total}
+        return recent
+
+
+class Rank:
+    """The steps of one worker process, accounted for."""
+
+    def __init__(self, process: Process, peaks: Peaks | None) -> None:
+        self.process = process
+        self.peaks = peaks
+        self.pending = Pending()  # of a program, which is its own front end
+        self.model, self.model_problem = _model(process.facts)
+        self.cursor_ns: int | None = None
+        self.last_step: int | None = None
+        self.device_time: dict[str, dict[str, float]] = {}
+        self.bytes: dict[str, dict[str, float]] = {}
+        self.flops: dict[str, float] = {}
+        self.accounts = accounting.StepAccounts.none()
+        self.recent: deque[np.void] = deque(maxlen=RECENT_STEPS)
+
+    def fold(self, steps: np.ndarray, pending: intervals.Intervals | None, now_ns: int) -> None:
+        """Account for new steps, and for the time since the last one if nothing is to do.
+
+        Args:
+            pending: when requests were unfinished; None where nobody tells: idle time is then
+                ``unattributed``, because it cannot be split into waiting for the host and no work.
+        """
+        steps = steps[steps["flags"] & layout.Flag.EMPTY == 0]
+        if len(steps):
+            self._account(steps, pending)
+        progress = self.process.reader.progress()
+        running = progress is not None and progress.begun > progress.completed + 1
+        if self.cursor_ns is not None and pending is not None and not running and self.process.alive:
+            components, self.cursor_ns = accounting.idle(
+                self.cursor_ns, now_ns - _SETTLE_NS, pending, None
+            )
+            self._add("none", components)
+
+    def _account(self, steps: np.ndarray, pending: intervals.Intervals | None) -> None:
+        rows = accounting.account(
+            steps,
+            cursor_ns=self.cursor_ns,
+            last_step=self.last_step,
+            pending=intervals.empty() if pending is None else pending,
+            blocked=None,
+            model=self.model,
+            peaks=self.peaks,
+        )
+        if pending is None:
+            index = accounting.COMPONENTS.index
+            rows.components[:, index("unattributed")] += rows.components[:, index("no_work")]
+            rows.components[:, index("no_work")] = 0.0
+        self.cursor_ns = rows.cursor_ns
+        self.last_step = int(steps["step"][-1])
+        no_work = accounting.COMPONENTS.index("no_work")
+        for phase in np.unique(rows.phase):
+            label = layout.PHASES[phase]
+            total = rows.components[rows.phase == phase].sum(axis=0)
+            idle = np.zeros_like(total)
+            idle[no_work], total[no_work] = total[no_work], 0.0
+            self._add(label, total)
+            self._add("none", idle)
+        if self.model is not None:
+            for kind, values in traffic.traffic_by_kind(steps, self.model).items():
+                self._add_by_phase(self.bytes, steps["phase"], kind, values)
+            flops = traffic.work(steps, self.model).sum(axis=1)
+            for phase in np.unique(steps["phase"]):
+                label = layout.PHASES[phase]
+                done = float(flops[steps["phase"] == phase].sum())
+                self.flops[label] = self.flops.get(label, 0.0) + done
+        kept = accounting.StepAccounts.concat([self.accounts, rows])
+        newest = int(rows.end_ns[-1])
+        self.accounts = kept.between(newest - KEEP_NS, newest)
+        self.recent.extend(steps)
+
+    def _add(self, phase: str, components: np.ndarray) -> None:
+        if not components.any():
+            return
+        totals = self.device_time.setdefault(phase, dict.fromkeys(accounting.COMPONENTS, 0.0))
+        for name, seconds in zip(accounting.COMPONENTS, components, strict=True):
+            totals[name] += float(seconds)
+
+    @staticmethod
+    def _add_by_phase(
+        totals: dict[str, dict[str, float]], phases: np.ndarray, kind: str, values: np.ndarray
+    ) -> None:
+        for phase in np.unique(phases):
+            of = totals.setdefault(layout.PHASES[phase], {})
+            of[kind] = of.get(kind, 0.0) + float(values[phases == phase].sum())
+
+    def save(self) -> dict[str, Any]:
+        """What an agent that starts anew needs in order to go on counting."""
+        return {
+            "position": self.process.reader.position,
+            "cursor_ns": self.cursor_ns,
+            "last_step": self.last_step,
+            "lost": self.process.lost,
+            "device_time": self.device_time,
+            "bytes": self.bytes,
+            "flops": self.flops,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from `save`."""
+        self.process.reader.position = int(saved["position"])
+        self.process.lost = int(saved["lost"])
+        self.cursor_ns = saved["cursor_ns"]
+        self.last_step = saved["last_step"]
+        self.device_time = saved["device_time"]
+        self.bytes = saved["bytes"]
+        self.flops = saved["flops"]
+
+
+def _model(facts: dict[str, Any]) -> tuple[ModelFacts | None, str]:
+    said = facts.get("model")
+    if not said:
+        return None, "the model could not be read"
+    try:
+        model = ModelFacts.from_json(said)
+    except FactsError as error:
+        return None, str(error)
+    if model.unmodelled:
+        return None, "; ".join(model.unmodelled)
+    return model, ""
+
+
+def monotonic_to_unix(time_ns: int) -> float:
+    """A time of CLOCK_MONOTONIC as Unix seconds, by the clocks as they stand now."""
+    return time.time() - (time.monotonic_ns() - time_ns) / 1e9

@@ -1,0 +1,1 @@
+"""Arithmetic on step records: bytes, FLOPs, where device time went, figures. No I/O, no clock, no torch."""

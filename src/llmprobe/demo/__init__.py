@@ -1,0 +1,1 @@
+"""What ``llmprobe demo`` and the tests serve and drive: a tiny model, a server, a client."""

@@ -1,0 +1,201 @@
+"""Views as Prometheus metrics.
+
+A value that is not known makes no sample. What each family means stands in `llmprobe.export.catalogue`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
+from llmprobe.compute.histogram import rebucket
+from llmprobe.export.catalogue import FAMILIES, LATENCIES, Family
+from llmprobe.record.layout import bucket_bounds_seconds
+
+_FINE = bucket_bounds_seconds()
+#: Components that nobody has measured while they are 0: only kernels tell them apart.
+_KERNEL_COMPONENTS = frozenset({"inefficiency", "launch_gap", "communication", "transfer"})
+#: Figures that every server should have; `ServerView.missing` says which it lacks.
+EXPECTED_FIGURES = (
+    "device_time_seconds",
+    "mbu_ratio",
+    "mfu_ratio",
+    "sync_gap_ratio",
+    "time_to_first_token_seconds",
+)
+
+
+class ViewCollector(Collector):
+    """The Prometheus collector of every server; asks ``views`` at each scrape.
+
+    Args:
+        version: of the agent that answers; shown as ``llmprobe_build_info``.
+    """
+
+    def __init__(self, views: Callable[[], Iterable[ServerView]], version: str | None = None) -> None:
+        self._views = views
+        self._version = version
+
+    def describe(self) -> Iterator[Metric]:
+        """The families without samples, so that registering asks for no views."""
+        for family in FAMILIES.values():
+            yield _empty(family)
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family that has samples, in the catalogue's order."""
+        samples = _Samples()
+        for view in self._views():
+            _server(samples, view)
+        if self._version is not None:
+            samples.add("llmprobe_build_info", (self._version,), 1.0)
+        return samples.metrics()
+
+
+def expose(views: Iterable[ServerView]) -> bytes:
+    """``views`` in Prometheus' text format (version 0.0.4), as vLLM's own ``/metrics`` can append it."""
+    views = list(views)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ViewCollector(lambda: views))
+    return generate_latest(registry)
+
+
+class _Samples:
+    """Metrics being filled, made at their first sample."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Metric] = {}
+
+    def _metric(self, name: str) -> Metric:
+        metric = self._metrics.get(name)
+        if metric is None:
+            metric = self._metrics[name] = _empty(FAMILIES[name])
+        return metric
+
+    def add(self, name: str, labels: Sequence[str], value: float | None) -> None:
+        """One sample of a counter or gauge; none if the value is not known."""
+        if value is None or math.isnan(value):
+            return
+        metric = self._metric(name)
+        assert isinstance(metric, (CounterMetricFamily, GaugeMetricFamily))
+        metric.add_metric(labels, value)
+
+    def histogram(self, family: Family, labels: Sequence[str], view: HistogramView) -> None:
+        """One histogram, its fine buckets merged into the family's."""
+        metric = self._metric(family.name)
+        assert isinstance(metric, HistogramMetricFamily)
+        bounds = np.array([*family.buckets, np.inf])
+        cumulative = rebucket(view.counts, _FINE, bounds)
+        buckets = [(_le(float(bound)), float(count)) for bound, count in zip(bounds, cumulative, strict=True)]
+        metric.add_metric(labels, buckets, view.sum)
+
+    def metrics(self) -> Iterator[Metric]:
+        return (self._metrics[name] for name in FAMILIES if name in self._metrics)
+
+
+def _le(bound: float) -> str:
+    return "+Inf" if bound == math.inf else repr(bound)
+
+
+def _empty(family: Family) -> Metric:
+    if family.kind == "counter":
+        return CounterMetricFamily(family.name, family.help, labels=family.labels)
+    if family.kind == "histogram":
+        return HistogramMetricFamily(family.name, family.help, labels=family.labels)
+    return GaugeMetricFamily(family.name, family.help, labels=family.labels)
+
+
+def _server(samples: _Samples, view: ServerView) -> None:
+    server = (view.server, view.model_name)
+    engines = {engine.engine: engine for engine in view.engines}
+    for engine in view.engines:
+        _engine(samples, (*server, str(engine.engine)), engine)
+    for rank in view.ranks:
+        labels = (*server, str(rank.engine), str(rank.rank))
+        _time(samples, labels, rank)
+        _limits(samples, labels, rank)
+        alone = sum(other.engine == rank.engine for other in view.ranks) == 1
+        _memory(samples, labels, rank, engines.get(rank.engine), alone)
+        _health(samples, labels, rank, view)
+    for figure in sorted(figures_of(view)):
+        samples.add("llmprobe_figure_available", (*server, figure), float(figure not in view.missing))
+
+
+def figures_of(view: ServerView) -> set[str]:
+    """Every figure that is, or should be, known about a server."""
+    return {*EXPECTED_FIGURES, *view.missing}
+
+
+def _engine(samples: _Samples, labels: tuple[str, ...], engine: EngineView) -> None:
+    samples.add("llmprobe_requests_running", labels, engine.requests_running)
+    samples.add("llmprobe_requests_waiting", labels, engine.requests_waiting)
+    samples.add("llmprobe_tokens_total", (*labels, "prompt"), engine.prompt_tokens)
+    samples.add("llmprobe_tokens_total", (*labels, "generated"), engine.generated_tokens)
+    samples.add("llmprobe_preemptions_total", labels, engine.preemptions)
+    for name, family in LATENCIES.items():
+        if name in engine.latency:
+            samples.histogram(family, labels, engine.latency[name])
+    samples.add("llmprobe_errors_total", (*labels, "", "frontend"), engine.errors)
+    samples.add("llmprobe_self_seconds_total", (*labels, "", "frontend"), engine.own_seconds)
+
+
+def _time(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+    for phase, components in rank.device_time.items():
+        for component, seconds in components.items():
+            if not seconds and component in _KERNEL_COMPONENTS:
+                continue
+            samples.add("llmprobe_device_time_seconds_total", (*labels, phase, component), seconds)
+    for phase, histogram in rank.step_duration.items():
+        if histogram.count:
+            samples.histogram(FAMILIES["llmprobe_step_duration_seconds"], (*labels, phase), histogram)
+
+
+def _limits(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+    for phase, figures in rank.figures.items():
+        of_phase = (*labels, phase)
+        samples.add("llmprobe_mbu_ratio", (*of_phase, "step"), figures.mbu_step)
+        samples.add("llmprobe_mbu_ratio", (*of_phase, "busy"), figures.mbu_busy)
+        samples.add("llmprobe_mfu_ratio", (*of_phase, "step"), figures.mfu_step)
+        samples.add("llmprobe_mfu_ratio", (*of_phase, "busy"), figures.mfu_busy)
+        samples.add("llmprobe_sync_gap_ratio", of_phase, figures.sync_gap_ratio)
+        samples.add("llmprobe_arithmetic_intensity_flops_per_byte", of_phase, figures.intensity)
+    for phase, kinds in rank.bytes.items():
+        for kind, count in kinds.items():
+            samples.add("llmprobe_estimated_bytes_total", (*labels, phase, kind), count)
+    for phase, flops in rank.flops.items():
+        samples.add("llmprobe_estimated_flops_total", (*labels, phase), flops)
+    peaks = rank.peaks
+    if peaks is not None:
+        samples.add("llmprobe_peak_bandwidth_bytes_per_second", labels, peaks.bandwidth_bytes_per_second)
+        samples.add("llmprobe_peak_flops_per_second", (*labels, peaks.dtype), peaks.flops_per_second)
+        samples.add("llmprobe_ridge_flops_per_byte", labels, peaks.ridge_flops_per_byte)
+
+
+def _memory(
+    samples: _Samples, labels: tuple[str, ...], rank: RankView, engine: EngineView | None, alone: bool
+) -> None:
+    samples.add("llmprobe_weights_bytes", labels, rank.weights_bytes)
+    samples.add("llmprobe_kv_cache_capacity_bytes", labels, rank.kv_capacity_bytes)
+    if engine is None:
+        return
+    # Every rank of an engine fills the same share of its own part of the KV cache.
+    if engine.kv_usage is not None and rank.kv_capacity_bytes is not None:
+        samples.add("llmprobe_kv_cache_used_bytes", labels, engine.kv_usage * rank.kv_capacity_bytes)
+    elif alone:
+        samples.add("llmprobe_kv_cache_used_bytes", labels, engine.kv_used_bytes)
+
+
+def _health(samples: _Samples, labels: tuple[str, ...], rank: RankView, view: ServerView) -> None:
+    info = (view.framework, view.framework_version, rank.runner, rank.clock)
+    samples.add("llmprobe_hook_armed", labels, float(rank.armed and not rank.inert))
+    samples.add("llmprobe_hook_info", (*labels, *info), 1.0)
+    samples.add("llmprobe_records_dropped_total", (*labels, "queue"), rank.dropped)
+    samples.add("llmprobe_records_dropped_total", (*labels, "overwritten"), rank.lost)
+    samples.add("llmprobe_errors_total", (*labels, "step"), rank.errors)
+    samples.add("llmprobe_self_seconds_total", (*labels, "step"), rank.own_seconds)

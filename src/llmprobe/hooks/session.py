@@ -1,0 +1,217 @@
+"""The probe of this process as a whole: switched on by the environment or by `llmprobe.enable`."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from llmprobe.hooks.on_import import forget_all, when_imported
+from llmprobe.hooks.probe import Probe
+from llmprobe.record.recorder import Recorder
+from llmprobe.settings import Settings, SettingsError, logger
+
+#: Processes of one server or program share this; children inherit it through the environment.
+GROUP_VARIABLE = "LLMPROBE_GROUP"
+_POLL_SECONDS = 0.25
+_KEEPALIVE_SECONDS = 1.0
+
+_lock = threading.Lock()
+_probe: Probe | None = None
+_installed: set[str] = set()
+
+
+def current() -> Probe | None:
+    """The probe of this process, if any."""
+    return _probe
+
+
+def install_vllm() -> None:
+    """Install the vLLM hooks if the environment asks for them; idempotent."""
+    probe = _start()
+    if probe is not None and "vllm" not in _installed:
+        _installed.add("vllm")
+        from llmprobe.hooks import vllm
+
+        probe.guard.call("install", vllm.install, probe)
+
+
+def install_transformers() -> None:
+    """Install the transformers hooks if the environment asks for them; idempotent.
+
+    Called right after ``transformers.generation.utils`` was imported.
+    """
+    probe = _start()
+    if probe is not None and "transformers" not in _installed:
+        _installed.add("transformers")
+        from llmprobe.hooks import transformers
+
+        probe.guard.call("install", transformers.install, probe)
+
+
+def enable(**settings: str) -> Probe:
+    """Switch the probe on in this process, whatever ``LLMPROBE`` says.
+
+    Args:
+        settings: further ``LLMPROBE_*`` values by lower-case name, such as ``server="notebook"``.
+
+    Raises:
+        SettingsError: a value is not allowed.
+    """
+    global _probe
+    environ = dict(os.environ, LLMPROBE="1")
+    environ.update({f"LLMPROBE_{name.upper()}": str(value) for name, value in settings.items()})
+    with _lock:
+        if _probe is None:
+            _probe = _make(Settings.from_env(environ))
+    probe = _probe
+    probe.enabled = True
+    probe.apply_patches()
+    os.environ["LLMPROBE"] = "1"  # engine processes started from here follow
+    install_vllm()
+    when_imported("transformers.generation.utils", lambda module: install_transformers())
+    return probe
+
+
+def disable() -> None:
+    """Make every wrapper inert at once, take out those that are outermost, and end the journal."""
+    global _probe
+    probe = _probe
+    if probe is None:
+        return
+    probe.enabled = False
+    probe.remove_patches()
+    forget_all()
+    probe.disarm()
+    os.environ.pop("LLMPROBE", None)
+    if all(not patch.installed for patch in probe.patches):
+        _installed.clear()
+        _probe = None
+
+
+def _start() -> Probe | None:
+    global _probe
+    with _lock:
+        if _probe is None:
+            try:
+                settings = Settings.from_env()
+            except SettingsError as error:
+                if "bad settings" not in _installed:
+                    _installed.add("bad settings")
+                    logger().error("the probe stays off: %s", error)
+                return None
+            if not settings.enabled:
+                return None
+            _probe = _make(settings)
+        return _probe
+
+
+def _make(settings: Settings) -> Probe:
+    logger(settings)
+    os.environ.setdefault(GROUP_VARIABLE, secrets.token_hex(6))
+    probe = Probe(settings)
+    probe.on_armed.append(lambda recorder: _Housekeeping(probe, recorder).start())
+    return probe
+
+
+class _Housekeeping(threading.Thread):
+    """What must happen now and then, away from the step path: the switch, the agent, own errors."""
+
+    def __init__(self, probe: Probe, recorder: Recorder) -> None:
+        super().__init__(name="llmprobe-housekeeping", daemon=True)
+        self._probe = probe
+        self._recorder = recorder
+        self._control = probe.settings.directory / "control.json"
+        self._seen: tuple[int, int] | None = None
+        self._published: Any = None
+        self._keepalive_at = 0.0
+
+    def run(self) -> None:
+        guard = self._probe.guard
+        while self._probe.recorder is self._recorder:
+            guard.call("housekeeping.control", self._follow_switch)
+            if not guard.inert and self._probe.settings.agent == "auto":
+                guard.call("housekeeping.agent", self._keep_agent)
+            self._publish()
+            time.sleep(_POLL_SECONDS)
+
+    def _follow_switch(self) -> None:
+        try:
+            stat = self._control.stat()
+        except OSError:
+            return
+        if self._seen == (stat.st_mtime_ns, stat.st_ino):
+            return
+        self._seen = (stat.st_mtime_ns, stat.st_ino)
+        control = json.loads(self._control.read_text())
+        servers = control.get("servers")
+        if servers is not None and self._recorder.facts.get("server") not in servers:
+            return
+        armed = bool(control.get("armed", True))
+        if armed == self._probe.enabled:
+            return
+        if armed:
+            self._probe.enabled = True
+            self._probe.apply_patches()
+        else:
+            self._probe.enabled = False
+            self._probe.remove_patches()
+        logger().info("switched %s", "on" if armed else "off")
+
+    def _keep_agent(self) -> None:
+        now = time.monotonic()
+        if now < self._keepalive_at:
+            return
+        self._keepalive_at = now + _KEEPALIVE_SECONDS
+        from llmprobe.record.agent_launch import ensure_agent
+
+        ensure_agent(self._probe.settings)
+
+    def _publish(self) -> None:
+        """Tell the reader whether this process is armed, and which errors it swallowed."""
+        probe = self._probe
+        state = (probe.enabled, probe.guard.inert, sum(probe.guard.errors.values()))
+        if state == self._published:
+            return
+        self._published = state
+        try:
+            self._recorder.status(armed=probe.enabled, inert=probe.guard.inert)
+            if probe.guard.errors:
+                self._recorder.update_facts(errors=dict(probe.guard.errors))
+        except OSError as error:
+            probe.guard.failed("housekeeping.publish", error)
+
+
+def server_name(settings: Settings, argv: list[str] | None = None) -> str:
+    """The ``server`` label: what `Settings.server` says, else ``vllm-<port>``, else the program's name."""
+    if settings.server:
+        return settings.server
+    argv = sys.argv if argv is None else argv
+    program = Path(argv[0]).stem if argv and argv[0] not in ("", "-c", "-m") else "python"
+    if "serve" in argv[1:2] or "api_server" in program:
+        return f"vllm-{_option(argv, 'port', '8000')}"
+    return program
+
+
+def _option(argv: list[str], name: str, default: str) -> str:
+    """The value of ``--name`` on a vLLM command line, or in the YAML file it names with ``--config``."""
+    for index, word in enumerate(argv):
+        if word == f"--{name}" and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+    if name != "config" and (path := _option(argv, "config", "")):
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            return default
+        for line in lines:
+            key, colon, value = line.partition(":")
+            if colon and key.strip() == name:
+                return value.split("#")[0].strip().strip("\"'") or default
+    return default

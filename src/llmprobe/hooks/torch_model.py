@@ -1,0 +1,175 @@
+"""Sizes of a torch module as it lies in memory: weights by operator class, caches by storage.
+
+Everything is read from shapes and storages; no tensor's content is touched, so nothing synchronises.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: Where a module's weights are used: read once a step and multiplied ("linear"), the output head, routed
+#: experts, looked up by row ("embedding"), or outside of the decoding loop ("other": encoders, projectors).
+KINDS = ("linear", "head", "experts", "embedding", "other")
+
+
+@dataclass
+class Weights:
+    """Bytes and matmul parameters of one model on this process's devices.
+
+    ``bytes`` and ``params`` are by kind (`KINDS`). A head that shares the input embedding's storage has
+    its bytes under ``head``; ``tied`` says so, and ``embedding_bytes`` still gives the table's size.
+    """
+
+    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    params: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    embedding_bytes: int = 0
+    tied: bool = False
+    #: Experts of one layer, as found in the modules; 0 if there are none.
+    experts: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Every distinct storage once."""
+        return sum(self.bytes.values())
+
+
+def weights(model: Any, kind_of: Callable[[str, Any], str], device_type: str) -> Weights:
+    """Measure ``model``'s parameters and the buffers that are saved with it.
+
+    Args:
+        model: a ``torch.nn.Module``.
+        kind_of: (name, module) → kind, for every module that owns tensors.
+        device_type: only what lies there now counts (offloaded weights do not).
+    """
+    found = Weights()
+    counted: dict[Any, str] = {}  # place in memory → the kind it was counted under
+    for name, module in model.named_modules():
+        own = list(_own_tensors(module))
+        if not own:
+            continue
+        kind = kind_of(name, module)
+        found.params[kind] += _matmul_params(module, own)
+        if kind == "experts":
+            found.experts = max(found.experts, _experts_of(name, own))
+        for _, parameter in own:
+            for tensor in _plain(parameter):
+                if tensor.device.type == device_type and tensor.numel():
+                    _count(found, counted, kind, tensor)
+    return found
+
+
+def _count(found: Weights, counted: dict[Any, str], kind: str, tensor: Any) -> None:
+    # A loader may hand out views of one mapped file, so what counts is the tensor, not its storage.
+    place, size = (tensor.device, tensor.data_ptr()), tensor.numel() * tensor.element_size()
+    before = counted.get(place)
+    if kind == "embedding" and before in (None, "head"):
+        found.embedding_bytes += size
+    if before is None:
+        counted[place] = kind
+        found.bytes[kind] += size
+    elif {kind, before} == {"head", "embedding"}:
+        found.tied = True
+        counted[place] = "head"
+        found.bytes[before] -= size
+        found.bytes["head"] += size
+
+
+def storage_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of the distinct storages behind ``tensors``: what they keep resident, not what they show."""
+    sizes: dict[Any, int] = {}
+    for tensor in tensors:
+        for plain in _plain(tensor):
+            if plain.device.type != "meta":
+                storage = plain.untyped_storage()
+                sizes[plain.device, storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def tensors_in(value: Any, depth: int = 5) -> Iterator[Any]:
+    """Every tensor inside nested lists, tuples, dicts and plain objects (caches and their layers)."""
+    if hasattr(value, "untyped_storage"):
+        yield value
+    elif depth:
+        if isinstance(value, dict):
+            children: Iterable[Any] = value.values()
+        elif isinstance(value, (list, tuple)):
+            children = value
+        elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
+            children = vars(value).values()
+        else:
+            return
+        for child in children:
+            if child is not None and not isinstance(child, (str, int, float, bool)):
+                yield from tensors_in(child, depth - 1)
+
+
+def dtype_name(dtype: Any) -> str:
+    """``torch.bfloat16`` as ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _own_tensors(module: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters and saved buffers that ``module`` itself holds. Quantised weights are often buffers."""
+    for name, tensor in module._parameters.items():
+        if tensor is not None:
+            yield name, tensor
+    unsaved = getattr(module, "_non_persistent_buffers_set", ())
+    for name, tensor in module._buffers.items():
+        if tensor is not None and name not in unsaved:
+            yield name, tensor
+
+
+def _plain(tensor: Any) -> Iterator[Any]:
+    """The tensors that hold the data: itself, or the parts of a wrapper subclass (torchao, DTensor)."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _matmul_params(module: Any, own: list[tuple[str, Any]]) -> int:
+    """Logical parameters of matrix products; a packed weight's shape does not tell, its layer's sizes do."""
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return inputs * outputs
+    return sum(
+        tensor.numel()
+        for name, tensor in own
+        if tensor.dim() >= 2 and tensor.is_floating_point() and "scale" not in name and "bias" not in name
+    )
+
+
+def _experts_of(name: str, own: list[tuple[str, Any]]) -> int:
+    parts = name.split(".")
+    index = parts.index("experts") + 1 if "experts" in parts else len(parts)
+    if index < len(parts) and parts[index].isdecimal():
+        return int(parts[index]) + 1
+    return max((tensor.shape[0] for _, tensor in own if tensor.dim() == 3), default=0)
+
+
+def device_facts(device: Any) -> dict[str, Any]:
+    """Type, name, index and (on CUDA) UUID of a ``torch.device``."""
+    if device.type != "cuda":
+        return {"type": device.type, "name": cpu_name() if device.type == "cpu" else device.type, "index": 0}
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    uuid = getattr(properties, "uuid", None)
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return {"type": "cuda", "name": properties.name, "index": index, "uuid": f"GPU-{uuid}" if uuid else ""}
+
+
+def cpu_name() -> str:
+    """The processor's model name, as /proc/cpuinfo gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

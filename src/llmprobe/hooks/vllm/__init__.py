@@ -1,0 +1,25 @@
+"""The vLLM hooks: the worker's step, the front end's requests, and vLLM's own ``/metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from llmprobe.hooks.on_import import when_imported
+from llmprobe.hooks.probe import Probe
+
+
+def install(probe: Probe) -> None:
+    """Wrap vLLM's classes as soon as vLLM imports them. Imports nothing of vLLM itself."""
+    from llmprobe.hooks.vllm import endpoint, frontend, worker
+
+    def on(module: str, callback: Callable[[Probe, ModuleType], None]) -> None:
+        when_imported(module, lambda loaded: probe.guard.call(module, callback, probe, loaded))
+
+    on("vllm.v1.worker.worker_base", worker.install)
+    on("vllm.v1.metrics.loggers", frontend.install_stat_loggers)
+    on("vllm.v1.engine.output_processor", frontend.install_output_processor)
+    on("vllm.v1.engine.llm_engine", frontend.install_llm_engine)
+    on("vllm.v1.engine.async_llm", frontend.install_async_llm)
+    if probe.settings.vllm_metrics:
+        on("vllm.v1.metrics.prometheus", endpoint.install)

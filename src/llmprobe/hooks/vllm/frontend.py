@@ -1,0 +1,248 @@
+"""The front end's side: when requests arrive, their first token, their tokens, their end.
+
+vLLM computes all of it for its own statistics; our stat logger takes it from there. Runs on the front
+end's event loop, never in the engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from llmprobe.hooks.patch import Patch
+from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.session import server_name
+from llmprobe.hooks.vllm import facts
+from llmprobe.record.journal import JournalError
+from llmprobe.record.recorder import Recorder
+from llmprobe.settings import logger
+
+_now = time.monotonic_ns
+_JOURNAL_BYTES = 1024 * 1024  # one a front end and engine: histograms and about 1700 requests
+
+
+class FrontEnd:
+    """What llmprobe keeps about this front-end process: one recorder an engine, and what is unfinished."""
+
+    def __init__(self, probe: Probe, config: Any, engines: list[int]) -> None:
+        self._probe = probe
+        self._recorders: dict[int, Recorder] = {}
+        self._processor: Any = None
+        self._pending = False
+        self._load = (0, 0, float("nan"))
+        for engine in engines:
+            self._open(config, engine)
+
+    def _open(self, config: Any, engine: int) -> None:
+        probe = self._probe
+
+        def said() -> dict[str, Any]:
+            return facts.process_facts(probe.settings, server_name(probe.settings), "frontend", config, engine)
+
+        if not self._recorders:
+            recorder = probe.arm("frontend", said, size=_JOURNAL_BYTES)
+        else:
+            try:
+                recorder = Recorder.open(probe.settings.directory, "frontend", said(), _JOURNAL_BYTES)
+            except JournalError as error:
+                logger().error("engine %d goes unrecorded: %s", engine, error)
+                recorder = None
+        if recorder is not None:
+            self._recorders[engine] = recorder
+
+    def arrived(self, processor: Any, request: Any) -> None:
+        """A request was taken in."""
+        self._processor = processor
+        if self._pending:
+            return
+        self._pending = True
+        waited = max(time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()), 0.0)
+        since = _now() - round(waited * 1e9)
+        for recorder in self._recorders.values():
+            recorder.pending(since, len(processor.request_states))
+
+    def aborted(self, processor: Any, count: int) -> None:
+        """``count`` requests were aborted by their clients."""
+        recorder = next(iter(self._recorders.values()), None)
+        if recorder is None:
+            return
+        now = _now()
+        for _ in range(count):
+            recorder.request(now, 0, aborted=True, known=False)
+        self._settle(processor)
+
+    def _settle(self, processor: Any) -> None:
+        if self._pending and processor is not None and not processor.request_states:
+            self._pending = False
+            now = _now()
+            for recorder in self._recorders.values():
+                recorder.pending(now, 0)
+
+    def record(self, scheduler: Any, iteration: Any, engine: int) -> None:
+        """vLLM's statistics of one engine iteration; either may be None."""
+        entered = _now()
+        recorder = self._recorders.get(engine)
+        if recorder is None:
+            return
+        if scheduler is not None:
+            waiting = scheduler.num_waiting_reqs + getattr(scheduler, "num_skipped_waiting_reqs", 0)
+            load = (scheduler.num_running_reqs, waiting, float(scheduler.kv_cache_usage))
+            if load != self._load:
+                self._load = load
+                processor = self._processor
+                recorder.load(*load, unfinished=len(processor.request_states) if processor is not None else 0)
+        if iteration is not None:
+            self._tokens(recorder, iteration, entered)
+            for finished in iteration.finished_requests:
+                self._finished(recorder, finished, engine)
+        self._settle(self._processor)
+
+    def _tokens(self, recorder: Recorder, iteration: Any, entered: int) -> None:
+        name = "inter_token_latencies_iter"
+        if not hasattr(iteration, name):  # 0.11
+            name = "time_per_output_tokens_iter"
+        gaps: list[float] = getattr(iteration, name)
+        prompt = getattr(iteration, "prompt_token_stats", None)
+        first = iteration.time_to_first_tokens_iter
+        if not (first or gaps or iteration.num_generation_tokens or iteration.num_preempted_reqs):
+            return
+        recorder.tokens(
+            iteration.num_prompt_tokens,
+            iteration.num_generation_tokens,
+            cached=int(getattr(prompt, "cached_tokens", 0) or 0),
+            preemptions=iteration.num_preempted_reqs,
+            first_token_ns=tuple(round(seconds * 1e9) for seconds in first),
+            # The tokens of one step share their gap: few distinct values, however large the batch.
+            inter_token_ns=Counter(round(seconds * 1e9) for seconds in gaps),
+            own_ns=_now() - entered,
+        )
+
+    @staticmethod
+    def _finished(recorder: Recorder, finished: Any, engine: int) -> None:
+        generated = finished.num_generation_tokens
+        first = finished.queued_time + finished.prefill_time
+        recorder.request(
+            _now(),
+            round(finished.e2e_latency * 1e9),
+            ttft_ns=round(first * 1e9) if generated else -1,
+            tpot_ns=round(finished.mean_time_per_output_token * 1e9) if generated > 1 else -1,
+            queue_ns=round(finished.queued_time * 1e9),
+            prompt_tokens=finished.num_prompt_tokens,
+            generated_tokens=generated,
+            cached_tokens=int(getattr(finished, "num_cached_tokens", 0) or 0),
+            preemptions=int(getattr(finished, "num_preemptions", 0) or 0),
+            engine=engine,
+            finish=int(finished.finish_reason),
+        )
+
+
+_front_end: FrontEnd | None = None
+
+
+def _the_front_end(probe: Probe) -> FrontEnd | None:
+    return _front_end if probe.recorder is not None else None
+
+
+def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
+    """Ride on vLLM's manager of stat loggers; works from 0.11, and with any number of front ends."""
+    guard = probe.guard
+
+    def arm(config: Any, engines: Any) -> None:
+        global _front_end
+        _front_end = FrontEnd(probe, config, sorted(int(engine) for engine in engines or [0]))
+
+    def make_init(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if patch.active and probe.active:
+                config = args[0] if args else kwargs.get("vllm_config")
+                engines = args[1] if len(args) > 1 else kwargs.get("engine_idxs")
+                guard.call("vllm.frontend", arm, config, engines)
+
+        return __init__
+
+    def record(scheduler: Any, iteration: Any, kwargs: dict[str, Any]) -> None:
+        front_end = _the_front_end(probe)
+        if front_end is not None:
+            front_end.record(scheduler, iteration, kwargs.get("engine_idx") or 0)
+
+    def make_record(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        def record_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            if patch.active and probe.active:
+                scheduler = args[0] if args else kwargs.get("scheduler_stats")
+                iteration = args[1] if len(args) > 1 else kwargs.get("iteration_stats")
+                guard.call("vllm.record", record, scheduler, iteration, kwargs)
+            return result
+
+        return record_stats
+
+    probe.patch(module.StatLoggerManager, "__init__", make_init)
+    probe.patch(module.StatLoggerManager, "record", make_record)
+
+
+def install_output_processor(probe: Probe, module: ModuleType) -> None:
+    """Note arrivals and aborts, which the statistics tell late or not at all."""
+    guard = probe.guard
+
+    def arrived(processor: Any, request: Any) -> None:
+        front_end = _the_front_end(probe)
+        if front_end is not None:
+            front_end.arrived(processor, request)
+
+    def aborted(processor: Any, ids: Any) -> None:
+        front_end = _the_front_end(probe)
+        if front_end is not None:
+            front_end.aborted(processor, len(ids or ()))
+
+    def make_add(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            if patch.active and probe.active:
+                guard.call("vllm.add_request", arrived, self, args[0] if args else kwargs.get("request"))
+            return result
+
+        return add_request
+
+    def make_abort(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        def abort_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            if patch.active and probe.active:
+                guard.call("vllm.abort_requests", aborted, self, result)
+            return result
+
+        return abort_requests
+
+    probe.patch(module.OutputProcessor, "add_request", make_add)
+    probe.patch(module.OutputProcessor, "abort_requests", make_abort)
+
+
+def install_llm_engine(probe: Probe, module: ModuleType) -> None:
+    """``vllm.LLM``: its statistics are off unless asked for; turn them on, and say so."""
+    _force_statistics(probe, module.LLMEngine)
+
+
+def install_async_llm(probe: Probe, module: ModuleType) -> None:
+    """``vllm serve --disable-log-stats``: likewise."""
+    _force_statistics(probe, module.AsyncLLM)
+
+
+def _force_statistics(probe: Probe, owner: type) -> None:
+    def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            if patch.active and probe.active:
+                # (vllm_config, executor_class, log_stats, ...) in every version so far
+                if kwargs.get("log_stats") is False:
+                    kwargs["log_stats"] = True
+                    logger().info("vLLM's request statistics were off; turned on for TTFT and TPOT")
+                elif len(args) > 2 and args[2] is False:
+                    args = (*args[:2], True, *args[3:])
+                    logger().info("vLLM's request statistics were off; turned on for TTFT and TPOT")
+            original(self, *args, **kwargs)
+
+        return __init__
+
+    probe.patch(owner, "__init__", make)

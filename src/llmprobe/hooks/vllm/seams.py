@@ -1,0 +1,77 @@
+"""Where a step's forward begins, version by version.
+
+The worker's ``execute_model`` prepares inputs first; stamping its entry would let an idle device look
+busy. Each seam is a method that vLLM calls once a step right before the model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Seam(NamedTuple):
+    """A method whose entry is the start of the forward pass."""
+
+    owner: Any
+    name: str
+    runner: str  # "v1" or "v2"
+
+
+#: Releases whose seams were read, and run where docs/compatibility.md says so.
+TRIED = ("0.11", "0.16", "0.20", "0.24", "0.32", "0.33")
+
+
+def forward_start(runner: Any) -> Seam | None:
+    """The seam of a model runner, or None if it has none we know."""
+    timing = getattr(runner, "step_timing", None)  # V2 from 0.32
+    if timing is not None and "forward_start" in vars(type(timing)):
+        return Seam(type(timing), "forward_start", "v2")
+    owner = _defining_class(type(runner), "_model_forward")  # V1
+    if owner is not None:
+        return Seam(owner, "_model_forward", "v1")
+    connector = getattr(runner, "kv_connector", None)  # V2 before 0.32
+    owner = _defining_class(type(connector), "pre_forward") if connector is not None else None
+    if owner is not None:
+        return Seam(owner, "pre_forward", "v2")
+    module = _module_of(runner)
+    if module is not None and callable(getattr(module, "set_forward_context", None)):  # 0.11
+        return Seam(module, "set_forward_context", "v1")
+    return None
+
+
+def runner_kind(runner: Any) -> str:
+    """``v1`` or ``v2``, by the module that the runner's base class lives in."""
+    modules = [cls.__module__ for cls in type(runner).__mro__]
+    return "v2" if any(".worker.gpu." in name for name in modules) else "v1"
+
+
+def tried(version: str) -> bool:
+    """Whether this vLLM release is one the seams were read in."""
+    return ".".join(version.split(".")[:2]) in TRIED
+
+
+def methods(cls: type, names: tuple[str, ...]) -> list[tuple[type, str]]:
+    """Every (class, name) in the MRO that defines one of ``names`` itself."""
+    return [(owner, name) for owner in cls.__mro__ for name in names if callable(vars(owner).get(name))]
+
+
+def entering(call: Callable[[], None], original: Callable[..., Any], live: Callable[[], bool]) -> Any:
+    """A wrapper that runs ``call`` before ``original`` while ``live()``."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if live():
+            call()
+        return original(*args, **kwargs)
+
+    return wrapper
+
+
+def _defining_class(cls: type, name: str) -> type | None:
+    return next((owner for owner in cls.__mro__ if name in vars(owner)), None)
+
+
+def _module_of(runner: Any) -> Any:
+    import sys
+
+    return sys.modules.get(type(runner).__module__)

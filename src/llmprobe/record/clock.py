@@ -1,0 +1,255 @@
+"""The step clock: when a step's forward and sampling began and ended, on the device that did the work.
+
+Two back ends behind `StepClock`. Both give a step four times in nanoseconds of ``CLOCK_MONOTONIC``: e0
+forward start, e1 forward end, e2 sampling start, e3 step end. Use::
+
+    stamps = clock.begin(payload)         # None: no stamps left, the step is dropped and counted
+    clock.mark(stamps, 0)                 # ... 1 and 2 may be left out ...
+    clock.mark(stamps, 3)
+    clock.finish(stamps)                  # or discard(stamps) when the step failed
+    for done in clock.harvest(): ...      # done.payload, done.times, done.restarted
+
+Nothing here ever waits for the device.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Any, Protocol
+
+from llmprobe.record.layout import Clock
+
+_monotonic_ns = time.monotonic_ns
+POOL_SIZE = 64  #: steps in flight at most; an engine runs a few ahead of its device
+
+
+class Stamps:
+    """The marks of one step; ``times`` are there once `StepClock.harvest` has returned it."""
+
+    __slots__ = ("events", "marked", "ns", "payload", "restarted")
+
+    def __init__(self, events: Any = None) -> None:
+        self.payload: Any = None
+        #: Host nanoseconds of each mark; afterwards the step's times. 0 where not marked.
+        self.ns = [0, 0, 0, 0]
+        self.events = events
+        self.marked = 0  # bit i: mark i was set
+        #: The step before this one was lost, or there is none: the gap before it is not known.
+        self.restarted = False
+
+    @property
+    def times(self) -> tuple[int, int, int, int]:
+        """(e0, e1, e2, e3) in nanoseconds of ``CLOCK_MONOTONIC``.
+
+        A step not marked at e1 counts as one forward up to e3; one not marked at e2 samples from e1 on.
+        """
+        e0, e1, e2, e3 = self.ns
+        e1 = e1 or e3
+        return e0, e1, e2 or e1, e3
+
+
+class StepClock(Protocol):
+    """What hooks stamp steps with. Methods are safe in several threads and never block."""
+
+    name: str  #: ``host`` or ``cuda``
+    kind: int  #: the same as `llmprobe.record.layout.Clock`
+    dropped: int  #: steps that got no stamps, or lost them
+
+    def begin(self, payload: Any) -> Stamps | None:
+        """Stamps for a new step, or None when all are in flight. ``payload`` comes back from `harvest`."""
+
+    def mark(self, stamps: Stamps, index: int) -> None:
+        """Stamp time ``index`` (0 to 3) of the step, at this place in the device's queue of work."""
+
+    def finish(self, stamps: Stamps) -> None:
+        """The step is over on the host; without marks 0 and 3 it is dropped."""
+
+    def discard(self, stamps: Stamps) -> None:
+        """Forget a step that failed."""
+
+    def harvest(self) -> list[Stamps]:
+        """Steps that are complete on the device, in the order of `finish`. They are the caller's until
+        the next `harvest`."""
+
+    def restart(self) -> None:
+        """The next step follows a time without stamps (the probe was off)."""
+
+
+class HostClock:
+    """For work that is done when the call returns: a CPU device."""
+
+    name = "host"
+    kind = int(Clock.HOST)
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._restarted = True
+        self._done: deque[Stamps] = deque(maxlen=POOL_SIZE)
+
+    def begin(self, payload: Any) -> Stamps | None:
+        """See `StepClock.begin`; never None."""
+        stamps = Stamps()
+        stamps.payload = payload
+        if self._restarted:
+            stamps.restarted = True
+            self._restarted = False
+        return stamps
+
+    def mark(self, stamps: Stamps, index: int) -> None:
+        """See `StepClock.mark`."""
+        stamps.ns[index] = _monotonic_ns()
+
+    def finish(self, stamps: Stamps) -> None:
+        """See `StepClock.finish`."""
+        if stamps.ns[0] and stamps.ns[3]:
+            self._done.append(stamps)
+        else:
+            self.dropped += 1
+            self._restarted = True
+
+    def discard(self, stamps: Stamps) -> None:
+        """See `StepClock.discard`."""
+        self._restarted = True
+
+    def harvest(self) -> list[Stamps]:
+        """See `StepClock.harvest`: everything finished so far."""
+        done: list[Stamps] = []
+        try:
+            while True:
+                done.append(self._done.popleft())
+        except IndexError:
+            return done
+
+    def restart(self) -> None:
+        """See `StepClock.restart`."""
+        self._restarted = True
+
+
+class CudaClock:
+    """CUDA events on the stream that is current at each mark; only a step's last one is ever queried.
+
+    Device times are chained: each step is placed by ``elapsed_time`` from the end of the one before, which
+    keeps the single-precision milliseconds of CUDA exact to half a microsecond. The chain is tied to
+    ``CLOCK_MONOTONIC`` by what cannot be otherwise: an event never happens before the host recorded it,
+    nor after the host saw it done. Whenever the device waits for the host (every first step of a request)
+    the first bound is tight to a few microseconds, so that the chain also follows the drift between both.
+
+    `begin` to `finish` of a step run in one thread; `harvest` wherever no CUDA graph is being captured.
+    """
+
+    name = "cuda"
+    kind = int(Clock.CUDA)
+
+    def __init__(self, device: Any = None, pool_size: int = POOL_SIZE) -> None:
+        """
+        Args:
+            device: the CUDA device whose current stream is marked; None is the current device.
+            pool_size: steps in flight at most.
+        """
+        import torch
+
+        self.dropped = 0
+        self._cuda = torch.cuda
+        self._device = device
+        self._free = deque(Stamps(self._new_events()) for _ in range(pool_size))
+        self._flying: deque[Stamps] = deque()
+        self._harvested: list[Stamps] = []
+        self._harvesting = threading.Lock()  # only ever tried, never waited for
+        self._restarted = True
+        self._last_event: Any = None  # the event of the last harvested step's end ...
+        self._last_ns = 0  # ... and when that was
+
+    def _new_events(self) -> list[Any]:
+        return [self._cuda.Event(enable_timing=True) for _ in range(4)]
+
+    def begin(self, payload: Any) -> Stamps | None:
+        """See `StepClock.begin`."""
+        try:
+            stamps = self._free.popleft()
+        except IndexError:
+            self.dropped += 1
+            self._restarted = True
+            return None
+        stamps.payload = payload
+        stamps.marked = 0
+        stamps.restarted = self._restarted
+        self._restarted = False
+        return stamps
+
+    def mark(self, stamps: Stamps, index: int) -> None:
+        """See `StepClock.mark`. Does nothing while the stream is being captured into a CUDA graph."""
+        if self._cuda.is_current_stream_capturing():
+            return
+        stamps.ns[index] = _monotonic_ns()
+        stamps.events[index].record(self._cuda.current_stream(self._device))
+        stamps.marked |= 1 << index
+
+    def finish(self, stamps: Stamps) -> None:
+        """See `StepClock.finish`."""
+        if stamps.marked & 0b1001 == 0b1001:
+            self._flying.append(stamps)
+        else:
+            self.dropped += 1
+            self.discard(stamps)
+
+    def discard(self, stamps: Stamps) -> None:
+        """See `StepClock.discard`."""
+        stamps.payload = None
+        self._restarted = True
+        self._free.append(stamps)
+
+    def harvest(self) -> list[Stamps]:
+        """See `StepClock.harvest`. Empty while another thread harvests, or a CUDA graph is captured."""
+        if self._cuda.is_current_stream_capturing() or not self._harvesting.acquire(blocking=False):
+            return []
+        try:
+            for stamps in self._harvested:
+                stamps.payload = None
+                self._free.append(stamps)
+            self._harvested = []
+            while self._flying and self._flying[0].events[3].query():
+                # Taken out first: a step whose times cannot be read must not come up for ever.
+                stamps = self._flying.popleft()
+                self._place(stamps)
+                self._harvested.append(stamps)
+            return self._harvested
+        finally:
+            self._harvesting.release()
+
+    def restart(self) -> None:
+        """See `StepClock.restart`."""
+        self._restarted = True
+
+    def _place(self, stamps: Stamps) -> None:
+        """Replace the host's times of the marks by the device's."""
+        seen = _monotonic_ns()
+        e0, e1, e2, e3 = stamps.events
+        recorded = stamps.ns[0]
+        start = recorded
+        if self._last_event is not None:
+            start = max(recorded, self._last_ns + _ns(self._last_event.elapsed_time(e0)))
+        span = _ns(e0.elapsed_time(e3))
+        if start + span > seen:
+            start = max(seen - span, recorded)
+        marked = stamps.marked
+        stamps.ns[0] = start
+        stamps.ns[1] = start + _ns(e0.elapsed_time(e1)) if marked & 2 else 0
+        stamps.ns[2] = start + _ns(e0.elapsed_time(e2)) if marked & 4 else 0
+        stamps.ns[3] = start + span
+        self._last_ns = start + span
+        # The pooled event would be recorded anew before the next step is placed against it: swap it out.
+        if self._last_event is None:
+            self._last_event = self._cuda.Event(enable_timing=True)
+        stamps.events[3], self._last_event = self._last_event, e3
+
+
+def _ns(milliseconds: float) -> int:
+    return round(milliseconds * 1e6)
+
+
+def step_clock(device: Any) -> StepClock:
+    """The clock for a ``torch.device`` (or its name): CUDA events on GPUs, else the host's clock."""
+    kind = getattr(device, "type", None) or str(device).partition(":")[0]
+    return CudaClock(device) if kind == "cuda" else HostClock()
