@@ -1,4 +1,4 @@
-"""What the vLLM entry point calls. Does nothing, and imports nothing more, unless ``LLMPROBE`` asks for it."""
+"""What the vLLM entry point calls. Does nothing unless ``LLMPROBE`` asks for it."""
 
 from __future__ import annotations
 

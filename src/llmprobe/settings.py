@@ -98,7 +98,9 @@ class Settings:
                 env, "LLMPROBE_CAPTURE_MAX_BYTES", "2GiB", parse_size, "a size such as 500MB or 2GiB"
             ),
             vllm_metrics=_read(env, "LLMPROBE_VLLM_METRICS", "1", _boolean, "1 or 0"),
-            thresholds=_read(env, "LLMPROBE_THRESHOLDS", "", _optional_path, "an absolute path to a TOML file"),
+            thresholds=_read(
+                env, "LLMPROBE_THRESHOLDS", "", _optional_path, "an absolute path to a TOML file"
+            ),
             log_level=_read(
                 env, "LLMPROBE_LOG_LEVEL", "INFO", _log_level, "DEBUG, INFO, WARNING, ERROR or CRITICAL"
             ),

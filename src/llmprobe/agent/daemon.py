@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from llmprobe.record.agent_launch import LOCK_NAME, agent_environment
+from llmprobe.record.agent_launch import INFO_NAME, LOCK_NAME, agent_environment
 
 _LOG_BYTES = 1 << 20
 _LOG_KEPT_BYTES = 64 << 10
@@ -100,6 +100,8 @@ def take_lock(directory: Path) -> Lock | None:
                 raise
             time.sleep(0.02)
         else:
+            # What a killed agent said about itself is not true of this one.
+            (directory / INFO_NAME).unlink(missing_ok=True)
             return Lock(path, fd)
     os.close(fd)
     return None

@@ -67,7 +67,7 @@ class Door:
 
     def _check_origin(self, headers: Mapping[str, str]) -> Problem | None:
         origin = headers.get("origin")
-        if origin is None or urlsplit(origin).netloc.lower() == headers.get("host", "").lower():
+        if origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower():
             return None
         return Problem(
             403, f"Origin {origin!r} is another site.", "Call the agent from its own page or a program."

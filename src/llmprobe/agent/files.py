@@ -33,11 +33,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, separators=(",", ":")).encode() + b"\n")
 
 
-def switch(directory: Path, armed: bool, servers: Sequence[str] | None = None) -> dict[str, Any]:
+def switch(
+    directory: Path,
+    armed: bool,
+    servers: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Tell engines to switch their probes on or off; they look every quarter second.
 
     Args:
         servers: the ``server`` labels it is meant for; None: all.
+        groups: the group ids of those servers, which are unambiguous where two chose one label.
 
     Returns:
         What was written to ``control.json``.
@@ -46,6 +52,7 @@ def switch(directory: Path, armed: bool, servers: Sequence[str] | None = None) -
         "schema": CONTROL_SCHEMA,
         "armed": armed,
         "servers": None if servers is None else sorted(set(servers)),
+        "groups": None if groups is None else sorted(set(groups)),
         "changed": time.time(),
     }
     write_json(directory / CONTROL_NAME, control)

@@ -38,12 +38,11 @@ class Jobs:
     def run_due(self) -> float:
         """Run what is due; returns seconds until the next job is."""
         for job in self._jobs:
-            now = self._clock()
-            if now < job.due:
+            if self._clock() < job.due:
                 continue
-            # A job that takes longer than its period drops turns instead of never pausing.
-            job.due = max(job.due + job.period, now + job.period / 2)
             self.attempt(job.name, job.run)
+            # A job that takes longer than its period drops turns instead of never pausing.
+            job.due = max(job.due + job.period, self._clock() + job.period / 2)
         return max(min((job.due for job in self._jobs), default=1.0) - self._clock(), 0.0)
 
     def attempt(self, name: str, run: Callable[[], None]) -> None:

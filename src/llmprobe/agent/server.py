@@ -23,7 +23,7 @@ from llmprobe.agent.main import Options
 from llmprobe.agent.peaks import peaks_of
 from llmprobe.agent.service import State, create_app
 from llmprobe.collect.collector import Collector
-from llmprobe.record.agent_launch import LOG_NAME
+from llmprobe.record.agent_launch import CONTROL_NAME, LOG_NAME
 
 log = logging.getLogger("llmprobe.agent")
 
@@ -145,6 +145,8 @@ class _Agent:
         if self._collector.alive():
             self._empty_since = now
         elif not self._options.external and now - self._empty_since >= self._options.linger_seconds:
+            # "off" is meant for engines that run: the next one starts switched on.
+            (self._directory / CONTROL_NAME).unlink(missing_ok=True)
             self._go(f"no engine for {self._options.linger_seconds:g} s")
         resident = daemon.resident_bytes()
         if resident > _MOST_RESIDENT_BYTES:

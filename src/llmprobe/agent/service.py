@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import llmprobe
@@ -71,6 +71,8 @@ class State:
 
 class Switch(BaseModel):
     """What ``POST /api/probe`` takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     armed: bool = Field(description="Whether the probes shall record.")
     servers: list[str] | None = Field(
@@ -133,15 +135,16 @@ def _add_reading(app: FastAPI, state: State) -> None:
 def _add_switch(app: FastAPI, state: State) -> None:
     @app.post("/api/probe", summary="Switch probes on or off, without a restart of the engine")
     async def probe(switch: Switch) -> dict[str, Any]:
-        known = sorted({view.server for view in state.reader.views()})
-        if unknown := sorted(set(switch.servers or ()) - set(known)):
+        groups = {view.server: view.group for view in state.reader.views()}
+        if unknown := sorted(set(switch.servers or ()) - set(groups)):
             raise Problem(
                 404,
                 f"No such server: {', '.join(unknown)}.",
-                f"Servers now: {', '.join(known) or 'none'}; leave `servers` out to switch all.",
+                f"Servers now: {', '.join(sorted(groups)) or 'none'}; leave `servers` out to switch all.",
             )
+        chosen = None if switch.servers is None else [groups[name] for name in switch.servers]
         try:
-            control = files.switch(state.directory, switch.armed, switch.servers)
+            control = files.switch(state.directory, switch.armed, switch.servers, chosen)
         except OSError as error:
             raise Problem(
                 507, f"The switch cannot be written: {error.strerror}.", f"Make room in {state.directory}."

@@ -25,7 +25,13 @@ WINDOW_NS = 30 * 10**9
 _VIEW_EVERY_NS = 500_000_000
 _FACTS_EVERY_NS = 2 * 10**9
 _DEAD_KEEP_NS = 30 * 10**9
-_LATENCIES = ("time_to_first_token", "time_per_output_token", "inter_token_latency", "request_duration", "request_queue")
+_LATENCIES = (
+    "time_to_first_token",
+    "time_per_output_token",
+    "inter_token_latency",
+    "request_duration",
+    "request_queue",
+)
 _CHECKPOINT_SCHEMA = 1
 
 PeaksOf = Callable[[dict[str, Any]], Peaks | None]
@@ -46,7 +52,7 @@ class Collector:
         checkpoint: Path | None = None,
         peaks: PeaksOf = _no_peaks,
         only_group: str | None = None,
-        own_writers: dict[Path, JournalWriter] | None = None,
+        own_writers: Callable[[], dict[Path, JournalWriter]] = dict,
         remove_dead: bool = False,
     ) -> None:
         """
@@ -56,7 +62,7 @@ class Collector:
             checkpoint: file that carries derived counters over a restart.
             peaks: peak rates for a worker's facts, None where unknown.
             only_group: look at one server or program only.
-            own_writers: journals that this very process writes; see `JournalReader`.
+            own_writers: gives the journals that this very process writes; see `JournalReader`.
             remove_dead: delete the journals of processes that died more than 30 s ago.
         """
         self._directory = directory / "journals"
@@ -64,7 +70,7 @@ class Collector:
         self._checkpoint = checkpoint
         self._peaks = peaks
         self._only_group = only_group
-        self._own_writers = own_writers or {}
+        self._own_writers = own_writers
         self._remove_dead = remove_dead
         self._lock = threading.Lock()
         self._processes: dict[Path, Process] = {}
@@ -83,28 +89,25 @@ class Collector:
             self._discover()
             now = self._clock()
             # Steps before front ends: whatever a step worked on is then known to have been pending.
-            steps: dict[Path, np.ndarray] = {}
-            for path, process in self._processes.items():
-                if path in self._ranks and process.role == "worker":
-                    steps[path] = process.poll(now).steps
-            for path, process in self._processes.items():
-                if process.role == "worker":
-                    continue
-                records = process.poll(now)
-                unfinished = process.load.unfinished if process.load is not None else 0
-                self._pending[path].add(records.pending, unfinished)
-                if path in self._ranks:
-                    steps[path] = records.steps
-            for path, new in steps.items():
-                self._ranks[path].fold(new, self._pending_of(self._processes[path]), now)
-            self._forget(now)
+            for process in sorted(self._processes.values(), key=lambda process: process.role != "worker"):
+                self._poll(process, now)
             if final or now - self._views_at >= _VIEW_EVERY_NS:
                 self._views_at = now
+                for path, rank in self._ranks.items():
+                    rank.fold(self._pending_of(self._processes[path]), now)
+                self._forget(now)
                 if final or now - self._facts_at >= _FACTS_EVERY_NS:
                     self._facts_at = now
                     for process in self._processes.values():
                         process.refresh_facts()
                 self._views = self._build_views(now, keep_dead=final)
+
+    def _poll(self, process: Process, now: int) -> None:
+        records = process.poll(now)
+        if rank := self._ranks.get(process.path):
+            rank.take(records.steps)
+        if pending := self._pending.get(process.path):
+            pending.add(records.pending, process.load.unfinished if process.load is not None else 0)
 
     def views(self) -> list[ServerView]:
         """Every live server as of the last tick."""
@@ -130,7 +133,9 @@ class Collector:
         if self._checkpoint is None:
             return
         with self._lock:
-            ranks = {rank.process.identity: rank.save() for rank in self._ranks.values() if rank.process.alive}
+            ranks = {
+                rank.process.identity: rank.save() for rank in self._ranks.values() if rank.process.alive
+            }
         text = json.dumps({"schema": _CHECKPOINT_SCHEMA, "ranks": ranks})
         temporary = self._checkpoint.with_suffix(".tmp")
         temporary.write_text(text)
@@ -155,7 +160,7 @@ class Collector:
             if not name.endswith(".journal") or path in self._processes or path in self._ignored:
                 continue
             try:
-                reader = JournalReader(path, self._own_writers.get(path))
+                reader = JournalReader(path, self._own_writers().get(path))
                 process = Process(path, reader)
             except (JournalError, ValueError):
                 continue  # still being made, or of another version: looked at again next time
@@ -208,7 +213,9 @@ class Collector:
         return views
 
     def _server(self, group: str, processes: list[Process], now: int) -> ServerView:
-        first = min(processes, key=lambda process: (process.role == "worker", process.facts.get("started", 0)))
+        first = min(
+            processes, key=lambda process: (process.role == "worker", process.facts.get("started", 0))
+        )
         facts = first.facts
         ranks = [
             self._rank(self._ranks[process.path], now) for process in processes if process.path in self._ranks
@@ -242,10 +249,7 @@ class Collector:
         facts, counters = process.facts, process.counters
         figures = summarise(rank.accounts, since_ns=now - WINDOW_NS, now_ns=now, peaks=rank.peaks)
         model = facts.get("model") or {}
-        progress = process.reader.progress()
-        running = None
-        if progress is not None and progress.begun > progress.completed and progress.begun > counters_steps(counters):
-            running = max(now - progress.time, 0) / 1e9
+        since = rank.running_since()
         steps = {phase: counters[f"steps_{phase}"] for phase in layout.PHASES if counters[f"steps_{phase}"]}
         return RankView(
             engine=process.engine,
@@ -268,7 +272,7 @@ class Collector:
             peaks=rank.peaks,
             weights_bytes=model.get("weights_bytes"),
             kv_capacity_bytes=(model.get("kv") or {}).get("capacity_bytes"),
-            step_running_seconds=running,
+            step_running_seconds=None if since is None else max(now - since, 0) / 1e9,
             own_seconds=counters["own_ns_step"] / 1e9,
             errors=counters["errors"],
             dropped=counters["dropped"],
@@ -328,7 +332,9 @@ class Collector:
         missing: dict[str, str] = {}
         if not engines:
             missing["time_to_first_token_seconds"] = "no front end of this server is being recorded"
-            missing["no_work"] = "without a front end, waiting for the host cannot be told from having no work"
+            missing["no_work"] = (
+                "without a front end, waiting for the host cannot be told from having no work"
+            )
         if not ranks:
             missing["device_time_seconds"] = "no worker of this server is being recorded"
         for view in ranks:
@@ -342,11 +348,6 @@ class Collector:
                 )
             missing["launch_gap"] = "gaps inside a step need kernel windows; they are off"
         return missing
-
-
-def counters_steps(counters: dict[str, int]) -> int:
-    """Steps completed, all phases."""
-    return sum(counters[f"steps_{phase}"] for phase in layout.PHASES)
 
 
 def _merge(views: list[HistogramView]) -> HistogramView:
@@ -406,5 +407,3 @@ def _load_checkpoint(path: Path | None) -> dict[str, Any]:
         return {}
     ranks = saved.get("ranks")
     return ranks if isinstance(ranks, dict) else {}
-
-

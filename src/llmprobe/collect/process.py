@@ -149,24 +149,37 @@ class Rank:
         self.flops: dict[str, float] = {}
         self.accounts = accounting.StepAccounts.none()
         self.recent: deque[np.void] = deque(maxlen=RECENT_STEPS)
+        self._waiting: list[np.ndarray] = []
 
-    def fold(self, steps: np.ndarray, pending: intervals.Intervals | None, now_ns: int) -> None:
-        """Account for new steps, and for the time since the last one if nothing is to do.
+    def take(self, steps: np.ndarray) -> None:
+        """Keep new steps for the next `fold`: accounting for many at once costs little more than for one."""
+        steps = steps[steps["flags"] & layout.Flag.EMPTY == 0]
+        if len(steps):
+            self._waiting.append(steps)
+            self.recent.extend(steps)
+
+    def fold(self, pending: intervals.Intervals | None, now_ns: int) -> None:
+        """Account for the steps taken, and for the time since the last one if nothing is to do.
 
         Args:
             pending: when requests were unfinished; None where nobody tells: idle time is then
                 ``unattributed``, because it cannot be split into waiting for the host and no work.
         """
-        steps = steps[steps["flags"] & layout.Flag.EMPTY == 0]
-        if len(steps):
+        if self._waiting:
+            steps = np.concatenate(self._waiting)
+            self._waiting = []
             self._account(steps, pending)
-        progress = self.process.reader.progress()
-        running = progress is not None and progress.begun > progress.completed + 1
-        if self.cursor_ns is not None and pending is not None and not running and self.process.alive:
-            components, self.cursor_ns = accounting.idle(
-                self.cursor_ns, now_ns - _SETTLE_NS, pending, None
-            )
+        idle = self.running_since() is None and self.process.alive
+        if self.cursor_ns is not None and pending is not None and idle:
+            components, self.cursor_ns = accounting.idle(self.cursor_ns, now_ns - _SETTLE_NS, pending, None)
             self._add("none", components)
+
+    def running_since(self) -> int | None:
+        """When the running step began (CLOCK_MONOTONIC nanoseconds); None between steps."""
+        progress = self.process.reader.progress()
+        if progress is None or progress.begun <= (self.last_step or 0):
+            return None
+        return progress.time
 
     def _account(self, steps: np.ndarray, pending: intervals.Intervals | None) -> None:
         rows = accounting.account(
@@ -203,7 +216,6 @@ class Rank:
         kept = accounting.StepAccounts.concat([self.accounts, rows])
         newest = int(rows.end_ns[-1])
         self.accounts = kept.between(newest - KEEP_NS, newest)
-        self.recent.extend(steps)
 
     def _add(self, phase: str, components: np.ndarray) -> None:
         if not components.any():
@@ -223,7 +235,7 @@ class Rank:
     def save(self) -> dict[str, Any]:
         """What an agent that starts anew needs in order to go on counting."""
         return {
-            "position": self.process.reader.position,
+            "position": self.process.reader.position - sum(len(steps) for steps in self._waiting),
             "cursor_ns": self.cursor_ns,
             "last_step": self.last_step,
             "lost": self.process.lost,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -18,7 +17,9 @@ _STAMP = "llmprobe-model.json"
 _FORMAT = 1  # counts up when the same parameters give other files
 
 _CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] }}: {{ message['content'] }}\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
@@ -117,7 +118,7 @@ def make_model(
         if path.exists():
             shutil.rmtree(path)
         with contextlib.suppress(OSError):  # another process was faster; its model is the same
-            os.rename(work, path)
+            work.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if not _is_made(path, stamp):

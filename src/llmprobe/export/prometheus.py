@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
+from llmprobe.compute.accounting import IDLE_COMPONENTS, NO_PHASE
 from llmprobe.compute.histogram import rebucket
 from llmprobe.export.catalogue import FAMILIES, LATENCIES, Family
 from llmprobe.record.layout import bucket_bounds_seconds
@@ -148,7 +149,8 @@ def _engine(samples: _Samples, labels: tuple[str, ...], engine: EngineView) -> N
 def _time(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
     for phase, components in rank.device_time.items():
         for component, seconds in components.items():
-            if not seconds and component in _KERNEL_COMPONENTS:
+            elsewhere = (component in IDLE_COMPONENTS) != (phase == NO_PHASE)
+            if not seconds and (elsewhere or component in _KERNEL_COMPONENTS):
                 continue
             samples.add("llmprobe_device_time_seconds_total", (*labels, phase, component), seconds)
     for phase, histogram in rank.step_duration.items():

@@ -36,8 +36,12 @@ class Guard:
         if total >= ERROR_LIMIT and not self._said.is_set():
             self._said.set()
             self.inert = True
-            logger().error("%d internal errors, the last in %s: %r; the probe is off in this process",
-                           total, where, error)
+            logger().error(
+                "%d internal errors, the last in %s: %r; the probe is off in this process",
+                total,
+                where,
+                error,
+            )
 
     def call(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``, or None if it failed or the guard has given up."""

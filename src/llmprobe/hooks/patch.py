@@ -14,7 +14,9 @@ class Patch:
     while ``patch.active`` is False: a layer that another tool wrapped cannot be taken out, only silenced.
     """
 
-    def __init__(self, owner: Any, name: str, make: Callable[[Callable[..., Any], Patch], Callable[..., Any]]) -> None:
+    def __init__(
+        self, owner: Any, name: str, make: Callable[[Callable[..., Any], Patch], Callable[..., Any]]
+    ) -> None:
         self.owner = owner
         self.name = name
         self.active = False

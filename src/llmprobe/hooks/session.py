@@ -127,7 +127,8 @@ class _Housekeeping(threading.Thread):
         self._probe = probe
         self._recorder = recorder
         self._control = probe.settings.directory / "control.json"
-        self._seen: tuple[int, int] | None = None
+        # A switch thrown before this process armed was meant for others.
+        self._seen = self._control_state()
         self._published: Any = None
         self._keepalive_at = 0.0
 
@@ -138,16 +139,23 @@ class _Housekeeping(threading.Thread):
             if not guard.inert and self._probe.settings.agent == "auto":
                 guard.call("housekeeping.agent", self._keep_agent)
             self._publish()
+            guard.call("housekeeping.flush", self._recorder.flush)
+            for idle in self._probe.when_idle:
+                guard.call("housekeeping.idle", idle)
             time.sleep(_POLL_SECONDS)
 
-    def _follow_switch(self) -> None:
+    def _control_state(self) -> tuple[int, int] | None:
         try:
             stat = self._control.stat()
         except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_ino
+
+    def _follow_switch(self) -> None:
+        state = self._control_state()
+        if state is None or state == self._seen:
             return
-        if self._seen == (stat.st_mtime_ns, stat.st_ino):
-            return
-        self._seen = (stat.st_mtime_ns, stat.st_ino)
+        self._seen = state
         control = json.loads(self._control.read_text())
         servers = control.get("servers")
         if servers is not None and self._recorder.facts.get("server") not in servers:

@@ -1,4 +1,4 @@
-"""How much the KV cache of one ``generate`` call holds, from shapes and storages alone: nothing synchronises."""
+"""How much the KV cache of one ``generate`` call holds, from shapes and storages: nothing synchronises."""
 
 from __future__ import annotations
 

@@ -173,6 +173,7 @@ class CudaClock:
             self._restarted = True
             return None
         stamps.payload = payload
+        stamps.ns = [0, 0, 0, 0]
         stamps.marked = 0
         stamps.restarted = self._restarted
         self._restarted = False

@@ -35,8 +35,11 @@ _pack_crc = layout.CRC.pack
 _pack_cell = layout.CELL.pack
 _pack_position = struct.Struct("<QQ").pack
 _pack_progress = layout.PROGRESS.pack
-_pack_counters = layout.COUNTER_BLOCK.pack
-_COUNTERS_OFFSET = layout.COUNTERS_OFFSET
+_pack_step_totals = layout.STEP_TOTALS.pack
+_pack_request_totals = layout.REQUEST_TOTALS.pack
+_STEP_COUNTERS = len(layout.STEP_COUNTERS)
+_STEP_TOTALS_OFFSET = layout.STEP_TOTALS_OFFSET
+_REQUEST_TOTALS_OFFSET = layout.REQUEST_TOTALS_OFFSET
 _RING_OFFSET = layout.RING_OFFSET
 _CELL_DTYPE = np.dtype([("value", "<u8"), ("crc", "<u4"), ("pad", "V4")])
 
@@ -61,6 +64,7 @@ class JournalWriter:
         self._loads = 0
         self._facts_writes = 0
         self.counters = [0] * len(layout.COUNTERS)
+        self._dirty: set[tuple[int, int]] = set()
         self._cells = [[0] * BUCKETS for _ in layout.HISTOGRAMS]
 
     @classmethod
@@ -160,24 +164,39 @@ class JournalWriter:
     ) -> None:
         """Publish the load as it is now; ``kv_usage`` is NaN where it is not known."""
         self._loads += 1
-        payload = layout.LOAD.pack(
-            self._loads, time_ns, running, waiting, kv_usage, unfinished, armed, inert
-        )
+        payload = layout.LOAD.pack(self._loads, time_ns, running, waiting, kv_usage, unfinished, armed, inert)
         sealed = payload + _CRC.pack(_crc32(payload))
         os.pwrite(self._fd, sealed + sealed, layout.LOAD_OFFSET)
 
-    def flush_counters(self) -> None:
-        """Publish `counters`."""
-        self._updates += 1
-        payload = _pack_counters(self._updates, *self.counters)
+    def flush_steps(self) -> None:
+        """Publish the totals of steps in `counters`, and what `observe_later` counted."""
+        payload = _pack_step_totals(self._seq, *self.counters[:_STEP_COUNTERS])
         sealed = payload + _pack_crc(_crc32(payload))
-        _pwrite(self._fd, sealed + sealed, _COUNTERS_OFFSET)
+        _pwrite(self._fd, sealed + sealed, _STEP_TOTALS_OFFSET)
+        while self._dirty:
+            self._write_cell(*self._dirty.pop())
+
+    def flush_request_counters(self) -> None:
+        """Publish the totals of requests, and of llmprobe itself, in `counters`."""
+        self._updates += 1
+        payload = _pack_request_totals(self._updates, *self.counters[_STEP_COUNTERS:])
+        sealed = payload + _pack_crc(_crc32(payload))
+        _pwrite(self._fd, sealed + sealed, _REQUEST_TOTALS_OFFSET)
 
     def observe(self, histogram: int, nanoseconds: int, times: int = 1) -> None:
         """Count a duration ``times`` times in a histogram (an index of `layout.HISTOGRAMS`)."""
         bucket = bucket_of(nanoseconds)
-        cells = self._cells[histogram]
-        value = cells[bucket] = cells[bucket] + times
+        self._cells[histogram][bucket] += times
+        self._write_cell(histogram, bucket)
+
+    def observe_later(self, histogram: int, nanoseconds: int) -> None:
+        """Count a duration now and publish it with the next `flush_steps`: one write for many."""
+        bucket = bucket_of(nanoseconds)
+        self._cells[histogram][bucket] += 1
+        self._dirty.add((histogram, bucket))
+
+    def _write_cell(self, histogram: int, bucket: int) -> None:
+        value = self._cells[histogram][bucket]
         position = histogram * BUCKETS + bucket
         cell = _pack_cell(value, _crc32(_pack_position(position, value)) or 1)
         _pwrite(self._fd, cell + cell, HISTOGRAMS_OFFSET + position * CELL_PAIR)
@@ -250,16 +269,19 @@ class JournalReader:
             self.close()
             raise
         self._next = 0
+        self._uncounted = np.empty(0, layout.STEP)  # steps read that the published totals may lack
 
     def _read_header(self) -> None:
         head = os.pread(self._fd, layout.HEADER.size, 0)
         if len(head) < layout.HEADER.size or head[:8] != layout.MAGIC:
             raise JournalError(f"{self.path} is not a journal, or is still being made")
-        magic, version, size, ring, record, slots, identity, crc = layout.HEADER.unpack(head)
+        _, version, size, ring, record, slots, identity, crc = layout.HEADER.unpack(head)
         if crc != _crc32(head[:-4]):
             raise JournalError(f"the header of {self.path} is damaged")
         if (version, ring, record) != (layout.VERSION, layout.RING_OFFSET, layout.RECORD_SIZE):
-            raise JournalError(f"{self.path} has journal version {version}; this llmprobe reads {layout.VERSION}")
+            raise JournalError(
+                f"{self.path} has journal version {version}; this llmprobe reads {layout.VERSION}"
+            )
         if slots <= 0 or os.fstat(self._fd).st_size < size:
             raise JournalError(f"{self.path} is cut short")
         self.identity = bytes(identity).hex()
@@ -291,7 +313,11 @@ class JournalReader:
                 continue
             number, length = struct.unpack_from("<QI", data)
             end = 12 + length
-            if end + 4 <= len(data) and _CRC.unpack_from(data, end)[0] == _crc32(data[:end]) and number > best[0]:
+            if (
+                end + 4 <= len(data)
+                and _CRC.unpack_from(data, end)[0] == _crc32(data[:end])
+                and number > best[0]
+            ):
                 best = (number, data[12:end])
         facts = json.loads(best[1])
         return facts if isinstance(facts, dict) else {}
@@ -310,10 +336,26 @@ class JournalReader:
         return best
 
     def counters(self) -> dict[str, int]:
-        """Every cumulative total of `layout.COUNTERS` by name; zeros before the first flush."""
-        data = self._pair(layout.COUNTERS_OFFSET, layout.COUNTER_BLOCK.size)
-        values = layout.COUNTER_BLOCK.unpack(data)[1:] if data else [0] * len(layout.COUNTERS)
-        return dict(zip(layout.COUNTERS, values, strict=True))
+        """Every cumulative total of `layout.COUNTERS` by name, as of the last `read`.
+
+        The engine publishes its totals of steps a few times a second; steps read since are added here, so
+        that none is missing however the engine ended. (``gap_ns_*`` alone stay as published.)
+        """
+        counters = dict.fromkeys(layout.COUNTERS, 0)
+        if data := self._pair(layout.REQUEST_TOTALS_OFFSET, layout.REQUEST_TOTALS.size):
+            counters.update(zip(layout.REQUEST_COUNTERS, layout.REQUEST_TOTALS.unpack(data)[1:], strict=True))
+        if data := self._pair(layout.STEP_TOTALS_OFFSET, layout.STEP_TOTALS.size):
+            through, *totals = layout.STEP_TOTALS.unpack(data)
+            counters.update(zip(layout.STEP_COUNTERS, totals, strict=True))
+            self._uncounted = self._uncounted[self._uncounted["seq"] >= through]
+        steps = self._uncounted
+        for phase in np.unique(steps["phase"]):
+            of = steps[steps["phase"] == phase]
+            counters[f"steps_{layout.PHASES[phase]}"] += len(of)
+            counters[f"span_ns_{layout.PHASES[phase]}"] += int(np.maximum(of["e3"] - of["e0"], 0).sum())
+        for name, field in _STEP_SUMS:
+            counters[name] += int(steps[field].sum())
+        return counters
 
     def progress(self) -> Progress | None:
         """The step begun last, or None before the first."""
@@ -326,7 +368,10 @@ class JournalReader:
         return Load(*layout.LOAD.unpack(data)) if data else None
 
     def histogram(self, name: str) -> np.ndarray:
-        """Counts by bucket; see `layout.bucket_bounds_seconds`. Its sum is a counter."""
+        """Counts by bucket, as of the last `counters`, in which its sum is.
+
+        See `layout.bucket_bounds_seconds` for the buckets.
+        """
         first = layout.HISTOGRAM_INDEX[name] * BUCKETS
         data = os.pread(self._fd, BUCKETS * CELL_PAIR, HISTOGRAMS_OFFSET + first * CELL_PAIR)
         raw = np.frombuffer(data, dtype=_CELL_DTYPE).reshape(-1, 2)
@@ -338,6 +383,10 @@ class JournalReader:
                 if cell["crc"] == _cell_crc(first + int(bucket), int(cell["value"]))
             ]
             counts[bucket] = max(whole, default=0)
+        if name.startswith("step_"):  # published with the totals: add what they lack
+            phase = layout.PHASES.index(name.removeprefix("step_"))
+            for row in self._uncounted[self._uncounted["phase"] == phase]:
+                counts[bucket_of(int(row["e3"]) - int(row["e0"]))] += np.uint64(1)
         return counts
 
     @property
@@ -368,7 +417,10 @@ class JournalReader:
                 if not skipped:
                     break
                 lost += skipped
-        return _by_kind(rows, lost)
+        records = _by_kind(rows, lost)
+        if len(records.steps):
+            self._uncounted = np.concatenate([self._uncounted, records.steps])[-self._slots :]
+        return records
 
     def _chunk(self, count: int) -> list[bytes]:
         slot = self._next % self._slots
@@ -412,6 +464,11 @@ _FIRST_CHUNK = 32  # a reader that keeps up finds about 20 at 10 Hz
 _CHUNK = 512
 _READ_ROUNDS = 256
 _SEQ = struct.Struct("<Q")
+_STEP_SUMS = (
+    ("step_prompt_tokens", "prompt_tokens"),
+    ("step_decode_tokens", "decode_tokens"),
+    ("own_ns_step", "own_ns"),
+)
 
 
 def _by_kind(rows: list[bytes], lost: int) -> Records:

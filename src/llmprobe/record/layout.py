@@ -6,7 +6,7 @@ A journal is one file of fixed size, little-endian::
     facts       2 x 64 KiB slots: JSON about the process, the engine and the model
     progress    one pair: the step begun last
     load        one pair: requests running and waiting, KV-cache use, own health
-    counters    one pair: every cumulative total
+    totals      two pairs: the cumulative totals of steps, and those of requests
     histograms  one 32-byte pair a bucket
     ring        records of 256 bytes; record ``seq`` lies in slot ``seq % slots``
 
@@ -158,20 +158,22 @@ DTYPES = {Kind.STEP: STEP, Kind.REQUEST: REQUEST, Kind.PENDING: PENDING}
 if any(dtype.itemsize != RECORD_SIZE for dtype in DTYPES.values()):
     raise AssertionError("every record takes RECORD_SIZE bytes")
 
-STEP_PACK = struct.Struct("<QqHBBIQ4q8I2Q4I4I4Q4Q44x")
+STEP_PACK = struct.Struct("<QqHBBIQ4q8I2Q8I8Q44x")
 REQUEST_PACK = struct.Struct("<QqHBBI4q6I172x")
 PENDING_PACK = struct.Struct("<QqHBBI2I220x")
 CRC = struct.Struct("<I")
 
-#: Cumulative totals, in the order of the counters pair. ``*_ns`` are nanoseconds. Those of steps exist
-#: once a phase.
-COUNTERS = (
+#: Cumulative totals of steps, one a phase where named so; ``*_ns`` are nanoseconds.
+STEP_COUNTERS = (
     *(f"steps_{phase}" for phase in PHASES),
     *(f"span_ns_{phase}" for phase in PHASES),
     *(f"gap_ns_{phase}" for phase in PHASES),
     "step_prompt_tokens",
     "step_decode_tokens",
     "own_ns_step",
+)
+#: Cumulative totals of requests, and of llmprobe itself.
+REQUEST_COUNTERS = (
     "own_ns_request",
     "errors",
     "dropped",
@@ -188,6 +190,7 @@ COUNTERS = (
     "sum_ns_request_duration",
     "sum_ns_request_queue",
 )
+COUNTERS = STEP_COUNTERS + REQUEST_COUNTERS
 COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}
 
 #: Latency histograms; their sums are counters.
@@ -214,13 +217,16 @@ PROGRESS = struct.Struct("<QqQII")  # steps begun, time of the last begin, steps
 #: update number, time, running, waiting, KV use (ratio of capacity), unfinished, armed, inert
 LOAD = struct.Struct("<QqIIdIII4x")
 LOAD_FIELDS = ("update", "time", "running", "waiting", "kv_usage", "unfinished", "armed", "inert")
-COUNTER_BLOCK = struct.Struct(f"<Q{len(COUNTERS)}Q")  # update number, totals
+#: Totals of steps follow the ring by a moment: first the ``seq`` up to which (exclusive) they count.
+STEP_TOTALS = struct.Struct(f"<Q{len(STEP_COUNTERS)}Q")
+REQUEST_TOTALS = struct.Struct(f"<Q{len(REQUEST_COUNTERS)}Q")  # update number, totals
 
 FACTS_OFFSET = HEADER_SIZE
 PROGRESS_OFFSET = FACTS_OFFSET + 2 * FACTS_SLOT
 LOAD_OFFSET = PROGRESS_OFFSET + 128
-COUNTERS_OFFSET = LOAD_OFFSET + 256
-HISTOGRAMS_OFFSET = COUNTERS_OFFSET + 2048
+STEP_TOTALS_OFFSET = LOAD_OFFSET + 256
+REQUEST_TOTALS_OFFSET = STEP_TOTALS_OFFSET + 1024
+HISTOGRAMS_OFFSET = REQUEST_TOTALS_OFFSET + 1024
 RING_OFFSET = -(-(HISTOGRAMS_OFFSET + len(HISTOGRAMS) * BUCKETS * CELL_PAIR) // 4096) * 4096
 
 

@@ -18,19 +18,21 @@ _ZEROS = (0,) * KV_GROUPS
 
 
 class Batch(NamedTuple):
-    """Counts of one step; see `llmprobe.record.layout.STEP` for each."""
+    """Counts of one step, in the order of the step record; see `llmprobe.record.layout.STEP` for each."""
 
     phase: int
-    requests: int
-    prefill_requests: int
-    prompt_tokens: int
-    decode_tokens: int
-    draft_tokens: int
-    sampled: int
-    context_prefill: tuple[int, ...]
-    context_decode: tuple[int, ...]
-    pairs_prefill: tuple[int, ...]
-    pairs_decode: tuple[int, ...]
+    #: requests, prefill requests, prompt tokens, decode tokens, draft tokens, sampled positions
+    counts: tuple[int, int, int, int, int, int]
+    #: context of prefilling and of decoding requests, then pairs likewise, `KV_GROUPS` numbers each
+    attention: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens."""
+        return self.counts[2] + self.counts[3]
+
+
+DUMMY = Batch(int(Phase.DUMMY), (0, 0, 0, 0, 0, 0), (0,) * (4 * KV_GROUPS))
 
 
 class BatchReader:
@@ -66,8 +68,10 @@ class BatchReader:
         for req_id, output in resumed:
             self._prefilling[req_id] = self._prompt.get(req_id, 0) + output
         counts = scheduled.num_scheduled_tokens
-        if not scheduled.scheduled_new_reqs and total == len(counts) and not (
-            self._prefilling and any(req_id in self._prefilling for req_id in counts)
+        if (
+            not scheduled.scheduled_new_reqs
+            and total == len(counts)
+            and not (self._prefilling and any(req_id in self._prefilling for req_id in counts))
         ):
             return self._plain_decode(cached.num_computed_tokens, total)
         return self._any(scheduled, counts)
@@ -84,7 +88,7 @@ class BatchReader:
                 full if window is None else int(np.minimum(lengths, window).sum()) for window in self.windows
             )
         # One query each: as many pairs as visible keys.
-        return Batch(_DECODE, total, 0, 0, total, 0, total, _ZEROS, context, _ZEROS, context)
+        return Batch(_DECODE, (total, 0, 0, total, 0, total), (*_ZEROS, *context, *_ZEROS, *context))
 
     def _any(self, scheduled: Any, counts: dict[str, int]) -> Batch:
         drafts = scheduled.scheduled_spec_decode_tokens
@@ -124,16 +128,8 @@ class BatchReader:
             phase = _MIXED
         return Batch(
             phase,
-            len(counts),
-            prefill_requests,
-            tokens[0],
-            tokens[1],
-            draft_tokens,
-            sampled,
-            _pad(context[0]),
-            _pad(context[1]),
-            _pad(pairs[0]),
-            _pad(pairs[1]),
+            (len(counts), prefill_requests, tokens[0], tokens[1], draft_tokens, sampled),
+            (*_pad(context[0]), *_pad(context[1]), *_pad(pairs[0]), *_pad(pairs[1])),
         )
 
 

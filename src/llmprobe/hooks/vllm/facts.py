@@ -143,9 +143,7 @@ def _weights(models: Iterable[Any], tied_by_config: bool) -> dict[str, Any]:
         for name, module in modules.items():
             kind = _kind(name, module)
             stored = 0
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is None or tensor.numel() == 0:
-                    continue
+            for tensor in _stored(module):
                 key = tensor.untyped_storage().data_ptr()
                 if key in seen:
                     tied = tied or (kind == "head" and key in embeddings)
@@ -186,6 +184,14 @@ def _weights(models: Iterable[Any], tied_by_config: bool) -> dict[str, Any]:
     }
 
 
+def _stored(module: Any) -> Iterable[Any]:
+    """The tensors of one module that come from the checkpoint: no rotary tables, no scalar scales."""
+    computed = getattr(module, "_non_persistent_buffers_set", ())
+    buffers = [buffer for name, buffer in module._buffers.items() if name not in computed]
+    yield from (tensor for tensor in module._parameters.values() if tensor is not None and tensor.numel())
+    yield from (buffer for buffer in buffers if buffer is not None and buffer.numel() > 1)
+
+
 def _kind(name: str, module: Any) -> str:
     classes = {cls.__name__ for cls in type(module).__mro__}
     if "ParallelLMHead" in classes or name.rpartition(".")[2] == "lm_head":
@@ -208,7 +214,10 @@ def _matmul_params(kind: str, module: Any) -> int:
         vocabulary = getattr(module, "num_embeddings_per_partition", 0) or 0
         return int(vocabulary) * int(getattr(module, "embedding_dim", 0) or 0)
     if kind == "experts":
-        hidden, inner = getattr(module, "hidden_size", 0), getattr(module, "intermediate_size_per_partition", 0)
+        hidden, inner = (
+            getattr(module, "hidden_size", 0),
+            getattr(module, "intermediate_size_per_partition", 0),
+        )
         local = getattr(module, "local_num_experts", 0)
         if hidden and inner and local:
             return 3 * int(hidden) * int(inner) * int(local)

@@ -40,7 +40,9 @@ class FrontEnd:
         probe = self._probe
 
         def said() -> dict[str, Any]:
-            return facts.process_facts(probe.settings, server_name(probe.settings), "frontend", config, engine)
+            return facts.process_facts(
+                probe.settings, server_name(probe.settings), "frontend", config, engine
+            )
 
         if not self._recorders:
             recorder = probe.arm("frontend", said, size=_JOURNAL_BYTES)

@@ -16,15 +16,15 @@ from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.session import server_name
 from llmprobe.hooks.vllm import facts, seams
-from llmprobe.hooks.vllm.batch import Batch, BatchReader
+from llmprobe.hooks.vllm.batch import DUMMY, Batch, BatchReader
 from llmprobe.record.clock import Stamps, StepClock, step_clock
-from llmprobe.record.layout import PHASES, Flag, Phase
+from llmprobe.record.layout import PHASES, Flag
 from llmprobe.record.nvtx import ranges
 from llmprobe.settings import logger
 
 _now = time.monotonic_ns
+_IDLE_NS = 100_000_000
 _RESTARTED, _NO_SAMPLE = int(Flag.RESTARTED), int(Flag.NO_SAMPLE)
-_DUMMY = Batch(int(Phase.DUMMY), 0, 0, 0, 0, 0, 0, *[(0, 0, 0, 0)] * 4)
 _STEP_METHODS = ("execute_model", "sample_tokens", "execute_dummy_batch")
 _LIFE_METHODS = ("initialize_from_config", "compile_or_warm_up_model")
 
@@ -94,9 +94,12 @@ class WorkerProbe:
                 ),
             )
         self.armed = True
+        probe.when_idle.append(self.harvest_when_idle)
         logger().info(
-            "armed on vLLM %s, %s runner, rank %d", recorder.facts["framework_version"],
-            recorder.facts["runner"], worker.rank,
+            "armed on vLLM %s, %s runner, rank %d",
+            recorder.facts["framework_version"],
+            recorder.facts["runner"],
+            worker.rank,
         )
 
     def disarm(self) -> None:
@@ -117,7 +120,9 @@ class WorkerProbe:
         said["rank"] = int(worker.rank)
         said["clock"] = clock.name
         said["device"] = facts.device_facts(worker)
-        said["hooks"] = [f"{owner.__name__}.{name}" for owner, name in seams.methods(type(worker), _STEP_METHODS)]
+        said["hooks"] = [
+            f"{owner.__name__}.{name}" for owner, name in seams.methods(type(worker), _STEP_METHODS)
+        ]
         if seam is None:
             said["notes"].append(
                 "this vLLM has no known place where the forward pass begins: gaps are lower bounds"
@@ -146,16 +151,17 @@ class WorkerProbe:
             clock.restart()
         if self._stamps is not None:  # the step before never came to its sampling
             self._close(_NO_SAMPLE)
-        batch = _DUMMY if scheduled is None else self._batches.read(scheduled)
+        batch = DUMMY if scheduled is None else self._batches.read(scheduled)
         if batch is None:
             return
         self._stamps = clock.begin(None)
         self._batch = batch
         self._time = entered
         self._marked = False
-        self._number = recorder.begin(batch.phase, batch.prompt_tokens + batch.decode_tokens, entered)
-        self._nvtx.push(PHASES[batch.phase], batch.prompt_tokens + batch.decode_tokens)
-        self._own = _now() - entered
+        tokens = batch.tokens
+        self._number = recorder.begin(batch.phase, tokens, entered)
+        self._nvtx.push(PHASES[batch.phase], tokens)
+        self._own += _now() - entered
 
     def forward_start(self) -> None:
         """The model is about to run. Called by the seam, guarded here."""
@@ -209,9 +215,13 @@ class WorkerProbe:
         self._stamps = None
         clock.mark(stamps, 3)
         self._nvtx.pop()
-        stamps.payload = (self._number, self._time, self._batch, flags, self._own + _now() - entered)
+        own, self._own = self._own + _now() - entered, 0
+        stamps.payload = (self._number, self._time, self._batch, flags, own)
         clock.finish(stamps)
-        if clock.kind == 0:  # the host's clock knows at once
+
+    def harvest_when_idle(self) -> None:
+        """The engine has paused: write its last steps. Runs in the housekeeping thread."""
+        if self.armed and self._stamps is None and _now() - self._time > _IDLE_NS:
             self._harvest()
 
     def _harvest(self) -> None:
@@ -224,24 +234,16 @@ class WorkerProbe:
             if stamps.restarted or number != self._last_number + 1:
                 flags |= _RESTARTED
             self._last_number = number
-            recorder.step(
+            recorder.step_counted(
                 number,
                 time_ns,
                 batch.phase,
                 clock.kind,
                 flags,
                 stamps.times,
-                requests=batch.requests,
-                prefill_requests=batch.prefill_requests,
-                prompt_tokens=batch.prompt_tokens,
-                decode_tokens=batch.decode_tokens,
-                draft_tokens=batch.draft_tokens,
-                sampled=batch.sampled,
-                own_ns=own,
-                context_prefill=batch.context_prefill,
-                context_decode=batch.context_decode,
-                pairs_prefill=batch.pairs_prefill,
-                pairs_decode=batch.pairs_decode,
+                batch.counts,
+                batch.attention,
+                own,
             )
 
 

@@ -1,0 +1,46 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-transformers test lint types unit integration bench docs clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+help: ## List these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+		awk -F '\t' '{ printf "  make %-18s %s\n", $$1, $$2 }'
+
+setup: ## Make .venv with llmprobe, its tools and vLLM (the CPU build where there is no GPU)
+	@$(PYTHON) scripts/setup.py
+
+demo: setup ## Serve a tiny model with vLLM, drive it, and watch it being measured
+	@$(BIN)/llmprobe demo
+
+demo-transformers: setup ## The same for a Hugging Face program that calls generate
+	@$(BIN)/llmprobe demo --transformers
+
+test: ## Everything CI checks: set-up, lint, types, unit and integration tests
+	@$(PYTHON) scripts/setup.py --prometheus
+	@$(MAKE) --no-print-directory lint types
+	@$(BIN)/pytest --durations=15
+
+lint: ## ruff: rules and format
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: ## mypy, strict
+	@$(BIN)/mypy
+
+unit: ## The quick tests alone
+	@$(BIN)/pytest tests/unit
+
+integration: ## The tests that start real engines
+	@$(BIN)/pytest tests/integration --durations=15
+
+bench: ## What llmprobe costs and how true its figures are: the tables in docs/
+	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: ## Print docs/metrics.md anew from the catalogue
+	@$(BIN)/python -m llmprobe.export.document > docs/metrics.md.new && mv docs/metrics.md.new docs/metrics.md
+
+clean: ## Remove .venv and what builds and tests leave
+	rm -rf .venv .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

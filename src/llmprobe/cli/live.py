@@ -1,0 +1,91 @@
+"""One server as a panel in the terminal; shared by ``status`` and the live view of ``demo``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+
+def server_panel(server: dict[str, Any]) -> RenderableType:
+    """A panel over one entry of ``/api/status``."""
+    parts: list[RenderableType] = [_engine_line(engine) for engine in server["engines"]]
+    for rank in server["ranks"]:
+        parts.append(
+            _phases(rank) if rank["figures"] else Text(f"rank {rank['rank']}: no steps in the last 30 s")
+        )
+    parts += [
+        Text(f"not measured: {figure}: {why}", style="dim") for figure, why in server["missing"].items()
+    ]
+    parts += [Text(f"note: {note}", style="dim") for note in server["notes"]]
+    title = f"{server['server']}  {server['model_name']}  {server['framework']} {server['framework_version']}"
+    return Panel(Group(*parts), title=title + _state(server), title_align="left")
+
+
+def _state(server: dict[str, Any]) -> str:
+    if server["inert"]:
+        return "  (the probe gave up after internal errors)"
+    return "" if server["armed"] else "  (off)"
+
+
+def _engine_line(engine: dict[str, Any]) -> Text:
+    recent = engine["recent_latency"]
+    used, usage = engine["kv_used_bytes"], engine["kv_usage"]
+    kv = "–" if used is None else _bytes(used)
+    if usage is not None:
+        kv += f" ({usage:.1%})"
+    parts = [
+        f"running {_count(engine['requests_running'])}  waiting {_count(engine['requests_waiting'])}",
+        f"TTFT {_ms(recent, 'time_to_first_token')}",
+        f"TPOT {_ms(recent, 'time_per_output_token')}",
+        f"KV {kv}",
+        f"{engine['requests']} requests, {engine['generated_tokens']} tokens",
+    ]
+    return Text("   ".join(parts))
+
+
+def _phases(rank: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("phase", "steps/s", "step p50", "p99", "floor", "MBU", "MFU", "sync gap"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, found in rank["figures"].items():
+        bound = "≥" if found["sync_gap_is_lower_bound"] else ""
+        gap = found["sync_gap_ratio"]
+        table.add_row(
+            phase,
+            f"{found['steps_per_second']:.1f}",
+            _seconds(found["step_seconds_p50"]),
+            _seconds(found["step_seconds_p99"]),
+            _seconds(found["floor_seconds"]),
+            _ratio(found["mbu_step"]),
+            _ratio(found["mfu_step"]),
+            "–" if gap is None else f"{bound}{gap:.1%}",
+        )
+    return table
+
+
+def _ms(recent: dict[str, dict[str, float]], name: str) -> str:
+    return _seconds(recent[name]["p50"]) if name in recent else "–"
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value * 1e3:.2f} ms"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else str(value)
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

@@ -1,0 +1,26 @@
+"""How verbs print results: rich on stdout, progress and warnings on stderr, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.console import Console
+
+#: Results go to stdout, all else to stderr, so that a result can be piped.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """``value`` as JSON on stdout, for programs."""
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+def scaled(value: float, unit: str, digits: int = 3) -> str:
+    """``value`` with a decimal prefix: ``23.4 GB/s``."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.{digits}g} {prefix}{unit}"
+    return f"{value:.{digits}g} {unit}"

@@ -1,0 +1,44 @@
+"""``llmprobe status``: every server of this node and user on one screen."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from llmprobe.agent.client import AgentError, request
+from llmprobe.cli.console import fail, settings_or_fail
+from llmprobe.record.agent_launch import agent_info
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print what /api/status says.")] = False,
+) -> None:
+    """Show what is measured right now, a table a server."""
+    directory = settings_or_fail().directory
+    try:
+        code, answer = request(directory, "GET", "/api/status")
+    except AgentError as error:
+        fail(str(error))
+    if code >= 400:
+        fail(f"the agent answered {code}: {answer}")
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    from rich.console import Console
+
+    from llmprobe.cli.live import server_panel
+
+    console = Console()
+    for server in answer["servers"]:
+        console.print(server_panel(server))
+    if not answer["servers"]:
+        console.print("No server is running with LLMPROBE=1.")
+    console.print(_agent_line(agent_info(directory)))
+
+
+def _agent_line(info: dict[str, Any] | None) -> str:
+    if not info:
+        return "The agent listens on its Unix socket only."
+    return f"Metrics: http://{info['address']}:{info['port']}/metrics"

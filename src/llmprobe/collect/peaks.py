@@ -1,0 +1,147 @@
+"""Peak rates of a worker's device: published ones, or those that ``llmprobe calibrate`` measured here.
+
+Measured rates lie in one small JSON file in the user's cache, by device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from llmprobe.compute.hardware import Peaks, canonical_dtype, lookup
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on one device.
+
+    ``device`` is its key (`cpu_key`, or a GPU's UUID); ``flops_per_second`` is by dtype; ``threads`` is the
+    number of CPU threads that worked, None for a GPU; ``when`` is in Unix seconds.
+    """
+
+    device: str
+    name: str
+    bandwidth_bytes_per_second: float
+    flops_per_second: dict[str, float]
+    when: float
+    threads: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def peaks(self, dtype: str, source: str) -> Peaks | None:
+        """As peaks for one dtype; None if its products were not measured."""
+        kind = canonical_dtype(dtype)
+        rate = self.flops_per_second.get(kind or "")
+        if kind is None or rate is None:
+            return None
+        day = datetime.fromtimestamp(self.when, timezone.utc).date().isoformat()
+        threads = f" with {self.threads} threads" if self.threads else ""
+        detail = f"measured on {self.name}{threads} by `llmprobe calibrate` on {day}"
+        return Peaks(self.bandwidth_bytes_per_second, rate, kind, source, detail)
+
+
+def cpu_key(name: str, cpus: int, threads: int) -> str:
+    """The key of a processor: its model name, the logical CPUs of the machine, the threads that worked."""
+    return f"cpu:{name}:{cpus}:{threads}"
+
+
+def peaks_path(environ: Mapping[str, str] | None = None) -> Path:
+    """The file with the measured rates."""
+    environ = os.environ if environ is None else environ
+    base = environ.get("XDG_CACHE_HOME", "")
+    cache = Path(base) if base.startswith("/") else Path(environ.get("HOME") or "~").expanduser() / ".cache"
+    return cache / "llmprobe" / "peaks.json"
+
+
+def load_peaks(path: Path | None = None) -> dict[str, Calibration]:
+    """Every measured device by its key. Empty where nothing was measured or the file cannot be read."""
+    try:
+        stored = json.loads((path or peaks_path()).read_text())
+        if stored["schema"] != _SCHEMA:
+            return {}
+        found = (_calibration(entry) for entry in stored["devices"])
+        return {calibration.device: calibration for calibration in found}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def save_peaks(calibrations: Iterable[Calibration], path: Path | None = None) -> Path:
+    """Add measured devices to those stored; an older measurement of the same device is replaced.
+
+    Returns:
+        The file. Raises OSError if it cannot be written.
+    """
+    path = path or peaks_path()
+    devices = load_peaks(path) | {calibration.device: calibration for calibration in calibrations}
+    stored = {"schema": _SCHEMA, "devices": [asdict(devices[key]) for key in sorted(devices)]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
+    try:
+        temporary.write_text(json.dumps(stored, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def peaks_for(facts: Mapping[str, Any], path: Path | None = None) -> Peaks | None:
+    """The roofs that a worker's utilisation is a ratio of.
+
+    Args:
+        facts: a journal's facts: ``device`` (``type``, ``name``, ``uuid``, ``threads`` where known) and
+            ``model.compute_dtype``.
+        path: other than the default file.
+
+    Returns:
+        Published rates if there are any for this device and dtype, so that ratios compare between machines;
+        else measured ones; else None.
+    """
+    device, dtype = _device_and_dtype(facts)
+    published = lookup(str(device.get("name", "")), dtype)
+    return published or _measured(device, dtype, "calibrated", path)
+
+
+def attainable_for(facts: Mapping[str, Any], path: Path | None = None) -> Peaks | None:
+    """What a worker's device reached when it was measured; None if it was not. Arguments as `peaks_for`."""
+    device, dtype = _device_and_dtype(facts)
+    return _measured(device, dtype, "attainable", path)
+
+
+def _measured(device: Mapping[str, Any], dtype: str, source: str, path: Path | None) -> Peaks | None:
+    calibrations = load_peaks(path)
+    if device.get("type") == "cpu":
+        name, cpus, threads = str(device.get("name")), os.cpu_count() or 1, device.get("threads")
+        same = [known for known in calibrations.values() if known.device.startswith(f"cpu:{name}:{cpus}:")]
+        exact = [known for known in same if known.threads == threads]
+        # A worker that does not say how many threads it has is taken to have the whole processor.
+        candidates = exact or sorted(same, key=lambda known: known.threads or 0)[-1:]
+    else:
+        candidates = [known for known in calibrations.values() if known.device == device.get("uuid")]
+    return candidates[0].peaks(dtype, source) if candidates else None
+
+
+def _device_and_dtype(facts: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    device, model = facts.get("device"), facts.get("model")
+    dtype = model.get("compute_dtype") if isinstance(model, Mapping) else None
+    return device if isinstance(device, Mapping) else {}, dtype if isinstance(dtype, str) else ""
+
+
+def _calibration(entry: Mapping[str, Any]) -> Calibration:
+    threads = entry.get("threads")
+    return Calibration(
+        device=str(entry["device"]),
+        name=str(entry["name"]),
+        bandwidth_bytes_per_second=float(entry["bandwidth_bytes_per_second"]),
+        flops_per_second={str(dtype): float(rate) for dtype, rate in entry["flops_per_second"].items()},
+        when=float(entry["when"]),
+        threads=None if threads is None else int(threads),
+        versions={str(name): str(version) for name, version in entry.get("versions", {}).items()},
+    )

@@ -1,0 +1,250 @@
+"""The report of a finished run: what each server did, where its time went, what was not measured and why.
+
+Kept as plain JSON (``run.json``, ``schema_version`` 1), so that runs can be compared later; `text` shows it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+import llmprobe
+from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
+from llmprobe.compute import histogram
+from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
+from llmprobe.record.layout import bucket_bounds_seconds
+
+SCHEMA_VERSION = 1
+_BOUNDS = bucket_bounds_seconds()
+_LATENCIES = {
+    "time_to_first_token": "ttft_seconds",
+    "time_per_output_token": "tpot_seconds",
+    "inter_token_latency": "inter_token_seconds",
+    "request_duration": "duration_seconds",
+    "request_queue": "queue_seconds",
+}
+_GAPS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
+
+
+def report(views: Iterable[ServerView], since: Iterable[ServerView] = ()) -> dict[str, Any]:
+    """What happened to every server between ``since`` (default: its start) and ``views``, JSON-ready."""
+    before = {view.group: view for view in since}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "llmprobe_version": llmprobe.__version__,
+        "servers": [_server(view, before.get(view.group)) for view in views],
+    }
+
+
+def _server(view: ServerView, before: ServerView | None) -> dict[str, Any]:
+    engines = {engine.engine: engine for engine in before.engines} if before else {}
+    ranks = {(rank.engine, rank.rank): rank for rank in before.ranks} if before else {}
+    return {
+        "server": view.server,
+        "model_name": view.model_name,
+        "framework": view.framework,
+        "framework_version": view.framework_version,
+        "flags": view.flags,
+        "engines": [_engine(engine, engines.get(engine.engine)) for engine in view.engines],
+        "ranks": [_rank(rank, ranks.get((rank.engine, rank.rank))) for rank in view.ranks],
+        "not_measured": view.missing,
+        "notes": view.notes,
+    }
+
+
+def _engine(engine: EngineView, before: EngineView | None) -> dict[str, Any]:
+    counts = {
+        name: getattr(engine, name) - (getattr(before, name) if before else 0)
+        for name in (
+            "requests",
+            "requests_aborted",
+            "prompt_tokens",
+            "generated_tokens",
+            "cached_tokens",
+            "preemptions",
+        )
+    }
+    latency = {
+        key: quantiles
+        for name, key in _LATENCIES.items()
+        if name in engine.latency
+        and (quantiles := _quantiles(engine.latency[name], before.latency.get(name) if before else None))
+    }
+    return {"engine": engine.engine, **counts, **latency}
+
+
+def _rank(rank: RankView, before: RankView | None) -> dict[str, Any]:
+    device = rank.facts.get("device") or {}
+    phases = {
+        phase: _phase(phase, rank, before)
+        for phase, steps in rank.steps.items()
+        if steps > (before.steps.get(phase, 0) if before else 0)
+    }
+    idle = _minus(rank.device_time.get("none", {}), before.device_time.get("none", {}) if before else {})
+    peaks = None
+    if rank.peaks is not None:
+        peaks = {
+            "bandwidth_bytes_per_second": rank.peaks.bandwidth_bytes_per_second,
+            "flops_per_second": rank.peaks.flops_per_second,
+            "dtype": rank.peaks.dtype,
+            "source": rank.peaks.source,
+        }
+    return {
+        "engine": rank.engine,
+        "rank": rank.rank,
+        "device": device,
+        "clock": rank.clock,
+        "runner": rank.runner,
+        "peaks": peaks,
+        "weights_bytes": rank.weights_bytes,
+        "kv_capacity_bytes": rank.kv_capacity_bytes,
+        "phases": phases,
+        "idle_seconds": {name: idle.get(name, 0.0) for name in IDLE_COMPONENTS},
+        "own_seconds": rank.own_seconds - (before.own_seconds if before else 0.0),
+        "errors": rank.errors,
+        "records_lost": rank.lost,
+    }
+
+
+def _phase(phase: str, rank: RankView, before: RankView | None) -> dict[str, Any]:
+    steps = rank.steps[phase] - (before.steps.get(phase, 0) if before else 0)
+    components = _minus(rank.device_time.get(phase, {}), before.device_time.get(phase, {}) if before else {})
+    components = {name: components.get(name, 0.0) for name in COMPONENTS if name not in IDLE_COMPONENTS}
+    seconds = sum(components.values())
+    stall = sum(components[name] for name in _GAPS)
+    busy = seconds - stall
+    traffic = sum(_minus(rank.bytes.get(phase, {}), before.bytes.get(phase, {}) if before else {}).values())
+    flops = rank.flops.get(phase, 0.0) - (before.flops.get(phase, 0.0) if before else 0.0)
+    found: dict[str, Any] = {
+        "steps": steps,
+        "seconds": seconds,
+        "components_seconds": components,
+        "sync_gap_ratio": stall / seconds if seconds > 0 else None,
+        "sync_gap_is_lower_bound": True,
+    }
+    if phase in rank.step_duration:
+        earlier = before.step_duration.get(phase) if before else None
+        found["step_seconds"] = _quantiles(rank.step_duration[phase], earlier)
+    if traffic > 0:
+        found["traffic_bytes"], found["flops"] = traffic, flops
+        found["intensity_flops_per_byte"] = flops / traffic
+    if traffic > 0 and rank.peaks is not None and seconds > 0 and busy > 0:
+        bandwidth, rate = rank.peaks.bandwidth_bytes_per_second, rank.peaks.flops_per_second
+        found["floor_step_seconds"] = (components["floor_memory"] + components["floor_compute"]) / steps
+        found["mbu_step"], found["mbu_busy"] = traffic / seconds / bandwidth, traffic / busy / bandwidth
+        found["mfu_step"], found["mfu_busy"] = flops / seconds / rate, flops / busy / rate
+    return found
+
+
+def _minus(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {name: value - before.get(name, 0.0) for name, value in now.items()}
+
+
+def _quantiles(now: HistogramView, before: HistogramView | None) -> dict[str, float]:
+    counts = now.counts.astype(np.int64)
+    total = now.sum
+    if before is not None:
+        counts = counts - before.counts.astype(np.int64)
+        total -= before.sum
+    count = int(counts.sum())
+    p50, p99 = (histogram.quantile(counts, _BOUNDS, q) for q in (0.5, 0.99))
+    if not count or p50 is None or p99 is None:
+        return {}
+    return {"count": count, "mean": total / count, "p50": p50, "p99": p99}
+
+
+def text(document: Mapping[str, Any], width: int = 100) -> str:
+    """A report as people read it: a few lines and one table a server."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=width, highlight=False)
+    if not document["servers"]:
+        console.print("llmprobe: nothing was measured: the program ran no vLLM engine and no generate().")
+    for server in document["servers"]:
+        _print_server(console, server)
+    return out.getvalue().rstrip("\n")
+
+
+def _print_server(console: Any, server: Mapping[str, Any]) -> None:
+    console.print(
+        f"[bold]{server['server']}[/bold]  {server['model_name']}  "
+        f"({server['framework']} {server['framework_version']})"
+    )
+    for engine in server["engines"]:
+        console.print(f"  {_engine_line(engine)}")
+    for rank in server["ranks"]:
+        console.print(_rank_table(rank))
+        idle = rank["idle_seconds"]
+        if idle["no_work"]:
+            console.print(f"  nothing to do for {idle['no_work']:.1f} s")
+        own = 1e6 * rank["own_seconds"] / max(sum(p["steps"] for p in rank["phases"].values()), 1)
+        console.print(f"  llmprobe itself: {own:.0f} µs a step")
+    for figure, why in server["not_measured"].items():
+        console.print(f"  not measured: {figure} ({why})")
+    for note in server["notes"]:
+        console.print(f"  note: {note}")
+
+
+def _engine_line(engine: Mapping[str, Any]) -> str:
+    parts = [
+        f"{engine['requests']} requests",
+        f"{engine['prompt_tokens']} prompt + {engine['generated_tokens']} generated tokens",
+    ]
+    for key, name in (("ttft_seconds", "TTFT"), ("tpot_seconds", "TPOT")):
+        if key in engine:
+            parts.append(f"{name} p50 {_ms(engine[key]['p50'])} p99 {_ms(engine[key]['p99'])}")
+    return "   ".join(parts)
+
+
+def _rank_table(rank: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    clock = {"cuda": "measured on the device", "host": "measured by the host's clock"}.get(rank["clock"], "")
+    table = Table(
+        title=f"rank {rank['rank']}: {rank['device'].get('name', '')}, times {clock}", title_justify="left"
+    )
+    columns = (
+        "phase",
+        "steps",
+        "step p50",
+        "p99",
+        "floor",
+        "floor",
+        "gaps",
+        "other",
+        "MBU",
+        "MFU",
+        "sync gap",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, found in rank["phases"].items():
+        seconds = found["seconds"] or 1.0
+        parts = found["components_seconds"]
+        step = found.get("step_seconds") or {}
+        table.add_row(
+            phase,
+            str(found["steps"]),
+            _ms(step.get("p50")),
+            _ms(step.get("p99")),
+            _ms(found.get("floor_step_seconds")),
+            _percent((parts["floor_memory"] + parts["floor_compute"]) / seconds if rank["peaks"] else None),
+            _percent(sum(parts[name] for name in _GAPS) / seconds),
+            _percent((parts["unattributed"] + parts["inefficiency"]) / seconds),
+            _percent(found.get("mbu_step")),
+            _percent(found.get("mfu_step")),
+            _percent(found["sync_gap_ratio"]),
+        )
+    return table
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e3:.2f} ms"
+
+
+def _percent(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio * 100:.1f} %"

@@ -1,0 +1,125 @@
+"""What the ``generate`` calls of one program share: its journal, its clock, its model, and which run now."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.session import server_name
+from llmprobe.hooks.torch_model import device_facts
+from llmprobe.hooks.transformers_cache import measure_groups
+from llmprobe.hooks.transformers_generation import Generation
+from llmprobe.hooks.transformers_model import ModelDescription, describe, flags, model_name, program_facts
+from llmprobe.record.clock import StepClock, step_clock
+from llmprobe.record.recorder import Recorder
+
+FULL_ONLY: tuple[tuple[str, int | None], ...] = (("full", None),)
+
+
+class Program:
+    """State beside one recorder, whose facts describe one model."""
+
+    def __init__(
+        self,
+        probe: Probe,
+        recorder: Recorder,
+        clock: StepClock,
+        model: Any,
+        description: ModelDescription | None,
+    ) -> None:
+        self.recorder = recorder
+        self.clock = clock
+        self.device_type = model.device.type
+        #: `Probe.generation` of the last step.
+        self.generation = probe.generation
+        self.running: dict[int, Generation] = {}
+        # Held for dictionary accesses and journal writes when a call begins or ends, never in a step.
+        # Reentrant, because a signal handler may itself call generate.
+        self.lock = threading.RLock()
+        self._probe = probe
+        self._model = weakref.ref(model)
+        self._name = model_name(model)
+        self._description = description
+        self._measured = False
+
+    @classmethod
+    def make(cls, probe: Probe, model: Any) -> Program | None:
+        """Arm this process for its first call; None if no journal can be made."""
+        clock = step_clock(model.device)
+        # A model of an unknown shape must not keep the rest from being recorded.
+        description = probe.guard.call("transformers.describe", describe, model)
+
+        def facts() -> dict[str, Any]:
+            said = program_facts(probe.settings, server_name(probe.settings), model, clock.name)
+            return {**said, "model": description.facts if description is not None else None}
+
+        recorder = probe.arm("program", facts)
+        return cls(probe, recorder, clock, model, description) if recorder is not None else None
+
+    def groups_of(self, model: Any) -> tuple[tuple[str, int | None], ...]:
+        """(kind, window) of the KV groups of ``model``, in the order of a step record's columns."""
+        if self._description is not None and self._model() is model:
+            return self._description.groups
+        return FULL_ONLY
+
+    def adopt(self, model: Any, draft: bool) -> bool:
+        """Whether a call of ``model`` can be followed; corrects the facts where they describe another model.
+
+        One model after another is followed, each described in its time. Once two live side by side, the
+        traffic of a step is not known and the facts drop the model; draft models have a phase of their own.
+        """
+        device_type = model.device.type
+        if device_type == self.device_type and (draft or self._model() is model):
+            return True
+        with self.lock:
+            alone = not self.running and (self._model() is None or self._model() is model)
+            if alone and not draft:
+                self._describe_anew(model)
+                return True
+            if device_type != self.device_type:
+                self.note(f"a model on {device_type} is not followed beside the one on {self.device_type}")
+                return False
+            if self._description is not None:
+                self._description = None
+                self.recorder.update_facts(model=None)
+                self.note(
+                    f"several models ({self._name}, {model_name(model)}): their traffic is not modelled"
+                )
+        return True
+
+    def _describe_anew(self, model: Any) -> None:
+        self._description = self._probe.guard.call("transformers.describe", describe, model)
+        self._model, self._name, self._measured = weakref.ref(model), model_name(model), False
+        if model.device.type != self.device_type:
+            self.device_type = model.device.type
+            self.clock = step_clock(model.device)
+        self.recorder.update_facts(
+            model=self._description.facts if self._description is not None else None,
+            model_name=self._name,
+            flags=flags(model),
+            device=device_facts(model.device),
+            clock=self.clock.name,
+        )
+
+    def measured(self, call: Generation, rows: int) -> None:
+        """Correct the facts, once a model, by what its cache really stores."""
+        if self._measured or self._description is None or self._model() is not call.model:
+            return
+        self._measured = True
+        facts = measure_groups(self._description, call.cache, rows)
+        if facts is not None:
+            self.recorder.update_facts(model=facts)
+
+    def kv_bytes(self, call: Generation) -> int:
+        """Resident bytes of the caches of all running calls, ``call`` being one of them or inside one."""
+        if len(self.running) == 1 and call.parent is None:
+            return call.kv_bytes
+        return sum(running.kv_bytes for running in list(self.running.values()))
+
+    def note(self, text: str) -> None:
+        """Add a note to the journal's facts, once."""
+        notes = self.recorder.facts.get("notes", [])
+        if text not in notes:
+            self.recorder.update_facts(notes=[*notes, text])

@@ -1,0 +1,199 @@
+"""A real Prometheus scrapes a real agent, and every panel of the dashboard has data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprobe.record.agent_launch import agent_environment, agent_info
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = ROOT / "integrations/grafana/dashboards/llmprobe.json"
+PROMETHEUS_CONFIG = ROOT / "integrations/prometheus/prometheus.yml"
+DEADLINE_SECONDS = 90.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def get_json(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)
+
+
+def wait_for(what: str, ready: Any, seconds: float = DEADLINE_SECONDS) -> Any:
+    """The first true value of ``ready()``; fails once the deadline has passed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            if value := ready():
+                return value
+        time.sleep(0.2)
+    pytest.fail(f"no {what} after {seconds:g} s")
+
+
+@contextlib.contextmanager
+def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A child that is gone when the block ends."""
+    child = subprocess.Popen(command, **options)
+    try:
+        yield child
+    finally:
+        if child.stdin is not None:
+            child.stdin.close()
+        else:
+            child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(15)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory for journals in memory, as the default one is."""
+    path = Path(f"/dev/shm/llmprobe-test-prometheus-{os.getpid()}")
+    path.mkdir(mode=0o700)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def engine(directory: Path) -> Iterator[str]:
+    """Something that writes journals into ``directory``; its ``server`` label."""
+    feeder = [sys.executable, str(Path(__file__).with_name("journal_feeder.py")), str(directory)]
+    with contextlib.ExitStack() as stack:
+        for role in ("frontend", "worker"):
+            child = stack.enter_context(
+                process([*feeder, role], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+        yield "fed-a"
+
+
+@pytest.fixture(scope="module")
+def target(directory: Path, engine: str) -> Iterator[str]:
+    """``host:port`` to scrape."""
+    command = [sys.executable, "-m", "llmprobe.agent", "--foreground", "--directory", str(directory)]
+    command += ["--listen", f"127.0.0.1:{free_port()}"]
+    with process(command, env=agent_environment(os.environ), cwd="/"):
+        info = wait_for("agent", lambda: agent_info(directory))
+        yield f"{info['address']}:{info['port']}"
+
+
+@pytest.fixture(scope="module")
+def prometheus(target: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a Prometheus with our own scrape example, its target and interval exchanged."""
+    binary = shutil.which("prometheus")
+    assert binary, "this test needs Prometheus: `apt-get install prometheus`, or put its binary on PATH"
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = PROMETHEUS_CONFIG.read_text()
+    for ours, here in (
+        ('"127.0.0.1:9480"', f'"{target}"'),
+        ("scrape_interval: 5s", "scrape_interval: 1s"),
+        ("scrape_timeout: 4s", "scrape_timeout: 1s"),
+    ):
+        assert ours in config
+        config = config.replace(ours, here)
+    (folder / "prometheus.yml").write_text(config)
+    port = free_port()
+    command = [
+        binary,
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--log.level=warn",
+    ]
+    with process(command):
+        base = f"http://127.0.0.1:{port}"
+        wait_for("Prometheus", lambda: urllib.request.urlopen(f"{base}/-/ready", timeout=5))
+        yield base
+
+
+def query(base: str, expression: str) -> list[dict[str, Any]]:
+    answer = get_json(f"{base}/api/v1/query?{urllib.parse.urlencode({'query': expression})}")
+    assert answer["status"] == "success"
+    return [row for row in answer["data"]["result"] if row["value"][1] != "NaN"]
+
+
+def panel_queries(server: str) -> list[tuple[str, str]]:
+    """(panel title, expression), with the dashboard's variables filled in as Grafana would."""
+    filled = []
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for aim in panel.get("targets", ()):
+            expression = aim["expr"]
+            for variable, value in {
+                "$server": re.escape(server).replace("\\", "\\\\"),
+                "$model_name": ".*",
+                "$__rate_interval": "10s",
+            }.items():
+                expression = expression.replace(variable, value)
+            assert "$" not in expression
+            filled.append((panel["title"], expression))
+    return filled
+
+
+def test_prometheus_scrapes_the_agent_without_complaint(prometheus: str) -> None:
+    def scraped() -> dict[str, Any] | None:
+        targets = get_json(f"{prometheus}/api/v1/targets")["data"]["activeTargets"]
+        return next((target for target in targets if target["health"] != "unknown"), None)
+
+    assert wait_for("scrape", scraped)["lastError"] == ""
+
+
+def test_every_panel_has_data(prometheus: str, engine: str) -> None:
+    queries = panel_queries(engine)
+    assert len(queries) > 30
+    waiting = dict.fromkeys(queries)
+
+    def all_answered() -> bool:
+        for item in list(waiting):
+            if query(prometheus, item[1]):
+                del waiting[item]
+        return not waiting
+
+    try:
+        wait_for("data behind every panel", all_answered)
+    except pytest.fail.Exception:
+        pytest.fail("no data behind: " + "; ".join(f"{title}: {expr}" for title, expr in waiting))
+
+
+def test_template_variables_find_the_server(prometheus: str, engine: str) -> None:
+    def values() -> list[str]:
+        url = f"{prometheus}/api/v1/label/server/values?match[]=llmprobe_figure_available"
+        return list(get_json(url)["data"])
+
+    assert engine in wait_for("server label", values)
+
+
+def test_components_add_up_to_wall_time(prometheus: str, engine: str) -> None:
+    expression = f'sum(rate(llmprobe_device_time_seconds_total{{server="{engine}"}}[15s]))'
+
+    def share() -> bool:
+        rows = query(prometheus, expression)
+        return bool(rows) and float(rows[0]["value"][1]) == pytest.approx(1, abs=0.1)
+
+    wait_for("whole second accounted for in every second", share)

@@ -1,0 +1,103 @@
+"""Hand-made views with known figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
+from llmprobe.compute.accounting import COMPONENTS
+from llmprobe.compute.figures import PhaseFigures
+from llmprobe.compute.hardware import Peaks
+from llmprobe.export.catalogue import LATENCIES
+from llmprobe.record import layout
+
+PHASES = ("prefill", "decode", "mixed")
+
+
+def histogram(*seconds: float) -> HistogramView:
+    counts = np.zeros(layout.BUCKETS, dtype=np.uint64)
+    for value in seconds:
+        counts[layout.bucket_of(round(value * 1e9))] += 1
+    return HistogramView(counts, sum(seconds))
+
+
+def figures(**changes: Any) -> PhaseFigures:
+    values: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(PhaseFigures)), 1.0)
+    values.update(
+        steps=100, mbu_step=0.4, mbu_busy=0.5, mfu_step=0.1, mfu_busy=0.2, sync_gap_ratio=0.25, intensity=8.0
+    )
+    values.update(components={"host_gap": 1.0}, sync_gap_is_lower_bound=True, floor_seconds=0.004)
+    return PhaseFigures(**{**values, **changes})
+
+
+def rank(**changes: Any) -> RankView:
+    view = RankView(
+        engine=0,
+        rank=0,
+        facts={"role": "worker"},
+        clock="cuda",
+        runner="v1",
+        armed=True,
+        inert=False,
+        device_time={
+            **{phase: dict.fromkeys(COMPONENTS, 0.5) for phase in PHASES},
+            "none": {"no_work": 3.0, "blocked": 0.0},
+        },
+        bytes={phase: {"weights": 1e9, "kv_read": 2e8, "kv_write": 1e6} for phase in PHASES},
+        flops=dict.fromkeys(PHASES, 1e12),
+        steps=dict.fromkeys(PHASES, 100),
+        figures={phase: figures() for phase in PHASES},
+        step_duration={phase: histogram(0.004, 0.005, 0.02) for phase in PHASES},
+        peaks=Peaks(3352e9, 989.4e12, "bfloat16", "nominal", "a data sheet"),
+        weights_bytes=2_000_000_000,
+        kv_capacity_bytes=8_000_000_000,
+        step_running_seconds=None,
+        own_seconds=0.125,
+        errors=1,
+        dropped=2,
+        lost=3,
+    )
+    return dataclasses.replace(view, **changes)
+
+
+def engine(**changes: Any) -> EngineView:
+    view = EngineView(
+        engine=0,
+        requests_running=4,
+        requests_waiting=2,
+        kv_usage=0.25,
+        kv_used_bytes=2_000_000_000,
+        prompt_tokens=1000,
+        generated_tokens=200,
+        cached_tokens=64,
+        preemptions=0,
+        requests=20,
+        requests_aborted=1,
+        latency={name: histogram(0.01, 0.02, 0.5) for name in LATENCIES},
+        recent_latency={"time_to_first_token": {"p50": 0.02, "p99": 0.5, "count": 3}},
+        own_seconds=0.25,
+        errors=0,
+    )
+    return dataclasses.replace(view, **changes)
+
+
+def server(name: str = "vllm-8000", **changes: Any) -> ServerView:
+    view = ServerView(
+        server=name,
+        model_name="a/model",
+        group=f"group-of-{name}",
+        framework="vllm",
+        framework_version="0.32.0",
+        started=1_800_000_000.0,
+        armed=True,
+        inert=False,
+        flags={"max_num_seqs": 16},
+        engines=[engine()],
+        ranks=[rank()],
+        missing={"launch_gap": "gaps inside a step need kernel windows; they are off"},
+        notes=[],
+    )
+    return dataclasses.replace(view, **changes)

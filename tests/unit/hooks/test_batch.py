@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprobe.hooks.vllm.batch import BatchReader, _attention
+from llmprobe.record.layout import Phase
+
+
+@dataclass
+class New:
+    req_id: str
+    prompt_token_ids: list[int] | None
+    num_computed_tokens: int = 0
+    prefill_token_ids: list[int] | None = None
+
+
+@dataclass
+class Cached:
+    req_ids: list[str] = field(default_factory=list)
+    num_computed_tokens: list[int] = field(default_factory=list)
+    num_output_tokens: list[int] = field(default_factory=list)
+    resumed_req_ids: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Scheduled:
+    """The fields of vLLM's SchedulerOutput that are read; the real one is seen in the integration tests."""
+
+    num_scheduled_tokens: dict[str, int]
+    scheduled_new_reqs: list[New] = field(default_factory=list)
+    scheduled_cached_reqs: Cached = field(default_factory=Cached)
+    scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)
+    finished_req_ids: set[str] = field(default_factory=set)
+
+    @property
+    def total_num_scheduled_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens.values())
+
+
+def new(name: str, prompt: int, scheduled: int | None = None, computed: int = 0) -> Scheduled:
+    count = prompt - computed if scheduled is None else scheduled
+    return Scheduled({name: count}, [New(name, [1] * prompt, computed)])
+
+
+def cached(**computed_and_scheduled: tuple[int, int]) -> Scheduled:
+    names = list(computed_and_scheduled)
+    return Scheduled(
+        {name: scheduled for name, (_, scheduled) in computed_and_scheduled.items()},
+        scheduled_cached_reqs=Cached(names, [c for c, _ in computed_and_scheduled.values()], [1] * len(names)),
+    )
+
+
+def read(reader: BatchReader, scheduled: Scheduled) -> Any:
+    batch = reader.read(scheduled)
+    assert batch is not None
+    return batch
+
+
+def test_a_lone_prompt_is_prefill_and_samples_once() -> None:
+    batch = read(BatchReader(), new("a", 10))
+    assert batch.phase == Phase.PREFILL
+    assert batch.counts == (1, 1, 10, 0, 0, 1)
+    assert batch.attention[0] == 10  # context
+    assert batch.attention[8] == 55  # pairs 1 + 2 + … + 10
+
+
+def test_decodes_see_their_whole_context_once_each() -> None:
+    reader = BatchReader()
+    reader.read(new("a", 10))
+    reader.read(new("b", 20))
+    batch = read(reader, cached(a=(10, 1), b=(20, 1)))
+    assert batch.phase == Phase.DECODE
+    assert batch.counts == (2, 0, 0, 2, 0, 2)
+    assert batch.attention[4] == batch.attention[12] == 11 + 21
+
+
+def test_a_prompt_among_decodes_is_mixed_and_both_are_told_apart() -> None:
+    reader = BatchReader()
+    reader.read(new("a", 10))
+    step = cached(a=(10, 1))
+    step.scheduled_new_reqs = [New("b", [1] * 4)]
+    step.num_scheduled_tokens["b"] = 4
+    batch = read(reader, step)
+    assert batch.phase == Phase.MIXED
+    assert batch.counts == (2, 1, 4, 1, 0, 2)
+    assert (batch.attention[0], batch.attention[4]) == (4, 11)
+    assert (batch.attention[8], batch.attention[12]) == (10, 11)
+
+
+def test_chunks_are_prefill_until_the_last_and_only_the_last_samples() -> None:
+    reader = BatchReader()
+    first = read(reader, new("a", 10, scheduled=4))
+    second = read(reader, cached(a=(4, 4)))
+    third = read(reader, cached(a=(8, 2)))
+    assert [batch.phase for batch in (first, second, third)] == [Phase.PREFILL] * 3
+    assert [batch.counts[5] for batch in (first, second, third)] == [0, 0, 1]
+    assert first.attention[8] + second.attention[8] + third.attention[8] == 55
+    assert read(reader, cached(a=(10, 1))).phase == Phase.DECODE
+
+
+def test_a_last_chunk_of_one_token_is_still_prefill() -> None:
+    reader = BatchReader()
+    reader.read(new("a", 5, scheduled=4))
+    batch = read(reader, cached(a=(4, 1)))
+    assert batch.phase == Phase.PREFILL
+    assert batch.counts == (1, 1, 1, 0, 0, 1)
+
+
+def test_a_prefix_cache_hit_computes_only_the_rest_but_reads_all_keys() -> None:
+    batch = read(BatchReader(), new("a", 10, computed=8))
+    assert batch.phase == Phase.PREFILL
+    assert batch.counts[2] == 2
+    assert batch.attention[0] == 10
+    assert batch.attention[8] == 9 + 10
+
+
+def test_a_resumed_request_is_prefill_again_in_either_runner() -> None:
+    v1 = BatchReader()
+    v1.read(new("a", 10))
+    v1.read(cached(a=(10, 1)))
+    step = cached(a=(0, 12))
+    step.scheduled_cached_reqs.resumed_req_ids = {"a"}
+    step.scheduled_cached_reqs.num_output_tokens = [2]
+    assert read(v1, step).phase == Phase.PREFILL
+    assert read(v1, cached(a=(12, 1))).phase == Phase.DECODE
+
+    v2 = BatchReader()
+    v2.read(new("a", 10))
+    v2.read(cached(a=(10, 1)))
+    again = Scheduled({"a": 12}, [New("a", [1] * 10, 0, prefill_token_ids=[1] * 12)])
+    assert read(v2, again).phase == Phase.PREFILL
+    assert read(v2, cached(a=(12, 1))).phase == Phase.DECODE
+
+
+def test_drafts_are_decode_however_many_tokens_are_scheduled() -> None:
+    reader = BatchReader()
+    reader.read(new("a", 10))
+    step = cached(a=(10, 4))
+    step.scheduled_spec_decode_tokens = {"a": [7, 8, 9]}
+    batch = read(reader, step)
+    assert batch.phase == Phase.DECODE
+    assert batch.counts == (1, 0, 0, 4, 3, 4)
+
+
+def test_a_flush_is_no_step_and_finished_requests_are_forgotten() -> None:
+    reader = BatchReader()
+    reader.read(new("a", 10, scheduled=4))
+    assert reader.read(Scheduled({}, finished_req_ids={"a"})) is None
+    assert not reader._prefilling
+    assert not reader._prompt
+
+
+def test_requests_that_came_while_switched_off_are_judged_by_what_is_scheduled() -> None:
+    reader = BatchReader()
+    assert read(reader, cached(a=(100, 1))).phase == Phase.DECODE
+    assert read(reader, cached(b=(100, 50))).phase == Phase.PREFILL
+
+
+@given(st.integers(0, 60), st.integers(1, 40), st.none() | st.integers(1, 50))
+def test_visible_keys_and_pairs_equal_an_enumerated_mask(before: int, query: int, window: int | None) -> None:
+    pairs = 0
+    keys: set[int] = set()
+    for position in range(before, before + query):
+        visible = range(0 if window is None else max(0, position - window + 1), position + 1)
+        pairs += len(visible)
+        keys.update(visible)
+    assert _attention(before, query, window) == (len(keys), pairs)
+
+
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=20), st.lists(st.none() | st.integers(1, 300), min_size=1, max_size=4))
+def test_the_fast_path_of_decoding_counts_like_the_slow_one(computed: list[int], windows: list[int | None]) -> None:
+    step = cached(**{f"r{i}": (count, 1) for i, count in enumerate(computed)})
+    fast = BatchReader(tuple(windows))
+    slow = BatchReader(tuple(windows))
+    assert fast.read(step) == slow._any(step, step.num_scheduled_tokens)

@@ -1,0 +1,279 @@
+"""The step clock: the host's back end as it runs, the CUDA back end's arithmetic over given event times."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmprobe.record import clock as clock_module
+from llmprobe.record.clock import POOL_SIZE, CudaClock, HostClock, step_clock
+from llmprobe.record.layout import Clock
+
+
+def run_step(clock: HostClock, payload: Any, marks: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+    stamps = clock.begin(payload)
+    assert stamps is not None
+    for index in marks:
+        clock.mark(stamps, index)
+    clock.finish(stamps)
+
+
+def test_host_times_lie_between_the_calls_around_them() -> None:
+    clock = HostClock()
+    before = time.monotonic_ns()
+    run_step(clock, "payload")
+    after = time.monotonic_ns()
+    (done,) = clock.harvest()
+    assert done.payload == "payload"
+    assert (before, *done.times, after) == tuple(sorted((before, *done.times, after)))
+    assert clock.harvest() == []
+    assert (clock.name, clock.kind) == ("host", Clock.HOST)
+
+
+def test_marks_left_out_fall_on_their_neighbours() -> None:
+    clock = HostClock()
+    run_step(clock, 0, (0, 1, 3))
+    run_step(clock, 1, (0, 3))
+    first, second = clock.harvest()
+    assert first.times[2] == first.times[1] < first.times[3]
+    assert second.times[1] == second.times[2] == second.times[3]
+
+
+def test_a_step_without_start_or_end_is_dropped_and_the_next_restarts() -> None:
+    clock = HostClock()
+    run_step(clock, 0)
+    run_step(clock, 1)
+    run_step(clock, 2, (1, 3))
+    run_step(clock, 3)
+    run_step(clock, 4)
+    done = clock.harvest()
+    assert [stamps.payload for stamps in done] == [0, 1, 3, 4]
+    assert [stamps.restarted for stamps in done] == [True, False, True, False]
+    assert clock.dropped == 1
+
+
+@pytest.mark.parametrize("break_chain", ["discard", "restart"])
+def test_a_discarded_step_and_a_pause_make_the_next_one_restart(break_chain: str) -> None:
+    clock = HostClock()
+    run_step(clock, 0)
+    if break_chain == "discard":
+        stamps = clock.begin(1)
+        assert stamps is not None
+        clock.discard(stamps)
+    else:
+        clock.restart()
+    run_step(clock, 2)
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(0, True), (2, True)]
+
+
+def test_steps_that_nobody_harvests_take_no_more_memory_than_the_pool() -> None:
+    clock = HostClock()
+    for number in range(3 * POOL_SIZE):
+        run_step(clock, number)
+    assert [stamps.payload for stamps in clock.harvest()] == list(range(2 * POOL_SIZE, 3 * POOL_SIZE))
+
+
+def test_threads_harvest_every_step_once() -> None:
+    clock = HostClock()
+    seen: list[int] = []
+
+    def work(first: int) -> None:
+        for number in range(first, first + 200):
+            run_step(clock, number)
+            seen.extend(stamps.payload for stamps in clock.harvest())
+
+    threads = [threading.Thread(target=work, args=(1000 * index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [1000 * index + number for index in range(4) for number in range(200)]
+
+
+def test_a_cpu_device_gets_the_host_clock() -> None:
+    assert isinstance(step_clock("cpu"), HostClock)
+
+
+# The CUDA back end over a device whose every event time is given: what no real device can be made to do on
+# purpose (drift, queues of any length). The same code meets a real one in tests/gpu.
+
+
+class Device:
+    """A device that runs ``speed`` times as fast as the host's clock says and is some way behind it."""
+
+    def __init__(self, speed: float = 1.0) -> None:
+        self.host_ns = 1_000_000_000
+        self.busy_until = 0.0  # device time, host nanoseconds
+        self.capturing = False
+        self.speed = speed
+
+    def monotonic_ns(self) -> int:
+        return self.host_ns
+
+    def work(self, nanoseconds: int) -> None:
+        self.busy_until = max(self.busy_until, self.host_ns) + nanoseconds
+
+    # What CudaClock uses of torch.cuda:
+
+    def Event(self, enable_timing: bool) -> Event:
+        assert enable_timing
+        return Event(self)
+
+    def current_stream(self, device: Any) -> None:
+        return None
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.at: float | None = None
+
+    def record(self, stream: None) -> None:
+        self.at = max(self.device.busy_until, self.device.host_ns)
+
+    def query(self) -> bool:
+        return self.at is not None and self.at <= self.device.host_ns
+
+    def elapsed_time(self, other: Event) -> float:
+        assert self.at is not None and other.at is not None
+        return (other.at - self.at) * self.device.speed / 1e6
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return attach(monkeypatch, Device())
+
+
+def attach(monkeypatch: pytest.MonkeyPatch, device: Device) -> Device:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "cuda", device)
+    monkeypatch.setattr(clock_module, "_monotonic_ns", device.monotonic_ns)
+    return device
+
+
+def submit(clock: CudaClock, device: Device, payload: int, forward: int = 800, sample: int = 200) -> None:
+    stamps = clock.begin(payload)
+    assert stamps is not None
+    clock.mark(stamps, 0)
+    device.work(forward)
+    clock.mark(stamps, 1)
+    clock.mark(stamps, 2)
+    device.work(sample)
+    clock.mark(stamps, 3)
+    clock.finish(stamps)
+
+
+def test_device_times_come_once_the_step_is_done_and_not_before(device: Device) -> None:
+    clock = CudaClock()
+    submit(clock, device, 7)
+    assert clock.harvest() == []
+    device.host_ns += 1000
+    (done,) = clock.harvest()
+    start = 1_000_000_000
+    assert done.times == (start, start + 800, start + 800, start + 1000)
+    assert (done.payload, done.restarted) == (7, True)
+
+
+def test_steps_that_queue_up_follow_each_other_without_a_gap(device: Device) -> None:
+    clock = CudaClock()
+    for payload in range(3):
+        submit(clock, device, payload)
+        device.host_ns += 10
+    device.host_ns += 5000
+    done = [(stamps.payload, stamps.times) for stamps in clock.harvest()]
+    assert [payload for payload, _ in done] == [0, 1, 2]
+    assert [times[0] - done[0][1][0] for _, times in done] == [0, 1000, 2000]
+    assert all(times[3] - times[0] == 1000 for _, times in done)
+
+
+def test_when_all_stamps_are_in_flight_steps_are_dropped_and_counted(device: Device) -> None:
+    clock = CudaClock(pool_size=2)
+    submit(clock, device, 0)
+    submit(clock, device, 1)
+    assert clock.begin(2) is None
+    assert clock.dropped == 1
+    device.host_ns += 10_000
+    assert [stamps.payload for stamps in clock.harvest()] == [0, 1]
+    assert clock.harvest() == []  # gives the stamps back
+    submit(clock, device, 3)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    assert (done.payload, done.restarted) == (3, True)
+
+
+def test_nothing_is_recorded_or_asked_while_a_graph_is_captured(device: Device) -> None:
+    clock = CudaClock()
+    submit(clock, device, 0)
+    device.host_ns += 10_000
+    device.capturing = True
+    assert clock.harvest() == []
+    stamps = clock.begin(1)
+    assert stamps is not None
+    for index in range(4):
+        clock.mark(stamps, index)
+    assert all(event.at is None for event in stamps.events)
+    clock.finish(stamps)
+    assert clock.dropped == 1
+    device.capturing = False
+    assert [stamps.payload for stamps in clock.harvest()] == [0]
+
+
+def test_marks_of_an_earlier_use_do_not_show_in_a_later_one(device: Device) -> None:
+    clock = CudaClock(pool_size=1)
+    submit(clock, device, 0)
+    device.host_ns += 10_000
+    clock.harvest()
+    clock.harvest()
+    stamps = clock.begin(1)
+    assert stamps is not None
+    clock.mark(stamps, 0)
+    device.work(500)
+    clock.mark(stamps, 3)
+    clock.finish(stamps)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    e0, e1, e2, e3 = done.times
+    assert e1 == e2 == e3 == e0 + 500
+
+
+@given(
+    speed=st.floats(1 - 2e-4, 1 + 2e-4),
+    steps=st.lists(
+        st.tuples(st.integers(1, 2_000_000), st.integers(0, 3_000_000), st.booleans()),
+        min_size=1,
+        max_size=80,
+    ),
+)
+@settings(deadline=None, max_examples=60)
+def test_times_stay_between_recording_and_seeing_whatever_the_drift(
+    speed: float, steps: list[tuple[int, int, bool]]
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        device = attach(monkeypatch, Device(speed))
+        clock = CudaClock(pool_size=4)
+        recorded: list[int] = []
+        for number, (forward, pause, wait) in enumerate(steps):
+            stamps = clock.begin(number)
+            recorded.append(device.host_ns)
+            if stamps is not None:
+                clock.mark(stamps, 0)
+                device.work(forward)
+                clock.mark(stamps, 3)
+                clock.finish(stamps)
+            if wait:
+                device.host_ns = int(max(device.busy_until, device.host_ns)) + 1
+            device.host_ns += pause
+            for done in clock.harvest():
+                e0, _, _, e3 = done.times
+                assert recorded[done.payload] <= e0 <= e3
+                # A device clock that runs fast may make a single span end a shade late.
+                assert e3 <= device.host_ns + (e3 - e0) * 3e-4 + 1
+                assert abs((e3 - e0) - steps[done.payload][0] * speed) <= 1

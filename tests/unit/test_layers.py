@@ -1,0 +1,67 @@
+"""Dependencies point one way: hooks → record → collect → compute → export; nothing imports upwards."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import llmprobe
+
+ROOT = Path(llmprobe.__file__).parent
+
+#: layer → the layers it may import, besides itself
+ALLOWED = {
+    "settings": set(),
+    "compute": set(),
+    "record": {"settings"},
+    "hooks": {"record", "settings"},
+    "collect": {"record", "compute", "settings"},
+    "export": {"collect", "compute", "record"},
+    "agent": {"export", "collect", "compute", "record", "settings"},
+}
+#: What runs inside the engine may need only what the engine has, and these.
+IN_ENGINE = {"settings", "record", "hooks", "compute"}
+ENGINE_HAS = {"numpy", "nvtx", "torch", "vllm", "transformers", "prometheus_client"}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found.append((parts[0], path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+            if node.module == "llmprobe":
+                names.update(f"llmprobe.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize(("layer", "path"), modules(), ids=lambda value: str(value).rpartition("llmprobe/")[2])
+def test_a_module_imports_only_what_lies_below_it(layer: str, path: Path) -> None:
+    if layer not in ALLOWED:
+        return
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("llmprobe.")}
+    used &= set(ALLOWED) | {"cli", "demo", "measuring"}
+    assert used - {layer} <= ALLOWED[layer]
+
+
+@pytest.mark.parametrize(("layer", "path"), modules(), ids=lambda value: str(value).rpartition("llmprobe/")[2])
+def test_code_in_the_engine_needs_only_what_the_engine_has(layer: str, path: Path) -> None:
+    import sys
+
+    if layer not in IN_ENGINE:
+        return
+    outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"llmprobe"}
+    if path.name == "settings.py":
+        outside -= {"tomli"}
+    assert outside <= ENGINE_HAS
