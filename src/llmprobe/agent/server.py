@@ -20,9 +20,9 @@ from llmprobe.agent.exposition import ExpositionFiles
 from llmprobe.agent.files import Token
 from llmprobe.agent.jobs import Jobs
 from llmprobe.agent.main import Options
-from llmprobe.agent.peaks import peaks_of
 from llmprobe.agent.service import State, create_app
 from llmprobe.collect.collector import Collector
+from llmprobe.collect.peaks import peaks_for
 from llmprobe.record.agent_launch import CONTROL_NAME, LOG_NAME
 
 log = logging.getLogger("llmprobe.agent")
@@ -37,7 +37,9 @@ def serve(options: Options, lock: daemon.Lock) -> None:
     """Serve ``options.settings.directory`` until there is a reason to leave; all of it is said in the log."""
     settings = options.settings
     directory = settings.directory
-    collector = Collector(directory, checkpoint=directory / CHECKPOINT_NAME, peaks=peaks_of, remove_dead=True)
+    collector = Collector(
+        directory, checkpoint=directory / CHECKPOINT_NAME, peaks=peaks_for, remove_dead=True
+    )
     jobs = Jobs()
     state = State(
         collector,

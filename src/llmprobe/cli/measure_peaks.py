@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from llmprobe.collect.peaks import Calibration, cpu_key
@@ -56,7 +57,7 @@ def measure_cpu(name: str, seconds: float, threads: int | None, progress: Progre
 def _cpu_copy_rate(torch: Any, seconds: float) -> float:
     source = torch.ones(_COPY_BYTES // 4)
     target = torch.empty_like(source)
-    return 2 * _COPY_BYTES / _best(lambda: target.copy_(source), seconds)
+    return 2 * _COPY_BYTES / _best(partial(target.copy_, source), seconds)
 
 
 def _cpu_product_rate(torch: Any, dtype: Any, seconds: float) -> float:
@@ -66,7 +67,7 @@ def _cpu_product_rate(torch: Any, dtype: Any, seconds: float) -> float:
     while True:
         a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
         target = torch.empty(size, size, dtype=dtype)
-        elapsed = _best(lambda a=a, b=b, c=target: torch.mm(a, b, out=c), seconds / 4)
+        elapsed = _best(partial(torch.mm, a, b, out=target), seconds / 4)
         rate = max(rate, 2 * size**3 / elapsed)
         if size >= 2048 or 8 * elapsed > seconds / 2:
             return rate
@@ -115,7 +116,7 @@ def _measure_gpu(torch: Any, index: int, seconds: float, progress: Progress) -> 
         # Normal values, as in a model: products of constants draw less power and clock higher.
         a, b = (torch.randn(width, width, device=device).to(getattr(torch, dtype)) for _ in range(2))
         c = torch.empty_like(a)
-        elapsed = _best_on_gpu(torch, device, lambda a=a, b=b, c=c: torch.mm(a, b, out=c), seconds)
+        elapsed = _best_on_gpu(torch, device, partial(torch.mm, a, b, out=c), seconds)
         rates[dtype] = 2 * width**3 / elapsed
     torch.cuda.empty_cache()
     versions = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
@@ -126,10 +127,10 @@ def _measure_gpu(torch: Any, index: int, seconds: float, progress: Progress) -> 
 
 def _gpu_copy_rate(torch: Any, device: Any, seconds: float) -> float:
     free, _ = torch.cuda.mem_get_info(device)
-    size = min(_GPU_COPY_BYTES, free // 4) // 4
+    size = int(min(_GPU_COPY_BYTES, free // 4)) // 4  # of four bytes, each read and written
     source = torch.ones(size, device=device)
     target = torch.empty_like(source)
-    return 2 * 4 * size / _best_on_gpu(torch, device, lambda: target.copy_(source), seconds)
+    return 8.0 * size / _best_on_gpu(torch, device, partial(target.copy_, source), seconds)
 
 
 def _best_on_gpu(torch: Any, device: Any, work: Callable[[], object], seconds: float) -> float:

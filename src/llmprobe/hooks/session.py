@@ -157,8 +157,8 @@ class _Housekeeping(threading.Thread):
             return
         self._seen = state
         control = json.loads(self._control.read_text())
-        servers = control.get("servers")
-        if servers is not None and self._recorder.facts.get("server") not in servers:
+        groups = control.get("groups")  # not the server's label: the agent may have numbered equal ones
+        if groups is not None and os.environ.get(GROUP_VARIABLE) not in groups:
             return
         armed = bool(control.get("armed", True))
         if armed == self._probe.enabled:

@@ -14,8 +14,10 @@ from typing import Any
 
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.session import GROUP_VARIABLE
+from llmprobe.record.agent_launch import exposition_path
 
-_STALE_SECONDS = 5.0
+_STALE_SECONDS = 10.0  # the agent writes at least every six
 _LIMIT_BYTES = 4 * 1024 * 1024
 
 
@@ -37,7 +39,7 @@ class FileCollector:
     def _families(self) -> list[Any]:
         from prometheus_client.parser import text_string_to_metric_families
 
-        path = self._probe.settings.directory / "exposition" / f"{os.environ.get('LLMPROBE_GROUP', '')}.prom"
+        path = exposition_path(self._probe.settings.directory, os.environ.get(GROUP_VARIABLE, ""))
         try:
             stat = path.stat()
             if time.time() - stat.st_mtime > _STALE_SECONDS or stat.st_size > _LIMIT_BYTES:

@@ -1,0 +1,118 @@
+"""Talking to a real vLLM server, and reading what llmprobe recorded of it."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmprobe.demo.server import VllmServer
+from llmprobe.record.journal import JournalError, JournalReader
+from llmprobe.record.layout import PHASES
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+SECONDS = 30.0
+
+
+def post(server: VllmServer, body: dict[str, Any], path: str = "/v1/completions") -> Any:
+    request = urllib.request.Request(
+        server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return _OPENER.open(request, timeout=120)
+
+
+def complete(server: VllmServer, prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+    """A completion of exactly ``max_tokens`` tokens for a prompt given as token ids."""
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, **more}
+    answer: dict[str, Any] = json.load(post(server, body))
+    return answer
+
+
+def stream(server: VllmServer, prompt: list[int], max_tokens: int) -> Any:
+    """The open response of a streaming completion; closing it aborts the request."""
+    return post(
+        server,
+        {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True},
+    )
+
+
+def get(url: str) -> str:
+    with _OPENER.open(url, timeout=20) as response:
+        text: str = response.read().decode()
+        return text
+
+
+def get_json(url: str) -> Any:
+    return json.loads(get(url))
+
+
+def metrics(url: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample at ``url`` by name and labels."""
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(get(url))
+        for sample in family.samples
+    }
+
+
+def value(samples: dict[Any, float], name: str, **labels: str) -> float:
+    """The sum of the samples of ``name`` that carry ``labels``; fails if there are none."""
+    found = [
+        number
+        for (sample, carried), number in samples.items()
+        if sample == name and set(labels.items()) <= set(carried)
+    ]
+    assert found, f"no sample {name} with {labels}"
+    return sum(found)
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    """The first true result of ``condition``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.1)
+    raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
+
+
+def readers(directory: Path, role: str) -> Iterator[JournalReader]:
+    for path in sorted((directory / "journals").glob(f"{role}-*.journal")):
+        try:
+            yield JournalReader(path)
+        except JournalError:
+            continue
+
+
+class Steps:
+    """The steps of a server's one worker, read as they come."""
+
+    def __init__(self, server: VllmServer) -> None:
+        self.reader = next(reader for reader in readers(server.directory, "worker") if reader.alive())
+        self.reader.read()
+
+    def forget(self) -> None:
+        """Skip what was recorded so far, also what is about to be written."""
+        time.sleep(0.6)
+        self.reader.read()
+
+    def take(self, enough: Callable[[np.ndarray], bool]) -> np.ndarray:
+        """The steps since the last call, once ``enough`` says so."""
+        rows: list[np.ndarray] = []
+
+        def ready() -> bool:
+            rows.append(self.reader.read().steps)
+            return enough(np.concatenate(rows))
+
+        until(ready, "the expected steps", 15)
+        return np.concatenate(rows)
+
+
+def phases(steps: np.ndarray) -> list[str]:
+    return [PHASES[phase] for phase in steps["phase"]]

@@ -1,0 +1,198 @@
+"""A scripted schedule on a real vLLM: what each step worked on, to the token."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine import Steps, complete, get_json, metrics, phases, readers, stream, until, value
+
+from llmprobe.demo.server import VllmServer
+
+pytestmark = pytest.mark.integration
+
+BUDGET = 256
+
+
+@pytest.fixture(scope="module")
+def server(vllm_server: object) -> VllmServer:
+    assert callable(vllm_server)
+    started: VllmServer = vllm_server(
+        "--max-num-batched-tokens", str(BUDGET), "--max-num-seqs", "16", "--enable-prefix-caching"
+    )
+    return started
+
+
+@pytest.fixture
+def steps(server: VllmServer) -> Steps:
+    found = Steps(server)
+    found.forget()
+    return found
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    """A prompt that no other test's prompt begins like."""
+    return np.random.default_rng(seed).integers(10, 500, count).tolist()
+
+
+def test_a_lone_prompt_is_one_prefill_step(server: VllmServer, steps: Steps) -> None:
+    complete(server, tokens(1, 40), 1)
+    found = steps.take(lambda rows: len(rows) >= 1)
+    assert phases(found) == ["prefill"]
+    assert (found["prompt_tokens"][0], found["decode_tokens"][0], found["sampled"][0]) == (40, 0, 1)
+    assert found["context_prefill"][0][0] == 40
+    assert found["pairs_prefill"][0][0] == 40 * 41 // 2
+
+
+def test_decodes_follow_one_a_token_with_a_growing_context(server: VllmServer, steps: Steps) -> None:
+    complete(server, tokens(2, 30), 10)
+    found = steps.take(lambda rows: len(rows) >= 10)
+    assert phases(found) == ["prefill"] + ["decode"] * 9
+    assert found["decode_tokens"].tolist() == [0] + [1] * 9
+    assert found["context_decode"][1:, 0].tolist() == list(range(31, 40))
+    assert (found["e0"] <= found["e1"]).all()
+    assert (found["e1"] <= found["e2"]).all()
+    assert (found["e2"] <= found["e3"]).all()
+    assert (found["e3"][:-1] <= found["e0"][1:]).all()
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_and_samples_once(server: VllmServer, steps: Steps) -> None:
+    complete(server, tokens(3, 600), 1)
+    found = steps.take(lambda rows: rows["prompt_tokens"].sum() >= 600)
+    assert phases(found) == ["prefill"] * 3
+    assert found["prompt_tokens"].tolist() == [256, 256, 88]
+    assert found["sampled"].tolist() == [0, 0, 1]
+    assert found["pairs_prefill"][:, 0].sum() == 600 * 601 // 2
+
+
+def test_a_prefix_cache_hit_computes_the_rest_only(server: VllmServer, steps: Steps) -> None:
+    prompt = tokens(4, 250)
+    complete(server, prompt, 1)
+    first = steps.take(lambda rows: len(rows) >= 1)
+    again = complete(server, [*prompt, *tokens(5, 6)], 1)
+    second = steps.take(lambda rows: len(rows) >= 1)
+    assert first["prompt_tokens"].sum() == 250
+    assert again["usage"]["prompt_tokens"] == 256
+    computed = int(second["prompt_tokens"].sum())
+    assert 6 <= computed < 256
+    assert (256 - computed) % 16 == 0  # whole blocks were reused
+    assert phases(second) == ["prefill"]
+    assert second["context_prefill"][0][0] == 256  # cached keys are read all the same
+
+
+def test_a_prompt_among_decodes_is_mixed(server: VllmServer, steps: Steps) -> None:
+    with stream(server, tokens(6, 20), 300) as running:
+        running.readline()
+        complete(server, tokens(7, 50), 2)
+        while running.readline():
+            pass
+    found = steps.take(lambda rows: rows["decode_tokens"].sum() >= 300)
+    mixed = found[found["phase"] == 2]
+    assert len(mixed) == 1
+    assert (mixed["prompt_tokens"][0], mixed["decode_tokens"][0]) == (50, 1)
+    assert (mixed["requests"][0], mixed["prefill_requests"][0], mixed["sampled"][0]) == (2, 1, 2)
+    assert set(phases(found)) == {"prefill", "decode", "mixed"}
+    assert found["prompt_tokens"].sum() == 70
+    assert found["decode_tokens"].sum() == 299 + 1
+
+
+def test_an_abort_ends_the_steps_and_is_counted(server: VllmServer, steps: Steps) -> None:
+    front = next(iter(readers(server.directory, "frontend")))
+    before = front.counters()
+    running = stream(server, tokens(8, 20), 1500)
+    for _ in range(10):
+        running.readline()
+    running.close()
+    until(lambda: front.counters()["requests_aborted"] == before["requests_aborted"] + 1, "the abort")
+    until(lambda: front.read().pending[-1:]["unfinished"].tolist() == [0], "the end of pending work")
+    steps.forget()
+    complete(server, tokens(9, 10), 2)
+    assert phases(steps.take(lambda rows: len(rows) >= 2)) == ["prefill", "decode"]
+
+
+def test_parallel_requests_are_all_counted(server: VllmServer, steps: Steps) -> None:
+    front = next(iter(readers(server.directory, "frontend")))
+    before = front.counters()
+    threads = [
+        threading.Thread(target=complete, args=(server, tokens(20 + n, 15 + n), 12)) for n in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = front.counters()
+    assert after["requests"] - before["requests"] == 12
+    assert after["prompt_tokens"] - before["prompt_tokens"] == sum(15 + n for n in range(12))
+    assert after["generated_tokens"] - before["generated_tokens"] == 12 * 12
+    found = steps.take(lambda rows: rows["decode_tokens"].sum() >= 12 * 11)
+    assert found["prompt_tokens"].sum() == sum(15 + n for n in range(12))
+    assert found["sampled"].sum() == 12 * 12
+
+
+def test_kv_bytes_are_what_vllm_says_within_one_block(server: VllmServer) -> None:
+    with stream(server, tokens(40, 200), 600) as running:
+        running.readline()
+        worker = next(iter(readers(server.directory, "worker"))).facts()
+        kv = worker["model"]["kv"]
+
+        def both() -> tuple[float, float]:
+            said = value(metrics(f"{server.url}/metrics"), "vllm:kv_cache_usage_perc")
+            front = get_json(f"{server.agent_url}/api/status")["servers"][0]["engines"][0]
+            return said * kv["capacity_bytes"], front["kv_used_bytes"]
+
+        theirs, ours = until(lambda: (pair := both())[1] and pair, "KV use in the status")
+        assert abs(theirs - ours) <= kv["block_bytes"] * 1.001
+        assert ours > 0
+
+
+def test_weights_are_the_bytes_of_the_safetensors_file(server: VllmServer, tiny_model: Path) -> None:
+    worker = next(iter(readers(server.directory, "worker"))).facts()
+    assert worker["model"]["weights_bytes"] == tensor_bytes(tiny_model)
+    assert worker["model"]["unmodelled"] == []
+    assert worker["clock"] == "host"
+
+
+def tensor_bytes(model: Path) -> int:
+    """Bytes of all tensors, by the header of the file (8 bytes length, then JSON)."""
+    with (model / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    )
+
+
+def test_components_of_device_time_add_up_to_the_wall_clock(server: VllmServer) -> None:
+    import time
+
+    def total() -> tuple[float, float]:
+        samples = metrics(f"{server.agent_url}/metrics")
+        return time.monotonic(), value(samples, "llmprobe_device_time_seconds_total", engine="0", rank="0")
+
+    complete(server, tokens(50, 10), 50)
+    time.sleep(1.5)
+    began, before = total()
+    for n in range(4):
+        complete(server, tokens(51 + n, 10), 100)
+        time.sleep(0.7)
+    time.sleep(2)
+    ended, after = total()
+    # Idle time is booked half a second late, and views are half a second old.
+    assert abs((after - before) - (ended - began)) < 1.5
+
+
+def test_vllms_own_metrics_show_the_same_families(server: VllmServer) -> None:
+    complete(server, tokens(60, 10), 5)
+
+    def ours(url: str) -> set[str]:
+        return {name for name, _ in metrics(url) if name.startswith("llmprobe_")}
+
+    agent = ours(f"{server.agent_url}/metrics")
+    assert "llmprobe_device_time_seconds_total" in agent
+    until(lambda: ours(f"{server.url}/metrics") >= agent - {"llmprobe_build_info"}, "our families in /metrics")
+
+
