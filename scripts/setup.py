@@ -191,7 +191,8 @@ def has_gpu() -> bool:
 def fingerprint(gpu: bool) -> str:
     """Changes whenever the environment has to."""
     digest = hashlib.sha256()
-    for path in (ROOT / "pyproject.toml", Path(__file__), CPU_ENGINE / "pyproject.toml"):
+    files = ("pyproject.toml", "src/llmprobe.pth", "scripts/setup.py", "scripts/vllm-name/pyproject.toml")
+    for path in (ROOT / name for name in files):
         digest.update(path.read_bytes())
     digest.update(f"{ROOT} {gpu}".encode())  # the editable install holds the root's path
     return digest.hexdigest() + "\n"

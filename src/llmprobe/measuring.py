@@ -57,8 +57,8 @@ def measure() -> Iterator[Measurement]:
         yield measurement
     finally:
         poll.stop()
-        for idle in probe.when_idle:
-            probe.guard.call("measure", idle)
+        for write in probe.writers:
+            probe.guard.call("measure", write)
         collector.tick(final=True)
         measurement.report = report(collector.views(), before)
         collector.close()

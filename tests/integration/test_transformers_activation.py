@@ -25,7 +25,9 @@ START = "import site, sys; site.addsitedir(sys.argv[1]); sys.argv[1:2] = []\n"
 STATE = """
 import json, threading
 print(json.dumps({
-    "modules": sorted(name for name in sys.modules if name.split(".")[0] in ("llmprobe", "torch", "transformers")),
+    "modules": sorted(
+        name for name in sys.modules if name.split(".")[0] in ("llmprobe", "torch", "transformers")
+    ),
     "finders": [type(finder).__module__ for finder in sys.meta_path if "llmprobe" in type(finder).__module__],
     "threads": [thread.name for thread in threading.enumerate()],
 }))
@@ -58,15 +60,10 @@ def interpreter(tmp_path: Path) -> Interpreter:
         env.update(LLMPROBE_DIR=str(tmp_path / "probe"), LLMPROBE_AGENT="off")
         if llmprobe_set is not None:
             env["LLMPROBE"] = llmprobe_set
-        drop = "" if installed else "sys.path[:] = [p for p in sys.path if not p.endswith('/src')]\n"
-        hide = (
-            ""
-            if installed
-            else "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
-        )
-        start = "import sys\n" + drop + hide + START
+        # Without site-packages (-S) this interpreter does not know the llmprobe that runs these tests.
+        flags = ["-I"] if installed else ["-I", "-S"]
         return subprocess.run(
-            [sys.executable, "-I", "-c", start + code, str(site)],
+            [sys.executable, *flags, "-c", START + code, str(site)],
             env=env,
             capture_output=True,
             text=True,

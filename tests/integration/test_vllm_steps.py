@@ -193,6 +193,6 @@ def test_vllms_own_metrics_show_the_same_families(server: VllmServer) -> None:
 
     agent = ours(f"{server.agent_url}/metrics")
     assert "llmprobe_device_time_seconds_total" in agent
-    until(lambda: ours(f"{server.url}/metrics") >= agent - {"llmprobe_build_info"}, "our families in /metrics")
-
-
+    until(
+        lambda: ours(f"{server.url}/metrics") >= agent - {"llmprobe_build_info"}, "our families in /metrics"
+    )

@@ -46,7 +46,9 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("layer", "path"), modules(), ids=lambda value: str(value).rpartition("llmprobe/")[2])
+@pytest.mark.parametrize(
+    ("layer", "path"), modules(), ids=lambda value: str(value).rpartition("llmprobe/")[2]
+)
 def test_a_module_imports_only_what_lies_below_it(layer: str, path: Path) -> None:
     if layer not in ALLOWED:
         return
@@ -55,7 +57,9 @@ def test_a_module_imports_only_what_lies_below_it(layer: str, path: Path) -> Non
     assert used - {layer} <= ALLOWED[layer]
 
 
-@pytest.mark.parametrize(("layer", "path"), modules(), ids=lambda value: str(value).rpartition("llmprobe/")[2])
+@pytest.mark.parametrize(
+    ("layer", "path"), modules(), ids=lambda value: str(value).rpartition("llmprobe/")[2]
+)
 def test_code_in_the_engine_needs_only_what_the_engine_has(layer: str, path: Path) -> None:
     import sys
 

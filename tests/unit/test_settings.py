@@ -42,7 +42,9 @@ def test_every_variable_has_its_wrong_value_here() -> None:
     named = {
         node.value
         for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("LLMPROBE")
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith("LLMPROBE")
     }
     assert named - {"LLMPROBE_GROUP"} == set(WRONG)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -152,12 +151,11 @@ class Collector:
 
     def _discover(self) -> None:
         try:
-            names = os.listdir(self._directory)
+            paths = list(self._directory.glob("*.journal"))
         except OSError:
             return
-        for name in names:
-            path = self._directory / name
-            if not name.endswith(".journal") or path in self._processes or path in self._ignored:
+        for path in paths:
+            if path in self._processes or path in self._ignored:
                 continue
             try:
                 reader = JournalReader(path, self._own_writers().get(path))
@@ -178,7 +176,7 @@ class Collector:
                 self._ranks[path] = rank
 
     def _pending_of(self, process: Process) -> intervals.Intervals | None:
-        """When the server had unfinished requests, by all of its front ends; None if it has none that tell."""
+        """When the server had unfinished requests, by its front ends; None if it has none."""
         told = [
             self._pending[path].spans()
             for path, other in self._processes.items()

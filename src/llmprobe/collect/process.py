@@ -177,7 +177,7 @@ class Rank:
     def running_since(self) -> int | None:
         """When the running step began (CLOCK_MONOTONIC nanoseconds); None between steps."""
         progress = self.process.reader.progress()
-        if progress is None or progress.begun <= (self.last_step or 0):
+        if progress is None or progress.begun <= max(self.last_step or 0, progress.ended):
             return None
         return progress.time
 

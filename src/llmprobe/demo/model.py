@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _STAMP = "llmprobe-model.json"
-_FORMAT = 1  # counts up when the same parameters give other files
+_FORMAT = 2  # counts up when the same parameters give other files
 
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -102,8 +102,8 @@ def make_model(
         ImportError: torch or transformers is missing.
     """
     spec = ModelSpec(hidden, layers, heads, kv_heads, intermediate, vocab, max_length, dtype, tie, seed)
-    stamp = json.dumps({"format": _FORMAT, **asdict(spec)}, sort_keys=True)
-    if _is_made(path, stamp):
+    stamp = _stamp(spec)
+    if _holds(path, stamp):
         return path
     if path.exists() and any(path.iterdir()) and not (path / _STAMP).exists():
         raise FileExistsError(f"{path} exists and is not a model made by llmprobe: choose another directory")
@@ -121,12 +121,21 @@ def make_model(
             work.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if not _is_made(path, stamp):
+    if not _holds(path, stamp):
         raise FileExistsError(f"{path} was changed by another process while the model was made")
     return path
 
 
-def _is_made(path: Path, stamp: str) -> bool:
+def is_made(path: Path, dtype: str) -> bool:
+    """Whether ``path`` holds the default model in this dtype. Imports nothing of the engines."""
+    return _holds(path, _stamp(ModelSpec(dtype=dtype)))
+
+
+def _stamp(spec: ModelSpec) -> str:
+    return json.dumps({"format": _FORMAT, **asdict(spec)}, sort_keys=True)
+
+
+def _holds(path: Path, stamp: str) -> bool:
     try:
         return (path / _STAMP).read_text() == stamp
     except OSError:
@@ -182,4 +191,32 @@ def _write_weights(path: Path, spec: ModelSpec) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         model = LlamaForCausalLM(config).to(getattr(torch, spec.dtype))
+        if not spec.tie:
+            # The most likely tokens are then printable, and never the end: its row gives 0, others more.
+            with torch.no_grad():
+                model.lm_head.weight[_unprintable(path)] = 0
     model.save_pretrained(path)
+
+
+def _unprintable(path: Path) -> list[int]:
+    """Ids of the tokens that are special, or not printable ASCII by themselves."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    return [
+        token
+        for token, text in enumerate(texts)
+        if token in tokenizer.all_special_ids or not (text.isascii() and text.isprintable())
+    ]
+
+
+def main() -> None:
+    """``python -m llmprobe.demo.model PATH [DTYPE]``: make the default model."""
+    import sys
+
+    make_model(Path(sys.argv[1]), dtype=sys.argv[2] if len(sys.argv) > 2 else ModelSpec.dtype)
+
+
+if __name__ == "__main__":
+    main()

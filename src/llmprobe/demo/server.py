@@ -37,6 +37,8 @@ class VllmServer:
         self.directory = directory
         self.log = log
         self._children: list[psutil.Process] = []
+        self._ready = False
+        self._guard = _start_guard(process.pid)
 
     @classmethod
     def start(
@@ -118,6 +120,7 @@ class VllmServer:
                 )
             if answers(f"{self.url}/health"):
                 self._remember_children()
+                self._ready = True
                 return
             if elapsed > timeout_seconds:
                 raise ServerFailed(f"vllm serve is not ready after {elapsed:.0f} s:\n{self.last_lines()}")
@@ -150,11 +153,19 @@ class VllmServer:
 
     def stop(self) -> None:
         """End the server, its children and its agent, and remove its directory. May be called again."""
+        self.stop_server_only()
+        if self._guard.poll() is None:
+            self._guard.communicate(b"told\n")
+        stop_agent(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def stop_server_only(self) -> None:
+        """End the server and its children; the agent of its directory stays. May be called again."""
         self._remember_children()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_STOP_SECONDS)
+                self.process.wait(_STOP_SECONDS if self._ready else _GRACE_SECONDS)
         # vLLM's helpers free shared memory when their turn comes to end; only then by force.
         psutil.wait_procs(self._children, timeout=_GRACE_SECONDS)
         # Whatever is left of the session, and those of its processes that made a session of their own.
@@ -166,14 +177,26 @@ class VllmServer:
         psutil.wait_procs(self._children, timeout=_STOP_SECONDS)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_STOP_SECONDS)
-        stop_agent(self.directory)
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _remember_children(self) -> None:
         with contextlib.suppress(psutil.Error):
             self._children = list(
                 {*self._children, *psutil.Process(self.process.pid).children(recursive=True)}
             )
+
+
+def _start_guard(group: int) -> subprocess.Popen[bytes]:
+    """A shell that kills a process group when we die without having told it not to.
+
+    vLLM, when asked to end while it starts, may not; and its processes would outlive a demo that was killed.
+    """
+    return subprocess.Popen(
+        ["sh", "-c", 'read told || kill -KILL -- "-$1"', "sh", str(group)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def vllm_command() -> Path:
@@ -203,19 +226,21 @@ def server_environment(directory: Path, environ: Mapping[str, str] | None = None
 
 
 def stop_agent(directory: Path) -> None:
-    """End the agent that serves ``directory``, if one does."""
+    """End the agent that serves ``directory``, if one does; returns when its process is gone."""
+    asked: dict[int, psutil.Process] = {}
     deadline = time.monotonic() + _AGENT_SECONDS
-    asked = signal.SIGTERM
-    while agent_running(directory):
+    while agent_running(directory) and time.monotonic() < deadline:
         info = agent_info(directory)  # None while it is still starting
-        if info is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(int(info["pid"]), asked)
-        if time.monotonic() > deadline:
-            if asked == signal.SIGKILL:
-                return
-            asked, deadline = signal.SIGKILL, time.monotonic() + _AGENT_SECONDS
-        time.sleep(0.2)
+        with contextlib.suppress(psutil.Error):
+            if info is not None and info["pid"] not in asked:
+                process = asked[info["pid"]] = psutil.Process(info["pid"])
+                process.terminate()
+        time.sleep(0.1)
+    _, left = psutil.wait_procs(list(asked.values()), timeout=_AGENT_SECONDS)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=_AGENT_SECONDS)
 
 
 def free_port() -> int:

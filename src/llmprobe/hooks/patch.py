@@ -30,7 +30,7 @@ class Patch:
         return self._wrapper is not None
 
     def apply(self) -> None:
-        """Wrap, or wake our layer if it is still in place. Raises AttributeError if ``name`` is not defined."""
+        """Wrap, or wake our layer if it is still in place. AttributeError if there is no ``name``."""
         if self._wrapper is None:
             original = _own(self.owner, self.name)
             function = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original

@@ -28,8 +28,8 @@ class Probe:
         self.generation = 0
         #: Called with the new recorder when this process arms.
         self.on_armed: list[Callable[[Recorder], None]] = []
-        #: Called a few times a second by the housekeeping thread, so that a last step is not left unwritten.
-        self.when_idle: list[Callable[[], None]] = []
+        #: Called a few times a second by the housekeeping thread: they write the steps that hooks have kept.
+        self.writers: list[Callable[[], None]] = []
         self._recorder: Recorder | None = None
         self._arming = threading.Lock()
         self._refused_pid = 0

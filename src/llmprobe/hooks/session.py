@@ -139,9 +139,9 @@ class _Housekeeping(threading.Thread):
             if not guard.inert and self._probe.settings.agent == "auto":
                 guard.call("housekeeping.agent", self._keep_agent)
             self._publish()
-            guard.call("housekeeping.flush", self._recorder.flush)
-            for idle in self._probe.when_idle:
-                guard.call("housekeeping.idle", idle)
+            for write in self._probe.writers:
+                guard.call("housekeeping.write", write)
+            guard.call("housekeeping.publish", self._recorder.publish)
             time.sleep(_POLL_SECONDS)
 
     def _control_state(self) -> tuple[int, int] | None:

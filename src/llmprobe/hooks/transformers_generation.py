@@ -66,11 +66,8 @@ class Generation:
         self.cache: Any = None
         self.kv_size: CacheSize | None = None
         self.kv_walks = 0
-        self.kv_bytes = 0
-        # Gaps between tokens not yet written, and llmprobe's own time.
-        self.gaps: dict[int, int] = {}
-        self.gaps_since = 0
-        self.unwritten = 0  # live tokens not yet counted in the journal
+        self.tokens_written = 0  # of `token_times`, those in the journal
+        # llmprobe's own time.
         self.own_ns = 0
         self.own_request_ns = 0
 
@@ -146,6 +143,26 @@ class Generation:
         groups = [counts[at : at + share] for at in range(0, share * self.requests, share)]
         return [sum(group) for group in groups], [max(group, default=0) for group in groups]
 
+    @property
+    def kv_bytes(self) -> int:
+        """Resident bytes of the cache of this call."""
+        return self.kv_size.at(self.past) if self.kv_size is not None else 0
+
+    def new_gaps(self) -> tuple[int, dict[int, int]]:
+        """Tokens since the last call of this, and the gaps before them, for every request alike.
+
+        As in engines, a step makes one gap, whatever number of tokens a verification accepts at once.
+        """
+        times, first = self.token_times, self.tokens_written
+        count = len(times)  # grows while this runs in the housekeeping thread
+        self.tokens_written = count
+        gaps: dict[int, int] = {}
+        for index in range(max(first, 1), count):
+            gap = times[index] - times[index - 1]
+            if gap:
+                gaps[gap] = gaps.get(gap, 0) + self.requests
+        return (count - first) * self.requests, gaps
+
     def late_gaps(self, longest: list[int]) -> dict[int, int]:
         """Gaps between tokens, by how many requests had each: for requests of ``longest`` tokens."""
         gaps: dict[int, int] = {}
@@ -154,15 +171,6 @@ class Generation:
             gap = times[index] - times[index - 1]
             gaps[gap] = gaps.get(gap, 0) + sum(count > index for count in longest)
         return gaps
-
-
-def attention(before: int, query: int, window: int | None) -> tuple[int, int]:
-    """Visible keys and causal (query, key) pairs of ``query`` tokens behind ``before`` in the cache."""
-    if window is None or before + query <= window:
-        return before + query, query * before + query * (query + 1) // 2
-    growing = max(min(window - before, query), 0)  # queries that still see everything before them
-    pairs = growing * before + growing * (growing + 1) // 2 + (query - growing) * window
-    return min(before + query, window + query - 1), pairs
 
 
 def _token_set(value: Any) -> frozenset[int]:

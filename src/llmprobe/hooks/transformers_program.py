@@ -35,9 +35,14 @@ class Program:
         #: `Probe.generation` of the last step.
         self.generation = probe.generation
         self.running: dict[int, Generation] = {}
+        #: Steps finished on the host and not yet written, and when some were last.
+        self.unwritten = 0
+        self.written_at = 0
         # Held for dictionary accesses and journal writes when a call begins or ends, never in a step.
         # Reentrant, because a signal handler may itself call generate.
         self.lock = threading.RLock()
+        # Held while steps are written; the step path only tries it.
+        self.writing = threading.RLock()
         self._probe = probe
         self._model = weakref.ref(model)
         self._name = model_name(model)
@@ -112,10 +117,8 @@ class Program:
         if facts is not None:
             self.recorder.update_facts(model=facts)
 
-    def kv_bytes(self, call: Generation) -> int:
-        """Resident bytes of the caches of all running calls, ``call`` being one of them or inside one."""
-        if len(self.running) == 1 and call.parent is None:
-            return call.kv_bytes
+    def kv_bytes(self) -> int:
+        """Resident bytes of the caches of all running calls."""
         return sum(running.kv_bytes for running in list(self.running.values()))
 
     def note(self, text: str) -> None:

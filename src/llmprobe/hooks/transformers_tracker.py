@@ -11,18 +11,22 @@ from typing import Any
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.transformers_cache import cache_length, measure_cache
-from llmprobe.hooks.transformers_generation import DRAFT, NESTED, REQUEST, Generation, attention
-from llmprobe.hooks.transformers_program import FULL_ONLY, Program
-from llmprobe.record.layout import KV_GROUPS, PHASES, Flag, Phase
+from llmprobe.hooks.transformers_generation import DRAFT, NESTED, REQUEST, Generation
+from llmprobe.hooks.transformers_program import Program
+from llmprobe.hooks.transformers_steps import Step, write_steps
+from llmprobe.record.layout import PHASES, Clock, Phase
 from llmprobe.record.nvtx import Ranges, ranges
 from llmprobe.record.recorder import Recorder
 
 _now = time.monotonic_ns
 _PREFILL, _DECODE, _DRAFT = int(Phase.PREFILL), int(Phase.DECODE), int(Phase.DRAFT)
-_NO_SAMPLE, _RESTARTED, _EMPTY = int(Flag.NO_SAMPLE), int(Flag.RESTARTED), int(Flag.EMPTY)
-_ZEROS = (0,) * KV_GROUPS
-_GAPS_HELD = 8  # gaps between tokens are written in groups of this many ...
-_GAPS_HELD_NS = 100_000_000  # ... or this often
+_HOST = int(Clock.HOST)
+#: On a CPU device the housekeeping thread writes the steps, unless so many have come together: between two
+#: steps it would cost several times more, because the model has just emptied the caches.
+_STEPS_HELD_HOST = 48
+#: On a GPU the step path writes them, which costs nothing while the device is busy: so many together ...
+_STEPS_HELD_CUDA = 16
+_STEPS_HELD_NS = 20_000_000  # ... or those of so long a time
 _CACHE_WALKS = 2  # after the prompt, and once more when sliding windows have settled
 
 
@@ -40,6 +44,7 @@ class Tracker:
         self._program: Program | None = None
         self._nvtx: Ranges | None = None
         self._making = threading.RLock()  # once a process, when the journal is made
+        probe.writers.append(self.write)
 
     # Calls ------------------------------------------------------------------------------------------
 
@@ -100,8 +105,7 @@ class Tracker:
         if call.stamps is not None:
             self._abandon(program, call, active)
         call.cache = None
-        if active:
-            self._write(program)
+        self._write(program, [call], wait=True)  # what was measured before the probe was switched off counts
         if call.kind != REQUEST:
             return
         if active:
@@ -115,13 +119,13 @@ class Tracker:
         self, program: Program, call: Generation, result: Any, failed: bool, ended: int
     ) -> None:
         recorder, times = program.recorder, call.token_times
+        no_gaps: dict[int, int] = {}
         if call.live:
             sums = longest = [len(times)] * call.requests
-            late = call.gaps
-            generated = call.unwritten  # the others were counted as they came
+            late, generated = no_gaps, 0  # written as they came
         elif failed:
             sums = longest = [0] * call.requests  # the caller got none
-            late, generated = {}, 0
+            late, generated = no_gaps, 0
         else:
             sums, longest = call.returned_tokens(result)
             late, generated = call.late_gaps(longest), sum(sums)
@@ -176,13 +180,24 @@ class Tracker:
         ids = inputs.get("input_ids")
         if ids is None:
             ids = inputs.get("decoder_input_ids")
-        if ids is None:
-            ids = inputs.get("inputs_embeds")
-        if ids is None:
-            return
-        rows, query = ids.shape[:2]
+            if ids is None:
+                ids = inputs.get("inputs_embeds")
+                if ids is None:
+                    return
+        shape = ids.shape
+        rows, query = shape[0], shape[1]
         if not call.number and call.kind != DRAFT:
             self._first_step(call, inputs, args, kwargs, query)
+        if query == 1 and not call.assisted:
+            call.keep = 1
+        else:
+            self._many_queries(call, inputs, args, kwargs, query)
+        self._open(call, rows, query, entered)
+
+    def _many_queries(
+        self, call: Generation, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], query: int
+    ) -> None:
+        """How many positions go through the output head, and how many of them are drafted tokens."""
         call.candidates = 0
         if call.assisted:
             whole = args[0] if args else kwargs.get("input_ids")
@@ -195,7 +210,6 @@ class Tracker:
         if call.assisted and keep is not None:
             keep = call.candidates + 1  # set by the loop after this
         call.keep = min(keep, query) if isinstance(keep, int) and keep else query
-        self._open(call, rows, query, entered)
 
     def _first_step(
         self, call: Generation, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], query: int
@@ -246,12 +260,17 @@ class Tracker:
         program = self._program
         if stamps is None or program is None or stamps.ns[1]:
             return  # a class and its base class may both call
-        program.clock.mark(stamps, 1)
+        clock = program.clock
+        clock.mark(stamps, 1)
         if call.kv_walks < _CACHE_WALKS and call.kind == REQUEST:
             call.cache = getattr(outputs, "past_key_values", None)
-        # Here, where a GPU still has this forward to run, the record of the step before costs it nothing.
-        self._write(program)
-        call.own_ns += _now() - stamps.ns[1]
+        if clock.kind == _HOST:
+            full = program.unwritten >= _STEPS_HELD_HOST
+        else:
+            full = program.unwritten >= _STEPS_HELD_CUDA or stamps.ns[1] - program.written_at > _STEPS_HELD_NS
+        if full:
+            self._write(program, [call], wait=False)
+            call.own_ns += _now() - stamps.ns[1]
 
     def end_step(self, call: Generation) -> None:
         """The loop looks whether to go on: a step whose forward is over ends here."""
@@ -279,31 +298,27 @@ class Tracker:
             if call.candidates:
                 call.past -= max(call.candidates - max(new_tokens - 1, 0), 0)
         call.new_tokens = new_tokens
-        prefill = call.phase == _PREFILL
-        context = pairs = _ZEROS
-        if call.kind != DRAFT:
-            context, pairs = _visible(call, rows, before, query)
-            self._follow_cache(program, call, rows)
-        tokens = rows * query
-        counts = (
-            rows,
-            rows if prefill else 0,
-            tokens if prefill else 0,
-            0 if prefill else tokens,
-            rows * call.candidates,
-            rows * call.keep,
-        )
-        stamps.payload = (
+        if call.cache is not None:
+            self._measure_cache(program, call, rows)
+        stamps.payload = Step(
             call.number,
             call.step_time,
             call.phase,
-            counts,
-            (*context, *_ZEROS, *pairs, *_ZEROS) if prefill else (*_ZEROS, *context, *_ZEROS, *pairs),
+            rows,
+            query,
+            before,
+            call.candidates,
+            call.keep,
+            new_tokens,
             call.own_ns,
-            rows * new_tokens,
-            program.kv_bytes(call),
+            call.groups,
+            call.cross_length,
+            call.kv_size,
+            call.past,
+            0 if len(program.running) <= 1 else program.kv_bytes(),
         )
         clock.finish(stamps)
+        program.unwritten += 1
         call.own_ns = _now() - stamps.ns[3]  # from here on it is booked on the next step
 
     def boundary(self, call: Generation, going_on: bool) -> None:
@@ -315,48 +330,37 @@ class Tracker:
         call.boundaries += 1
         new_tokens, call.new_tokens = call.new_tokens, 0
         if new_tokens:
-            self._tokens(program.recorder, call, new_tokens, now)
+            times = call.token_times
+            times.append(now)
+            if new_tokens > 1:
+                times.extend((now,) * (new_tokens - 1))
+            if call.tokens_written == 0 and call.kind == REQUEST:
+                self._first_tokens(program.recorder, call, new_tokens, now)
         if going_on and call.unprepared:
+            call.keep = 1
             self._open(call, call.rows, 1 if call.token_times else max(call.prompts), now)
             call.provisional = call.stamps is not None
         else:
             call.own_ns += _now() - now
 
-    def _tokens(self, recorder: Recorder, call: Generation, new_tokens: int, now: int) -> None:
-        times = call.token_times
-        last = times[-1] if times else 0
-        times.extend((now,) * new_tokens)
-        if call.kind != REQUEST:
-            return
-        if not last:
-            recorder.tokens(
-                sum(call.prompts),
-                new_tokens * call.requests if call.live else 0,
-                cached=sum(min(call.cached, prompt) for prompt in call.prompts),
-                first_token_ns=(now - call.started,) * call.requests,
-            )
-            call.gaps_since = now
-        elif call.live:
-            # As engines do: one gap a step, whatever number of tokens a verification accepts at once.
-            gap = now - last
-            call.gaps[gap] = call.gaps.get(gap, 0) + call.requests
-            call.unwritten += new_tokens * call.requests
-            if len(call.gaps) >= _GAPS_HELD or now - call.gaps_since > _GAPS_HELD_NS:
-                recorder.tokens(0, call.unwritten, inter_token_ns=call.gaps)
-                call.gaps, call.unwritten, call.gaps_since = {}, 0, now
+    def _first_tokens(self, recorder: Recorder, call: Generation, new_tokens: int, now: int) -> None:
+        recorder.tokens(
+            sum(call.prompts),
+            new_tokens * call.requests if call.live else 0,
+            cached=sum(min(call.cached, prompt) for prompt in call.prompts),
+            first_token_ns=(now - call.started,) * call.requests,
+        )
+        call.tokens_written = new_tokens
 
-    def _follow_cache(self, program: Program, call: Generation, rows: int) -> None:
-        """Measure the cache at the first tokens of a request, then go by the number of tokens."""
-        if call.cache is not None:
-            call.kv_size = size = measure_cache(call.cache, call.past)
-            program.measured(call, rows)
-            call.kv_walks += 1
-            # Once more after the first decode step: only then do sliding layers drop what they can.
-            if not any(cap != float("inf") for _, cap in size.growth):
-                call.kv_walks = _CACHE_WALKS
-            call.cache = None
-        if call.kv_size is not None:
-            call.kv_bytes = call.kv_size.at(call.past)
+    def _measure_cache(self, program: Program, call: Generation, rows: int) -> None:
+        """Walk the cache at the first tokens of a request; from then on the number of tokens tells."""
+        call.kv_size = size = measure_cache(call.cache, call.past)
+        program.measured(call, rows)
+        call.kv_walks += 1
+        # Once more after the first decode step: only then do sliding layers drop what they can.
+        if not any(cap != float("inf") for _, cap in size.growth):
+            call.kv_walks = _CACHE_WALKS
+        call.cache = None
 
     def _abandon(self, program: Program, call: Generation, active: bool) -> None:
         """Close the step of a call that failed inside it, or during which the probe was switched off."""
@@ -370,60 +374,36 @@ class Tracker:
         if self._nvtx is not None:
             self._nvtx.pop()
         program.clock.discard(stamps)
-        # The step was begun in the journal, so it has to end there too, or it would seem to stall.
-        now = _now()
-        program.recorder.step(
-            call.number,
-            call.step_time,
-            call.phase,
-            program.clock.kind,
-            _EMPTY | _RESTARTED | _NO_SAMPLE,
-            (now, now, now, now),
-            requests=0,
-            prefill_requests=0,
-            prompt_tokens=0,
-            decode_tokens=0,
-        )
+        program.recorder.abandon(call.number)
 
-    def _write(self, program: Program) -> None:
-        """Record the steps that are complete on the device."""
-        clock, recorder = program.clock, program.recorder
-        for done in clock.harvest():
-            number, time_ns, phase, counts, visible, own_ns, new_tokens, kv_bytes = done.payload
-            flags = _NO_SAMPLE | _RESTARTED if done.restarted else _NO_SAMPLE
-            recorder.step_counted(
-                number,
-                time_ns,
-                phase,
-                clock.kind,
-                flags,
-                done.times,
-                counts,
-                visible,
-                own_ns,
-                new_tokens,
-                kv_bytes,
-            )
+    def write(self) -> None:
+        """Write what the step path has kept. Runs in the housekeeping thread, a few times a second.
 
+        CUDA events are left to the thread that runs the model: asking for them from another one would break
+        a graph that is being captured.
+        """
+        program = self._program
+        if program is not None and program.clock.kind == _HOST:
+            self._write(program, list(program.running.values()), wait=False)
 
-def _visible(call: Generation, rows: int, before: int, query: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Visible keys and (query, key) pairs of all rows, by KV group."""
-    groups = call.groups
-    if groups == FULL_ONLY:
-        context, pairs = attention(before, query, None)
-        return (rows * context, 0, 0, 0), (rows * pairs, 0, 0, 0)
-    contexts, all_pairs = [], []
-    for kind, window in groups:
-        if kind == "recurrent":
-            context = pairs = 0
-        elif kind == "cross":
-            context, pairs = call.cross_length, query * call.cross_length
-        else:
-            context, pairs = attention(before, query, window)
-        contexts.append(rows * context)
-        all_pairs.append(rows * pairs)
-    padding = _ZEROS[len(groups) :]
-    return (*contexts, *padding), (*all_pairs, *padding)
+    def _write(self, program: Program, calls: list[Generation], wait: bool) -> None:
+        """Write the steps that are complete on the device, and the tokens of ``calls``.
+
+        Args:
+            wait: for another thread that is writing; not on the step path.
+        """
+        if not program.writing.acquire(blocking=wait):
+            return
+        try:
+            program.unwritten, program.written_at = 0, _now()
+            write_steps(program.recorder, program.clock)
+            for call in calls:
+                if call.live and call.kind == REQUEST and call.tokens_written:
+                    tokens, gaps = call.new_gaps()
+                    if tokens:
+                        program.recorder.tokens(0, tokens, inter_token_ns=gaps)
+        finally:
+            program.writing.release()
 
 
 def _is_assistant(model: Any, kwargs: dict[str, Any]) -> bool:

@@ -146,9 +146,9 @@ class JournalWriter:
         _pwrite(self._fd, payload + _pack_crc(_crc32(payload)), _RING_OFFSET + (seq % self._slots) * 256)
         return seq
 
-    def progress(self, begun: int, time_ns: int, completed: int, phase: int, tokens: int) -> None:
-        """Note that a step begins, so that a reader can tell a stalled engine from an idle one."""
-        payload = _pack_progress(begun, time_ns, completed, phase, tokens)
+    def progress(self, begun: int, time_ns: int, ended: int, phase: int, tokens: int) -> None:
+        """Publish the step begun last and the one ended last."""
+        payload = _pack_progress(begun, time_ns, ended, phase, tokens)
         sealed = payload + _pack_crc(_crc32(payload))
         _pwrite(self._fd, sealed + sealed, layout.PROGRESS_OFFSET)
 
@@ -221,11 +221,11 @@ class Load(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The step begun last; ``completed < begun`` while it runs."""
+    """The step begun last and the number of the one ended last, as of a quarter second ago at most."""
 
     begun: int
     time: int
-    completed: int
+    ended: int
     phase: int
     tokens: int
 

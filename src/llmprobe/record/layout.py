@@ -4,7 +4,7 @@ A journal is one file of fixed size, little-endian::
 
     header      64 B    magic, version, sizes, random journal id, checksum
     facts       2 x 64 KiB slots: JSON about the process, the engine and the model
-    progress    one pair: the step begun last
+    progress    one pair: the step begun last, and the one ended last
     load        one pair: requests running and waiting, KV-cache use, own health
     totals      two pairs: the cumulative totals of steps, and those of requests
     histograms  one 32-byte pair a bucket
@@ -213,7 +213,7 @@ _PER_LOG = 1 / math.log(BUCKET_STEP)
 CELL = struct.Struct("<QI4x")  # value, CRC of (index, value)
 CELL_PAIR = 2 * CELL.size
 
-PROGRESS = struct.Struct("<QqQII")  # steps begun, time of the last begin, steps completed, phase, tokens
+PROGRESS = struct.Struct("<QqQII")  # step begun last, when, step ended last, phase, tokens
 #: update number, time, running, waiting, KV use (ratio of capacity), unfinished, armed, inert
 LOAD = struct.Struct("<QqIIdIII4x")
 LOAD_FIELDS = ("update", "time", "running", "waiting", "kv_usage", "unfinished", "armed", "inert")

@@ -24,7 +24,7 @@ _SPAN = _INDEX["span_ns_prefill"]  # steps_* come first, each family in the orde
 _GAP = _INDEX["gap_ns_prefill"]
 _FIRST_STEP_HISTOGRAM = layout.HISTOGRAM_INDEX["step_prefill"]
 _STEP_HISTOGRAMS = sum(name.startswith("step_") for name in layout.HISTOGRAMS)
-_FLUSH_AT_LATEST = 1024  # steps: well before the ring comes round, should nobody call flush()
+_FLUSH_AT_LATEST = 1024  # steps: well before the ring comes round, should nobody call publish()
 _STEP_PACK = layout.STEP_PACK
 _TTFT = layout.HISTOGRAM_INDEX["time_to_first_token"]
 _TPOT = layout.HISTOGRAM_INDEX["time_per_output_token"]
@@ -65,7 +65,9 @@ class Recorder:
         self._busy = threading.Lock()  # only ever tried, never waited for
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque(maxlen=_QUEUE_LIMIT)
         self._begun = 0
-        self._completed = 0
+        self._ended = 0
+        self._progress = (0, 0, 0, 0)
+        self._published = (0, 0)
         self._last_end = 0
         self._unflushed = 0
         self._load: tuple[int, int, float, int] = (0, 0, float("nan"), 0)
@@ -105,10 +107,18 @@ class Recorder:
         self._submit(self.writer.set_facts, (dict(self._facts),))
 
     def begin(self, phase: int, tokens: int, time_ns: int) -> int:
-        """A step begins on the host. Returns its number, to be given to `step`."""
+        """A step begins on the host. Returns its number, to be given to `step` or `abandon`.
+
+        Costs no write: `publish` tells readers of it a few times a second, which is soon enough to tell a
+        stalled engine from an idle one.
+        """
         number = self._begun = self._begun + 1
-        self._submit(self.writer.progress, (number, time_ns, self._completed, phase, tokens))
+        self._progress = (number, time_ns, phase, tokens)
         return number
+
+    def abandon(self, number: int) -> None:
+        """A step that `begin` announced will never be recorded."""
+        self._ended = max(self._ended, number)
 
     def step(
         self,
@@ -221,15 +231,21 @@ class Recorder:
         counters[_STEP_PROMPT] += counts[2]
         counters[_STEP_DECODE] += counts[3]
         counters[_OWN_STEP] += own_ns
-        self._completed += 1
+        if number > self._ended:
+            self._ended = number
         if phase < _STEP_HISTOGRAMS:
             writer.observe_later(_FIRST_STEP_HISTOGRAM + phase, span)
         self._unflushed += 1
         if self._unflushed >= _FLUSH_AT_LATEST:
             self._flush()
 
-    def flush(self) -> None:
-        """Publish the totals of steps; the housekeeping thread calls this a few times a second."""
+    def publish(self) -> None:
+        """Publish the running step and the totals of steps; off the step path."""
+        begun, time_ns, phase, tokens = self._progress
+        state = (begun, self._ended)
+        if state != self._published:
+            self._published = state
+            self._submit(self.writer.progress, (begun, time_ns, self._ended, phase, tokens))
         if self._unflushed:
             self._submit(self._flush, ())
 

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprobe.hooks.vllm.batch import BatchReader, _attention
+from llmprobe.hooks.vllm.batch import BatchReader
 from llmprobe.record.layout import Phase
 
 
@@ -50,7 +50,9 @@ def cached(**computed_and_scheduled: tuple[int, int]) -> Scheduled:
     names = list(computed_and_scheduled)
     return Scheduled(
         {name: scheduled for name, (_, scheduled) in computed_and_scheduled.items()},
-        scheduled_cached_reqs=Cached(names, [c for c, _ in computed_and_scheduled.values()], [1] * len(names)),
+        scheduled_cached_reqs=Cached(
+            names, [c for c, _ in computed_and_scheduled.values()], [1] * len(names)
+        ),
     )
 
 
@@ -160,19 +162,13 @@ def test_requests_that_came_while_switched_off_are_judged_by_what_is_scheduled()
     assert read(reader, cached(b=(100, 50))).phase == Phase.PREFILL
 
 
-@given(st.integers(0, 60), st.integers(1, 40), st.none() | st.integers(1, 50))
-def test_visible_keys_and_pairs_equal_an_enumerated_mask(before: int, query: int, window: int | None) -> None:
-    pairs = 0
-    keys: set[int] = set()
-    for position in range(before, before + query):
-        visible = range(0 if window is None else max(0, position - window + 1), position + 1)
-        pairs += len(visible)
-        keys.update(visible)
-    assert _attention(before, query, window) == (len(keys), pairs)
-
-
-@given(st.lists(st.integers(0, 500), min_size=1, max_size=20), st.lists(st.none() | st.integers(1, 300), min_size=1, max_size=4))
-def test_the_fast_path_of_decoding_counts_like_the_slow_one(computed: list[int], windows: list[int | None]) -> None:
+@given(
+    st.lists(st.integers(0, 500), min_size=1, max_size=20),
+    st.lists(st.none() | st.integers(1, 300), min_size=1, max_size=4),
+)
+def test_the_fast_path_of_decoding_counts_like_the_slow_one(
+    computed: list[int], windows: list[int | None]
+) -> None:
     step = cached(**{f"r{i}": (count, 1) for i, count in enumerate(computed)})
     fast = BatchReader(tuple(windows))
     slow = BatchReader(tuple(windows))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprobe.hooks.transformers_generation import REQUEST, Generation, attention
+from llmprobe.hooks.attention import visible_attention
+from llmprobe.hooks.transformers_generation import REQUEST, Generation
 
 torch = pytest.importorskip("torch")
 
@@ -26,7 +27,7 @@ def test_visible_keys_and_pairs_equal_an_enumerated_mask(before: int, query: int
         for key in range(position + 1)
         if window is None or position - key < window
     }
-    assert attention(before, query, window) == (len({key for _, key in pairs}), len(pairs))
+    assert visible_attention(before, query, window) == (len({key for _, key in pairs}), len(pairs))
 
 
 def call_of() -> Generation:

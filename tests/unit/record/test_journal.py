@@ -44,7 +44,7 @@ def test_facts_come_back_and_the_newest_win(path: Path) -> None:
 
 
 def test_facts_that_do_not_fit_are_refused_by_name(path: Path) -> None:
-    with pytest.raises(JournalError, match="65538 bytes|take .* bytes"):
+    with pytest.raises(JournalError, match="more than fit"):
         make(path).set_facts({"text": "x" * 70_000})
 
 
@@ -216,7 +216,7 @@ def test_totals_count_steps_that_were_not_published_yet(path: Path) -> None:
         step = recorder.begin(1, 1, number)
         recorder.step_counted(step, 0, 1, 0, 0, (10, 20, 20, 1_000_010), (1, 0, 0, 1, 0, 1), (0,) * 16, 7)
         if number == 4:
-            recorder.flush()
+            recorder.publish()
         reader.read()
         counters = reader.counters()
         assert counters["steps_decode"] == counters["step_decode_tokens"] == number + 1
@@ -232,7 +232,7 @@ def test_totals_survive_a_ring_that_came_round_unread(path: Path) -> None:
     for number in range(100):
         step = recorder.begin(1, 1, number)
         recorder.step_counted(step, 0, 1, 0, 0, (10, 20, 20, 1_000_010), (1, 0, 0, 1, 0, 1), (0,) * 16, 0)
-    recorder.flush()
+    recorder.publish()
     reader = JournalReader(path)
     assert reader.read().lost == 92
     assert reader.counters()["steps_decode"] == 100
@@ -296,7 +296,7 @@ def test_what_is_not_a_whole_journal_is_refused(path: Path, damage: str) -> None
         os.truncate(path, layout.RING_OFFSET)
     else:
         path.write_bytes(b"" if damage == "empty" else b"x" * 4096)
-    with pytest.raises(JournalError, match="journal|cut short"):
+    with pytest.raises(JournalError, match=r"journal|cut short"):
         JournalReader(path)
 
 
@@ -310,7 +310,14 @@ def test_layout_and_packing_agree() -> None:
     """What a struct writes, the numpy type of the same record reads."""
     step = layout.STEP_PACK.pack(1, 2, 3, 4, 5, 6, *range(7, 12), *range(12, 20), 20, 21, *range(22, 38))
     row = np.frombuffer(step + struct.pack("<I", 99), dtype=layout.STEP)[0]
-    assert (row["seq"], row["time"], row["kind"], row["phase"], row["clock"], row["flags"]) == (1, 2, 3, 4, 5, 6)
+    assert (row["seq"], row["time"], row["kind"], row["phase"], row["clock"], row["flags"]) == (
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    )
     assert [int(row[name]) for name in ("step", "e0", "e1", "e2", "e3")] == list(range(7, 12))
     assert [int(row[n]) for n in ("requests", "prefill_requests", "own_ns", "encode_ns")] == [12, 13, 19, 21]
     assert row["context_prefill"].tolist() == list(range(22, 26))

@@ -116,17 +116,30 @@ def start_hook(folders: Iterable[Path] | None = None) -> Check:
         if site.ENABLE_USER_SITE:
             paths.add(site.getusersitepackages())
         folders = map(Path, sorted(paths))
+    found = "no llmprobe.pth in this environment's site folders"
     for folder in folders:
-        if (folder / "llmprobe.pth").is_file():
-            return Check("start hook", "ok", str(folder / "llmprobe.pth"))
+        path = folder / "llmprobe.pth"
+        if not path.is_file():
+            continue
+        # Python executes the lines of such a file that begin with "import".
+        if any(line.startswith("import ") and "llmprobe._startup" in line for line in _lines(path)):
+            return Check("start hook", "ok", str(path))
+        found = f"{path} is not the one of this version"
     return Check(
         "start hook",
         "not ok",
-        "no llmprobe.pth in this environment's site folders",
+        found,
         "without it LLMPROBE=1 does nothing in a transformers program (llmprobe.enable() does)",
-        "install the wheel into this environment: pip install --force-reinstall --no-deps llmprobe",
+        "install llmprobe into this environment anew (pip install --force-reinstall --no-deps)",
         needed=installed_version("transformers") is not None,
     )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def nvtx(version: Version = installed_version) -> Check:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmprobe.hooks.attention import visible_attention
 from llmprobe.record.layout import KV_GROUPS, Phase
 
 _PREFILL, _DECODE, _MIXED = int(Phase.PREFILL), int(Phase.DECODE), int(Phase.MIXED)
@@ -117,7 +118,7 @@ class BatchReader:
                     sampled += 1
             tokens[decoding] += query
             for group, window in enumerate(self.windows):
-                visible, seen = _attention(before, query, window)
+                visible, seen = visible_attention(before, query, window)
                 context[decoding][group] += visible
                 pairs[decoding][group] += seen
         if not tokens[1]:
@@ -143,15 +144,6 @@ def _resumed(cached: Any) -> list[tuple[str, int]]:
         return []
     outputs = getattr(cached, "num_output_tokens", None) or [0] * len(cached.req_ids)
     return [(req_id, count) for req_id, count in zip(cached.req_ids, outputs, strict=True) if req_id in ids]
-
-
-def _attention(before: int, query: int, window: int | None) -> tuple[int, int]:
-    """Visible keys and causal (query, key) pairs of ``query`` tokens behind ``before`` computed ones."""
-    if window is None or before + query <= window:
-        return before + query, query * before + query * (query + 1) // 2
-    visible = min(before + query, window + query - 1)
-    growing = max(min(window - before, query), 0)  # queries that still see everything before them
-    return visible, growing * before + growing * (growing + 1) // 2 + (query - growing) * window
 
 
 def _pad(values: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import llmprobe
+from llmprobe.hooks.torch_model import storage_bytes, tensors_in
 from llmprobe.record.layout import KV_GROUPS
 from llmprobe.settings import Settings
 
@@ -70,34 +71,6 @@ def flags(config: Any) -> dict[str, Any]:
         "num_speculative_tokens": getattr(speculative, "num_speculative_tokens", None),
     }
     return {name: value for name, value in values.items() if value is not None}
-
-
-def device_facts(worker: Any) -> dict[str, Any]:
-    """Kind, name and (on CUDA) UUID of the worker's device."""
-    import torch
-
-    device = getattr(worker, "device", None)
-    if device is None or device.type != "cuda":
-        return {"type": device.type if device is not None else "cpu", "name": cpu_name(), "index": 0}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "type": "cuda",
-        "name": properties.name,
-        "index": device.index or 0,
-        "uuid": f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "",
-    }
-
-
-def cpu_name() -> str:
-    """The processor's model name, as /proc/cpuinfo gives it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def model_facts(worker: Any, kv_cache_config: Any) -> dict[str, Any]:
@@ -256,7 +229,7 @@ def _kv_cache(worker: Any, config: Any) -> tuple[dict[str, Any], list[str]]:
                 if not entry["flops_per_pair"]:
                     problems.append(f"attention: the number of query heads of {layer_name} is not known")
     blocks = int(config.num_blocks)
-    capacity = _storage_bytes(getattr(worker.model_runner, "kv_caches", []))
+    capacity = storage_bytes(tensors_in(getattr(worker.model_runner, "kv_caches", [])))
     if blocks:
         block_bytes = capacity // blocks
     if len(by_window) > KV_GROUPS:
@@ -294,24 +267,6 @@ def _flops_per_pair(layer: Any, spec: Any) -> float:
         return float(2 * heads * (2 * latent + rope))
     key = getattr(spec, "head_size", 0) or 0
     return float(2 * heads * (key + (getattr(spec, "head_size_v", None) or key)))
-
-
-def _storage_bytes(caches: Any) -> int:
-    """Bytes of the distinct storages behind nested lists of tensors."""
-    storages: dict[int, int] = {}
-
-    def walk(value: Any) -> None:
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                walk(item)
-        elif isinstance(value, dict):
-            walk(list(value.values()))
-        elif hasattr(value, "untyped_storage"):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-
-    walk(caches)
-    return sum(storages.values())
 
 
 def _first(config: Any, *names: str) -> int | None:

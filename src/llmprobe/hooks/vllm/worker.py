@@ -15,15 +15,20 @@ from weakref import WeakKeyDictionary
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.session import server_name
+from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, Batch, BatchReader
 from llmprobe.record.clock import Stamps, StepClock, step_clock
-from llmprobe.record.layout import PHASES, Flag
+from llmprobe.record.layout import PHASES, Clock, Flag
 from llmprobe.record.nvtx import ranges
 from llmprobe.settings import logger
 
 _now = time.monotonic_ns
+_HOST = int(Clock.HOST)
 _IDLE_NS = 100_000_000
+#: Steps of a CPU device wait for the housekeeping thread, up to so many: writing a record between two steps
+#: costs several times more, because the model has just emptied the caches.
+_KEPT_AT_MOST = 48
 _RESTARTED, _NO_SAMPLE = int(Flag.RESTARTED), int(Flag.NO_SAMPLE)
 _STEP_METHODS = ("execute_model", "sample_tokens", "execute_dummy_batch")
 _LIFE_METHODS = ("initialize_from_config", "compile_or_warm_up_model")
@@ -66,6 +71,7 @@ class WorkerProbe:
         self._time = 0
         self._own = 0
         self._marked = False
+        self._kept = 0
         self._last_number = 0
         self._generation = probe.generation
 
@@ -94,7 +100,7 @@ class WorkerProbe:
                 ),
             )
         self.armed = True
-        probe.when_idle.append(self.harvest_when_idle)
+        probe.writers.append(self.write)
         logger().info(
             "armed on vLLM %s, %s runner, rank %d",
             recorder.facts["framework_version"],
@@ -119,7 +125,7 @@ class WorkerProbe:
         said["runner"] = seams.runner_kind(worker.model_runner)
         said["rank"] = int(worker.rank)
         said["clock"] = clock.name
-        said["device"] = facts.device_facts(worker)
+        said["device"] = device_facts(worker.device)
         said["hooks"] = [
             f"{owner.__name__}.{name}" for owner, name in seams.methods(type(worker), _STEP_METHODS)
         ]
@@ -144,7 +150,8 @@ class WorkerProbe:
         clock, recorder = self._clock, self._probe.recorder
         if clock is None or recorder is None:
             return
-        self._harvest()
+        if clock.kind != _HOST or self._kept >= _KEPT_AT_MOST:
+            self._harvest()
         if self._generation != self._probe.generation:  # off and on again: requests came and went unseen
             self._generation = self._probe.generation
             self._batches = BatchReader(self._batches.windows)
@@ -205,6 +212,9 @@ class WorkerProbe:
         if self._stamps is not None and self._clock is not None:
             self._clock.discard(self._stamps)
             self._nvtx.pop()
+            recorder = self._probe.recorder
+            if recorder is not None:
+                recorder.abandon(self._number)
         self._stamps = self._batch = None
 
     def _close(self, flags: int) -> None:
@@ -218,10 +228,18 @@ class WorkerProbe:
         own, self._own = self._own + _now() - entered, 0
         stamps.payload = (self._number, self._time, self._batch, flags, own)
         clock.finish(stamps)
+        self._kept += 1
 
-    def harvest_when_idle(self) -> None:
-        """The engine has paused: write its last steps. Runs in the housekeeping thread."""
-        if self.armed and self._stamps is None and _now() - self._time > _IDLE_NS:
+    def write(self) -> None:
+        """Write the steps that are complete. Runs in the housekeeping thread, a few times a second.
+
+        CUDA events are left to the engine's own thread while it runs: asking for them from another one
+        would break a graph that is being captured.
+        """
+        clock = self._clock
+        if not self.armed or clock is None:
+            return
+        if clock.kind == _HOST or (self._stamps is None and _now() - self._time > _IDLE_NS):
             self._harvest()
 
     def _harvest(self) -> None:
@@ -229,6 +247,7 @@ class WorkerProbe:
         recorder, clock = self._probe.recorder, self._clock
         if recorder is None or clock is None:
             return
+        self._kept = 0
         for stamps in clock.harvest():
             number, time_ns, batch, flags, own = stamps.payload
             if stamps.restarted or number != self._last_number + 1:

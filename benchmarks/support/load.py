@@ -1,0 +1,96 @@
+"""The streaming client's process, and what its requests say about a stretch of time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from support import streaming_client
+
+_FIELDS = np.dtype([("sent", "i8"), ("first", "i8"), ("last", "i8")])
+
+
+class LoadFailed(Exception):
+    """The client ended by itself, or a request gave fewer tokens than it asked for."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the client saw in a stretch of time; medians over its requests."""
+
+    requests: int
+    ttft_seconds: float
+    tpot_seconds: float
+    tokens_per_second: float
+
+
+class Load:
+    """A steady load on one server, from entering the ``with`` block to leaving it."""
+
+    def __init__(
+        self, port: int, model: str, concurrency: int, prompt_tokens: int, output_tokens: int
+    ) -> None:
+        options = {
+            "--port": port,
+            "--model": model,
+            "--concurrency": concurrency,
+            "--prompt-tokens": prompt_tokens,
+            "--output-tokens": output_tokens,
+        }
+        self._command = [sys.executable, str(Path(streaming_client.__file__))]
+        self._command += [str(part) for option in options.items() for part in option]
+        self._output_tokens = output_tokens
+        self._rows: list[tuple[int, int, int]] = []
+        self._short = 0
+
+    def __enter__(self) -> Load:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reading.join()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            row = json.loads(line)
+            self._rows.append((row["sent"], row["first"], row["last"]))
+            self._short += not row["full"]
+
+    def wait(self, seconds: float) -> None:
+        """Let it run for that long. Raises LoadFailed."""
+        time.sleep(seconds)
+        if self._process.poll() is not None:
+            raise LoadFailed(f"the client ended with exit status {self._process.returncode}")
+        if self._short:
+            raise LoadFailed(f"{self._short} requests did not get all their tokens")
+
+    def seen(self, begin_ns: int, end_ns: int) -> Seen:
+        """Requests wholly between two times; of the others, their tokens count. Raises LoadFailed."""
+        rows = np.array(list(self._rows), dtype=_FIELDS)
+        whole = rows[(rows["sent"] >= begin_ns) & (rows["last"] <= end_ns)]
+        if not len(whole):
+            raise LoadFailed("no request began and ended within a block: make --block-seconds longer")
+        gaps = self._output_tokens - 1
+        # A request's tokens lie evenly between its first and last.
+        length = np.maximum(rows["last"] - rows["first"], 1)
+        within = np.minimum(rows["last"], end_ns) - np.maximum(rows["first"], begin_ns)
+        tokens = gaps * np.clip(within / length, 0, 1)
+        tokens += (rows["first"] >= begin_ns) & (rows["first"] < end_ns)
+        return Seen(
+            len(whole),
+            float(np.median(whole["first"] - whole["sent"])) / 1e9,
+            float(np.median(whole["last"] - whole["first"])) / gaps / 1e9,
+            float(tokens.sum()) / (end_ns - begin_ns) * 1e9,
+        )

@@ -1,0 +1,126 @@
+"""What llmprobe costs a live vLLM server: the same server and load, with the probe off and on in turns."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmprobe.demo.server import VllmServer
+from support.agent_cost import AgentCost
+from support.journals import Polling, StepLog, live_journals
+from support.load import Load, Seen
+from support.own_time import OwnTime
+from support.paired import Difference, paired
+from support.serving import NAME, running_server
+from support.switch import switch, wait_known
+
+_SETTLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    pairs: int
+    block_seconds: float
+    warm_up_seconds: float
+    concurrency: int
+    prompt_tokens: int
+    output_tokens: int
+    model: Path | None
+    flags: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One stretch of the load, with the probe off or on. The agent's time is a part of one core's."""
+
+    on: bool
+    begin_ns: int
+    end_ns: int
+    agent_core_ratio: float
+
+
+@dataclass(frozen=True)
+class VllmCost:
+    """Differences in seconds and tokens/s, own time in microseconds."""
+
+    requests: int
+    steps_per_second: float
+    tpot: Difference
+    ttft: Difference
+    throughput: Difference
+    own: OwnTime
+    front_end_us_per_step: float
+    agent_core_ratio: float
+    agent_core_ratio_off: float
+    agent_resident_bytes: int
+
+
+def measure(plan: Plan) -> VllmCost:
+    """Start a server, load it, switch, and compare.
+
+    Raises:
+        RuntimeError: the engine recorded steps while it was off: its methods were not restored.
+    """
+    with running_server(plan.model, plan.flags) as server:
+        wait_known(server.directory)
+        load = Load(server.port, NAME, plan.concurrency, plan.prompt_tokens, plan.output_tokens)
+        steps = StepLog(live_journals(server.directory, "worker")[0])
+        agent = AgentCost(server.directory)
+        with load, Polling(steps):
+            load.wait(plan.warm_up_seconds)
+            blocks, front_end_ns = _blocks(plan, server, load, agent)
+            load.wait(1.0)  # the last requests of the last block
+        return _result(blocks, load, steps, front_end_ns, agent.resident_bytes)
+
+
+def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> tuple[list[Block], int]:
+    """Pairs of blocks, off-on and on-off in turns, so that a steady drift cancels too."""
+    front_ends = live_journals(server.directory, "frontend")
+    blocks: list[Block] = []
+    front_end_ns = 0
+    for pair in range(plan.pairs):
+        for on in (False, True) if pair % 2 == 0 else (True, False):
+            switch(server.directory, on)
+            load.wait(_SETTLE_SECONDS)
+            own = sum(reader.counters()["own_ns_request"] for reader in front_ends)
+            used, begin = agent.cpu_seconds(), time.monotonic_ns()
+            load.wait(plan.block_seconds)
+            end = time.monotonic_ns()
+            ratio = (agent.cpu_seconds() - used) * 1e9 / (end - begin)
+            blocks.append(Block(on, begin, end, ratio))
+            if on:
+                front_end_ns += sum(reader.counters()["own_ns_request"] for reader in front_ends) - own
+        print(f"pair {pair + 1} of {plan.pairs}", file=sys.stderr, flush=True)
+    return blocks, front_end_ns
+
+
+def _result(
+    blocks: list[Block], load: Load, steps: StepLog, front_end_ns: int, agent_resident: int
+) -> VllmCost:
+    on = [block for block in blocks if block.on]
+    off = [block for block in blocks if not block.on]
+    if len(steps.own_ns([(block.begin_ns, block.end_ns) for block in off])):
+        raise RuntimeError("the engine recorded steps while it was off")
+    own = steps.own_ns([(block.begin_ns, block.end_ns) for block in on])
+    seen_off, seen_on = _seen(load, off), _seen(load, on)
+    return VllmCost(
+        requests=sum(seen.requests for seen in seen_off + seen_on),
+        steps_per_second=len(own) / sum((block.end_ns - block.begin_ns) / 1e9 for block in on),
+        tpot=paired([s.tpot_seconds for s in seen_off], [s.tpot_seconds for s in seen_on]),
+        ttft=paired([s.ttft_seconds for s in seen_off], [s.ttft_seconds for s in seen_on]),
+        throughput=paired([s.tokens_per_second for s in seen_off], [s.tokens_per_second for s in seen_on]),
+        own=OwnTime.of(own),
+        front_end_us_per_step=front_end_ns / len(own) / 1e3,
+        agent_core_ratio=sum(block.agent_core_ratio for block in on) / len(on),
+        agent_core_ratio_off=sum(block.agent_core_ratio for block in off) / len(off),
+        agent_resident_bytes=agent_resident,
+    )
+
+
+def _seen(load: Load, blocks: list[Block]) -> list[Seen]:
+    return [load.seen(block.begin_ns, block.end_ns) for block in blocks]

@@ -1,0 +1,63 @@
+"""The command as a shell sees it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+import llmprobe
+from llmprobe.cli.app import VERBS
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.argv[0] = 'llmprobe'; from llmprobe.cli.app import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_lists_every_verb_and_gives_examples():
+    done = run("--help")
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert f" {verb} " in done.stdout
+    assert "llmprobe run -- python generate.py" in done.stdout
+
+
+def test_help_imports_neither_an_engine_nor_the_agent():
+    code = (
+        "import sys\nfrom llmprobe.cli.app import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'numpy', 'fastapi', 'vllm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_of_its_own(verb):
+    done = run(verb, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"llmprobe {verb}" in done.stdout
+
+
+def test_version():
+    assert run("--version").stdout == f"llmprobe {llmprobe.__version__}\n"
+
+
+def test_an_unknown_verb_is_wrong_usage():
+    done = run("nonsense")
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+
+
+def test_an_unknown_option_of_a_verb_is_wrong_usage():
+    assert run("status", "--nonsense").returncode == 2
+
+
+def test_console_script_is_this_command():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="llmprobe")
+    assert script.value == "llmprobe.cli.app:main"

@@ -1,0 +1,124 @@
+"""Which roofs a worker gets: published ones, measured ones, or none."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llmprobe.collect.peaks import (
+    Calibration,
+    attainable_for,
+    cpu_key,
+    load_peaks,
+    peaks_for,
+    peaks_path,
+    save_peaks,
+)
+
+CPUS = os.cpu_count() or 1
+H100 = {"device": {"type": "cuda", "name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-1"}}
+
+
+def cpu(threads: int, rate: float = 1e11) -> Calibration:
+    return Calibration(
+        cpu_key("Some CPU", CPUS, threads), "Some CPU", 2e10, {"float32": rate}, 1.7e9, threads
+    )
+
+
+def facts(device: dict, dtype: str = "float32") -> dict:
+    return {"device": device, "model": {"compute_dtype": dtype}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "cache" / "peaks.json"
+
+
+def test_what_is_saved_is_loaded(path):
+    saved = [cpu(1), Calibration("GPU-1", "H100", 3e12, {"bfloat16": 7e14}, 1.7e9, None, {"torch": "2.13"})]
+    save_peaks(saved, path)
+    assert load_peaks(path) == {calibration.device: calibration for calibration in saved}
+
+
+def test_measuring_again_replaces_only_that_device(path):
+    save_peaks([cpu(1), cpu(2)], path)
+    save_peaks([cpu(2, rate=5e11)], path)
+    loaded = load_peaks(path)
+    assert len(loaded) == 2
+    assert loaded[cpu(2).device].flops_per_second == {"float32": 5e11}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": 1, "devices": [{}]}'])
+def test_a_file_that_cannot_be_read_counts_as_none_and_is_replaced(path, text):
+    path.parent.mkdir()
+    path.write_text(text)
+    assert load_peaks(path) == {}
+    save_peaks([cpu(1)], path)
+    assert list(load_peaks(path)) == [cpu(1).device]
+
+
+def test_readers_never_see_half_a_file(path):
+    save_peaks([cpu(1)], path)
+    with ThreadPoolExecutor(2) as pool:
+        writing = [pool.submit(save_peaks, [cpu(1, rate=1e11 + n)], path) for n in range(50)]
+        while not all(job.done() for job in writing):
+            assert load_peaks(path)
+        for job in writing:
+            job.result()
+    assert [name.name for name in path.parent.iterdir()] == ["peaks.json"]
+
+
+def test_a_cpu_has_measured_peaks_or_none(path):
+    worker = facts({"type": "cpu", "name": "Some CPU"})
+    assert peaks_for(worker, path) is None
+    save_peaks([cpu(CPUS)], path)
+    found = peaks_for(worker, path)
+    assert found is not None
+    assert (found.bandwidth_bytes_per_second, found.flops_per_second) == (2e10, 1e11)
+    assert (found.source, found.dtype) == ("calibrated", "float32")
+    assert "2023-11-14" in found.detail
+
+
+def test_a_worker_gets_the_peaks_of_as_many_threads_as_it_has(path):
+    save_peaks([cpu(1, 1e11), cpu(8, 8e11), cpu(4, 4e11)], path)
+    device = {"type": "cpu", "name": "Some CPU"}
+    assert peaks_for(facts({**device, "threads": 4}), path).flops_per_second == 4e11
+    assert peaks_for(facts(device), path).flops_per_second == 8e11
+    assert peaks_for(facts({**device, "threads": 3}), path).flops_per_second == 8e11
+
+
+def test_another_processor_or_dtype_has_none(path):
+    save_peaks([cpu(CPUS)], path)
+    assert peaks_for(facts({"type": "cpu", "name": "Other CPU"}), path) is None
+    assert peaks_for(facts({"type": "cpu", "name": "Some CPU"}, "bfloat16"), path) is None
+
+
+def test_a_gpu_with_published_peaks_keeps_them_after_it_was_measured(path):
+    worker = {**H100, "model": {"compute_dtype": "bfloat16"}}
+    save_peaks([Calibration("GPU-1", "H100", 3.0e12, {"bfloat16": 7.9e14}, 1.7e9)], path)
+    assert peaks_for(worker, path).source == "nominal"
+    assert attainable_for(worker, path).bandwidth_bytes_per_second == 3.0e12
+    assert attainable_for(worker, path).source == "attainable"
+
+
+def test_a_gpu_nobody_published_has_its_measured_peaks(path):
+    worker = facts({"type": "cuda", "name": "Some GPU", "uuid": "GPU-2"}, "torch.bfloat16")
+    save_peaks([Calibration("GPU-2", "Some GPU", 1e12, {"bfloat16": 1e14}, 1.7e9)], path)
+    assert peaks_for(worker, path).source == "calibrated"
+    assert peaks_for(facts({"type": "cuda", "name": "Some GPU", "uuid": "GPU-3"}), path) is None
+
+
+@pytest.mark.parametrize(
+    "worker", [{}, {"device": None}, {"model": {}}, {"device": {"type": "cpu"}, "model": 3}]
+)
+def test_facts_that_say_nothing_have_no_peaks(worker, path):
+    assert peaks_for(worker, path) is None
+
+
+def test_the_cache_is_the_users():
+    assert str(peaks_path({"XDG_CACHE_HOME": "/c", "HOME": "/h"})) == "/c/llmprobe/peaks.json"
+    assert str(peaks_path({"HOME": "/h"})) == "/h/.cache/llmprobe/peaks.json"
+    # The specification says that a relative path is to be ignored.
+    assert str(peaks_path({"XDG_CACHE_HOME": "c", "HOME": "/h"})) == "/h/.cache/llmprobe/peaks.json"
