@@ -100,8 +100,8 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
         rows,
         [
             f"{options.blocks} pairs of blocks of {options.block_seconds:g} s; {cost.requests} requests of "
-            f"{options.prompt_tokens} + {options.output_tokens} tokens; {cost.own.steps} steps with the probe "
-            f"on, {cost.steps_per_second:.0f} a second"
+            f"{options.prompt_tokens} + {options.output_tokens} tokens; {cost.own.steps} steps with the "
+            f"probe on, {cost.steps_per_second:.0f} a second"
         ],
     )
 

@@ -74,7 +74,7 @@ class Polling(threading.Thread):
             while not self._ended.wait(_POLL_SECONDS):
                 self._log.poll()
             self._log.poll()
-        except Exception as error:
+        except (RecordsLost, OSError) as error:
             self._failed = error
 
     def __enter__(self) -> Polling:

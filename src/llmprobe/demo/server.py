@@ -191,7 +191,7 @@ def _start_guard(group: int) -> subprocess.Popen[bytes]:
     vLLM, when asked to end while it starts, may not; and its processes would outlive a demo that was killed.
     """
     return subprocess.Popen(
-        ["sh", "-c", 'read told || kill -KILL -- "-$1"', "sh", str(group)],
+        ["sh", "-c", 'read told || kill -KILL "-$1"', "sh", str(group)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,0 +1,226 @@
+"""Whether our counts and latencies agree with those of a client of someone else's.
+
+    python benchmarks/client_agreement.py
+    python benchmarks/client_agreement.py --seconds 60 --model PATH -- --max-num-seqs 64
+
+Runs ``vllm bench serve`` against a server with llmprobe and compares, load by load. Exit status 1 if a bar
+is missed. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmprobe.collect.collector import Collector
+from llmprobe.demo.client import BenchClient, ClientResult, Load
+from llmprobe.demo.server import VllmServer
+from llmprobe.export.report import report
+from support.machine import machine_line
+from support.serving import NAME, running_server, tiny_model
+from support.table import Results
+
+_HEADER = ("load", "seen by", "requests", "prompt tokens", "generated tokens", "TTFT p50", "TPOT p50")
+_RELATIVE, _SECONDS = 0.05, 2e-3
+_SETTLE_SECONDS = 1.5  # the agent reads ten times a second
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Ours:
+    """What llmprobe saw during one load: from the journals, and counts again from the agent's /metrics."""
+
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    ttft_median_seconds: float
+    tpot_median_seconds: float
+    scraped: tuple[int, int, int]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Requests, prompt tokens, generated tokens."""
+        return self.requests, self.prompt_tokens, self.generated_tokens
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One load as both saw it."""
+
+    load: Load
+    client: ClientResult
+    ours: Ours
+
+    @property
+    def counts_agree(self) -> bool:
+        """To the last request and token, in the journals and in what Prometheus would scrape."""
+        theirs = (self.client.requests, self.client.prompt_tokens, self.client.generated_tokens)
+        return theirs == self.ours.counts == self.ours.scraped
+
+    @property
+    def ttft_agrees(self) -> bool:
+        """Medians within 5 % + 2 ms of the client's."""
+        return _near(self.ours.ttft_median_seconds, self.client.ttft_median_seconds)
+
+    @property
+    def tpot_agrees(self) -> bool:
+        """Likewise."""
+        return _near(self.ours.tpot_median_seconds, self.client.tpot_median_seconds)
+
+
+def main() -> int:
+    """Run the loads; returns the exit status."""
+    options = _options()
+    machine = machine_line()
+    with running_server(options.model, options.flags) as server, tempfile.TemporaryDirectory() as folder:
+        collector = Collector(server.directory)
+        try:
+            model = options.model or tiny_model()
+            runs = [_run(server, collector, model, load, Path(folder)) for load in _loads(options.seconds)]
+        finally:
+            collector.close()
+    _table(runs, machine).show(options.markdown)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "runs": [asdict(r) for r in runs]}, indent=1))
+    return int(not all(run.counts_agree and run.ttft_agrees and run.tpot_agrees for run in runs))
+
+
+def _loads(seconds: float) -> list[Load]:
+    """Lengths vary by ± 50 %, arrivals are random."""
+    return [
+        Load("alone", 64, 64, 0.5, seconds),  # hardly ever two at a time
+        Load("chat", 64, 64, 3.0, seconds),
+        Load("documents", 1024, 16, 1.0, seconds),
+        Load("burst", 64, 32, 40 / 0.1, 0.1),  # 40 at once: most of TTFT is waiting
+    ]
+
+
+def _run(server: VllmServer, collector: Collector, model: Path, load: Load, folder: Path) -> Compared:
+    print(f"vllm bench serve, {load.name}: {load.requests} requests", file=sys.stderr, flush=True)
+    collector.tick(final=True)
+    before, scraped_before = collector.views(), _scrape(server)
+    client = BenchClient.start(server, model, NAME, load, folder)
+    try:
+        while client.process.poll() is None:
+            collector.tick()
+            time.sleep(0.2)
+        result = client.result()
+    finally:
+        client.stop()
+    time.sleep(_SETTLE_SECONDS)
+    collector.tick(final=True)
+    engine: dict[str, Any] = report(collector.views(), before)["servers"][0]["engines"][0]
+    ours = Ours(
+        engine["requests"],
+        engine["prompt_tokens"],
+        engine["generated_tokens"],
+        engine["ttft_seconds"]["p50"],
+        engine["tpot_seconds"]["p50"],
+        _minus(_scrape(server), scraped_before),
+    )
+    return Compared(load, result, ours)
+
+
+def _scrape(server: VllmServer) -> tuple[int, int, int]:
+    """Requests, prompt and generated tokens so far, from the agent's /metrics."""
+    with _OPENER.open(f"{server.agent_url}/metrics", timeout=20) as response:
+        text = response.read().decode()
+    found = {"requests": 0.0, "prompt": 0.0, "generated": 0.0}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "llmprobe_tokens_total":
+                found[sample.labels["kind"]] += sample.value
+            elif sample.name == "llmprobe_request_duration_seconds_count":
+                found["requests"] += sample.value
+    return int(found["requests"]), int(found["prompt"]), int(found["generated"])
+
+
+def _minus(now: tuple[int, int, int], before: tuple[int, int, int]) -> tuple[int, int, int]:
+    return now[0] - before[0], now[1] - before[1], now[2] - before[2]
+
+
+def _near(ours: float, theirs: float) -> bool:
+    return abs(ours - theirs) <= _RELATIVE * theirs + _SECONDS
+
+
+def _table(runs: list[Compared], machine: str) -> Results:
+    rows = []
+    for run in runs:
+        client, ours = run.client, run.ours
+        load = (
+            f"{run.load.name}: {run.load.prompt_tokens} + {run.load.generated_tokens} tokens, "
+            f"{run.load.requests_per_second:g}/s"
+        )
+        seen = (client.requests, client.prompt_tokens, client.generated_tokens)
+        rows.append(
+            [
+                load,
+                "client",
+                *map(str, seen),
+                _ms(client.ttft_median_seconds),
+                _ms(client.tpot_median_seconds),
+            ]
+        )
+        rows.append(
+            [
+                "",
+                "llmprobe",
+                *map(str, ours.counts),
+                _ms(ours.ttft_median_seconds),
+                _ms(ours.tpot_median_seconds),
+            ]
+        )
+        counts = "equal" if run.counts_agree else f"MISSED (/metrics: {ours.scraped})"
+        rows.append(
+            [
+                "",
+                "bar",
+                counts,
+                "",
+                "",
+                _verdict(ours.ttft_median_seconds, client.ttft_median_seconds),
+                _verdict(ours.tpot_median_seconds, client.tpot_median_seconds),
+            ]
+        )
+    return Results(
+        "llmprobe against vllm bench serve",
+        " ".join(["python benchmarks/client_agreement.py", *(p for p in sys.argv[1:] if p != "--markdown")]),
+        machine,
+        _HEADER,
+        rows,
+        [
+            "Bars: counts equal to the last one, in the journals and in the agent's /metrics; medians within "
+            "5 % + 2 ms."
+        ],
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def _verdict(ours: float, theirs: float) -> str:
+    return f"{(ours - theirs) * 1e3:+.2f} ms: {'held' if _near(ours, theirs) else 'MISSED'}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of each load [20]")
+    parser.add_argument("--model", type=Path, help="a model directory [the demo's tiny Llama]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
+    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/accuracy.md")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="further flags of vllm serve")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
