@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+from support.machine import machine_line
+from support.serving import NAME, running_server, tiny_model
+from support.table import Results
 
 from llmprobe.collect.collector import Collector
 from llmprobe.demo.client import BenchClient, ClientResult, Load
 from llmprobe.demo.server import VllmServer
 from llmprobe.export.report import report
-from support.machine import machine_line
-from support.serving import NAME, running_server, tiny_model
-from support.table import Results
 
 _HEADER = ("load", "seen by", "requests", "prompt tokens", "generated tokens", "TTFT p50", "TPOT p50")
 _RELATIVE, _SECONDS = 0.05, 2e-3

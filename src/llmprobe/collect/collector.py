@@ -21,7 +21,7 @@ from llmprobe.record import layout
 from llmprobe.record.journal import JournalError, JournalReader, JournalWriter
 
 WINDOW_NS = 30 * 10**9
-_VIEW_EVERY_NS = 500_000_000
+_VIEW_EVERY_NS = 10**9
 _FACTS_EVERY_NS = 2 * 10**9
 _DEAD_KEEP_NS = 30 * 10**9
 _LATENCIES = (
@@ -95,10 +95,11 @@ class Collector:
                 for path, rank in self._ranks.items():
                     rank.fold(self._pending_of(self._processes[path]), now)
                 self._forget(now)
-                if final or now - self._facts_at >= _FACTS_EVERY_NS:
+                facts = final or now - self._facts_at >= _FACTS_EVERY_NS
+                if facts:
                     self._facts_at = now
-                    for process in self._processes.values():
-                        process.refresh_facts()
+                for process in self._processes.values():
+                    process.refresh(facts)
                 self._views = self._build_views(now, keep_dead=final)
 
     def _poll(self, process: Process, now: int) -> None:

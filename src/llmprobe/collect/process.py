@@ -59,13 +59,16 @@ class Process:
             self.died_ns = now_ns
         records = self.reader.read()
         self.lost += records.lost
-        self.counters = self.reader.counters()
-        self.load = self.reader.load() or self.load
+        if len(records.pending):
+            self.load = self.reader.load() or self.load
         return records
 
-    def refresh_facts(self) -> None:
-        """Facts change rarely: when models are added, when errors occur."""
-        self.facts = self.reader.facts() or self.facts
+    def refresh(self, facts: bool) -> None:
+        """Bring totals and load up to date; ``facts`` too, which change rarely."""
+        self.counters = self.reader.counters()
+        self.load = self.reader.load() or self.load
+        if facts:
+            self.facts = self.reader.facts() or self.facts
 
     def histogram(self, name: str) -> HistogramView:
         """A cumulative latency histogram."""

@@ -30,6 +30,8 @@ class Probe:
         self.on_armed: list[Callable[[Recorder], None]] = []
         #: Called a few times a second by the housekeeping thread: they write the steps that hooks have kept.
         self.writers: list[Callable[[], None]] = []
+        #: Undo what is not a patch; called once by `llmprobe.disable`.
+        self.cleanups: list[Callable[[], None]] = []
         self._recorder: Recorder | None = None
         self._arming = threading.Lock()
         self._refused_pid = 0

@@ -87,6 +87,10 @@ def disable() -> None:
     probe.enabled = False
     probe.remove_patches()
     forget_all()
+    for cleanup in probe.cleanups:
+        probe.guard.call("disable", cleanup)
+    probe.cleanups.clear()
+    probe.writers.clear()
     probe.disarm()
     os.environ.pop("LLMPROBE", None)
     if all(not patch.installed for patch in probe.patches):

@@ -269,6 +269,8 @@ class JournalReader:
             self.close()
             raise
         self._next = 0
+        self._histograms: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._shown: dict[str, np.ndarray] = {}
         self._uncounted = np.empty(0, layout.STEP)  # steps read that the published totals may lack
 
     def _read_header(self) -> None:
@@ -344,10 +346,7 @@ class JournalReader:
         counters = dict.fromkeys(layout.COUNTERS, 0)
         if data := self._pair(layout.REQUEST_TOTALS_OFFSET, layout.REQUEST_TOTALS.size):
             counters.update(zip(layout.REQUEST_COUNTERS, layout.REQUEST_TOTALS.unpack(data)[1:], strict=True))
-        if data := self._pair(layout.STEP_TOTALS_OFFSET, layout.STEP_TOTALS.size):
-            through, *totals = layout.STEP_TOTALS.unpack(data)
-            counters.update(zip(layout.STEP_COUNTERS, totals, strict=True))
-            self._uncounted = self._uncounted[self._uncounted["seq"] >= through]
+        counters.update(self._step_totals())
         steps = self._uncounted
         for phase in np.unique(steps["phase"]):
             of = steps[steps["phase"] == phase]
@@ -374,20 +373,48 @@ class JournalReader:
         """
         first = layout.HISTOGRAM_INDEX[name] * BUCKETS
         data = os.pread(self._fd, BUCKETS * CELL_PAIR, HISTOGRAMS_OFFSET + first * CELL_PAIR)
+        words = np.frombuffer(data, dtype="<u8").reshape(BUCKETS, -1)
+        # Few cells change from one call to the next: only those are checked anew.
+        before, known = self._histograms.get(name) or (np.zeros_like(words), np.zeros(BUCKETS, np.uint64))
         raw = np.frombuffer(data, dtype=_CELL_DTYPE).reshape(-1, 2)
-        counts = np.zeros(BUCKETS, dtype=np.uint64)
-        for bucket in np.flatnonzero(raw["crc"].any(axis=1)):
+        counts = known.copy()
+        for bucket in np.flatnonzero((words != before).any(axis=1)):
             whole = [
                 int(cell["value"])
                 for cell in raw[bucket]
                 if cell["crc"] == _cell_crc(first + int(bucket), int(cell["value"]))
             ]
             counts[bucket] = max(whole, default=0)
-        if name.startswith("step_"):  # published with the totals: add what they lack
-            phase = layout.PHASES.index(name.removeprefix("step_"))
-            for row in self._uncounted[self._uncounted["phase"] == phase]:
-                counts[bucket_of(int(row["e3"]) - int(row["e0"]))] += np.uint64(1)
+        self._histograms[name] = (words, counts)
+        if name.startswith("step_"):
+            counts = self._with_unpublished(name, counts)
         return counts
+
+    def _with_unpublished(self, name: str, counts: np.ndarray) -> np.ndarray:
+        """Add the steps that the published totals lack.
+
+        The writer publishes totals before cells, and here they are looked at after the cells: a step is never
+        counted twice. It may be missing for a moment; then what was shown before stands.
+        """
+        self._step_totals()
+        phase = layout.PHASES.index(name.removeprefix("step_"))
+        counts = counts.copy()
+        for row in self._uncounted[self._uncounted["phase"] == phase]:
+            counts[bucket_of(int(row["e3"]) - int(row["e0"]))] += np.uint64(1)
+        shown = self._shown.get(name)
+        if shown is not None:
+            counts = np.maximum(counts, shown)
+        self._shown[name] = counts
+        return counts
+
+    def _step_totals(self) -> dict[str, int]:
+        """The published totals of steps; forgets the steps that they count."""
+        data = self._pair(layout.STEP_TOTALS_OFFSET, layout.STEP_TOTALS.size)
+        if not data:
+            return {}
+        through, *totals = layout.STEP_TOTALS.unpack(data)
+        self._uncounted = self._uncounted[self._uncounted["seq"] >= through]
+        return dict(zip(layout.STEP_COUNTERS, totals, strict=True))
 
     @property
     def position(self) -> int:

@@ -323,3 +323,41 @@ def test_layout_and_packing_agree() -> None:
     assert row["context_prefill"].tolist() == list(range(22, 26))
     assert row["pairs_decode"].tolist() == list(range(34, 38))
     assert row["crc"] == 99
+
+
+def test_a_step_histogram_never_runs_backwards_or_counts_twice_while_it_is_being_published(path: Path) -> None:
+    """Readers look at every moment between the writes of one publication."""
+    from llmprobe.record.recorder import Recorder
+
+    recorder = Recorder(make(path, layout.DEFAULT_SIZE), {})
+    reader = JournalReader(path)
+    shown: list[int] = []
+    written = 0
+
+    def look() -> None:
+        reader.read()
+        shown.append(int(reader.histogram("step_decode").sum()))
+        assert shown[-1] <= written
+        assert shown == sorted(shown)
+
+    real = journal_module._pwrite
+
+    def looking(fd: int, payload: bytes, offset: int) -> int:
+        look()
+        count = real(fd, payload, offset)
+        look()
+        return count
+
+    for number in range(40):
+        step = recorder.begin(1, 1, number)
+        span = 1_000_000 * (1 + number % 7)
+        written += 1
+        recorder.step_counted(step, 0, 1, 0, 0, (10, 20, 20, 10 + span), (1, 0, 0, 1, 0, 1), (0,) * 16, 0)
+        if number % 9 == 8:
+            journal_module._pwrite = looking
+            try:
+                recorder.publish()
+            finally:
+                journal_module._pwrite = real
+    look()
+    assert shown[-1] == 40

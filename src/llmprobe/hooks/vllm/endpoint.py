@@ -56,6 +56,7 @@ def install(probe: Probe, module: ModuleType) -> None:
 
     collector = FileCollector(probe)
     REGISTRY.register(collector)
+    probe.cleanups.append(lambda: REGISTRY.unregister(collector))
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def collect(self: Any, *args: Any, **kwargs: Any) -> Any:
