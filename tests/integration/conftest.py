@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,8 +24,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory that holds measured peak rates of this machine, as `llmprobe calibrate` leaves it."""
+    cache = tmp_path_factory.mktemp("cache")
+    subprocess.run(
+        [str(Path(sys.executable).with_name("llmprobe")), "calibrate", "--seconds", "0.2"],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return cache
+
+
+@pytest.fixture(scope="session")
 def vllm_server(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    tiny_model: Path,
+    calibrated: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[StartServer]:
     """Starts servers: ``vllm_server(*flags, env={}, model=None, quick=True, agent=True, wait=True)``.
 
@@ -46,7 +65,7 @@ def vllm_server(
             shared_directory(),
             tmp_path_factory.mktemp("server") / "vllm.log",
             _with_defaults(flags) if quick else flags,
-            env,
+            {"XDG_CACHE_HOME": str(calibrated), **(env or {})},
         )
         servers.append(server)
         if wait:
@@ -65,7 +84,7 @@ def vllm_server(
 @pytest.fixture(scope="session")
 def server(vllm_server: StartServer) -> VllmServer:
     """One server that tests share which only look at it; they may not stop or switch it."""
-    return vllm_server()
+    return vllm_server("--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--enable-prefix-caching")
 
 
 def shared_directory() -> Path:

@@ -1,16 +1,15 @@
-"""A real Prometheus scrapes a real agent, and every panel of the dashboard has data."""
+"""A real Prometheus scrapes the agent of a real vLLM, and every panel of the dashboard has data."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine import complete
 
-from llmprobe.record.agent_launch import agent_environment, agent_info
+from llmprobe.demo.server import VllmServer
 
 pytestmark = pytest.mark.integration
 
@@ -72,36 +72,27 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[byt
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory for journals in memory, as the default one is."""
-    path = Path(f"/dev/shm/llmprobe-test-prometheus-{os.getpid()}")
-    path.mkdir(mode=0o700)
-    yield path
-    shutil.rmtree(path)
+def engine(server: VllmServer) -> Iterator[str]:
+    """A real vLLM under a mixed load; its ``server`` label."""
+    ended = threading.Event()
+
+    def load(number: int) -> None:
+        while not ended.is_set():
+            complete(server, [10 + number] * (20 + 40 * number), 30)
+
+    threads = [threading.Thread(target=load, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    yield f"vllm-{server.port}"
+    ended.set()
+    for thread in threads:
+        thread.join()
 
 
 @pytest.fixture(scope="module")
-def engine(directory: Path) -> Iterator[str]:
-    """Something that writes journals into ``directory``; its ``server`` label."""
-    feeder = [sys.executable, str(Path(__file__).with_name("journal_feeder.py")), str(directory)]
-    with contextlib.ExitStack() as stack:
-        for role in ("frontend", "worker"):
-            child = stack.enter_context(
-                process([*feeder, role], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            )
-            assert child.stdout is not None
-            assert child.stdout.readline() == b"ready\n"
-        yield "fed-a"
-
-
-@pytest.fixture(scope="module")
-def target(directory: Path, engine: str) -> Iterator[str]:
+def target(server: VllmServer) -> str:
     """``host:port`` to scrape."""
-    command = [sys.executable, "-m", "llmprobe.agent", "--foreground", "--directory", str(directory)]
-    command += ["--listen", f"127.0.0.1:{free_port()}"]
-    with process(command, env=agent_environment(os.environ), cwd="/"):
-        info = wait_for("agent", lambda: agent_info(directory))
-        yield f"{info['address']}:{info['port']}"
+    return server.agent_url.removeprefix("http://")
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ llmprobe demo --transformers"""
 
 
 def demo(
-    seconds: Annotated[float, typer.Option(min=4, help="How long the load lasts.")] = 40.0,
+    seconds: Annotated[float, typer.Option(min=4, help="How long the load lasts.")] = 30.0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep serving after the load, until Ctrl-C.")] = False,
     transformers: Annotated[
         bool, typer.Option("--transformers", help="Measure a program that calls generate() instead.")

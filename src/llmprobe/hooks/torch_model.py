@@ -153,11 +153,13 @@ def _experts_of(name: str, own: list[tuple[str, Any]]) -> int:
 
 
 def device_facts(device: Any) -> dict[str, Any]:
-    """Type, name, index and (on CUDA) UUID of a ``torch.device``."""
-    if device.type != "cuda":
-        return {"type": device.type, "name": cpu_name() if device.type == "cpu" else device.type, "index": 0}
+    """Type, name, index and, on CUDA, UUID of a ``torch.device``; on a CPU, how many threads work."""
     import torch
 
+    if device.type == "cpu":
+        return {"type": "cpu", "name": cpu_name(), "index": 0, "threads": torch.get_num_threads()}
+    if device.type != "cuda":
+        return {"type": device.type, "name": device.type, "index": 0}
     properties = torch.cuda.get_device_properties(device)
     uuid = getattr(properties, "uuid", None)
     index = device.index if device.index is not None else torch.cuda.current_device()

@@ -325,7 +325,9 @@ def test_layout_and_packing_agree() -> None:
     assert row["crc"] == 99
 
 
-def test_a_step_histogram_never_runs_backwards_or_counts_twice_while_it_is_being_published(path: Path) -> None:
+def test_a_step_histogram_never_runs_backwards_or_counts_twice_while_it_is_being_published(
+    path: Path,
+) -> None:
     """Readers look at every moment between the writes of one publication."""
     from llmprobe.record.recorder import Recorder
 
