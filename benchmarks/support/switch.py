@@ -9,7 +9,7 @@ from typing import Any
 
 from llmprobe.agent.client import AgentError, request
 
-_MOST_SECONDS = 20.0
+_MOST_SECONDS = 60.0
 
 
 class NotSwitched(Exception):

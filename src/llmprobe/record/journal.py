@@ -269,6 +269,7 @@ class JournalReader:
             self.close()
             raise
         self._next = 0
+        self._resume = 0  # records before it were returned by an earlier reader
         self._histograms: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._shown: dict[str, np.ndarray] = {}
         self._uncounted = np.empty(0, layout.STEP)  # steps read that the published totals may lack
@@ -419,11 +420,15 @@ class JournalReader:
     @property
     def position(self) -> int:
         """``seq`` of the record that `read` will return next; set it to resume after a restart."""
-        return self._next
+        return max(self._next, self._resume)
 
     @position.setter
     def position(self, seq: int) -> None:
-        self._next = seq
+        # Steps before it that the published totals lack are still read, to be counted, but not returned.
+        data = self._pair(layout.STEP_TOTALS_OFFSET, layout.STEP_TOTALS.size)
+        published = layout.STEP_TOTALS.unpack(data)[0] if data else 0
+        self._resume = seq
+        self._next = min(seq, int(published))
 
     def read(self) -> Records:
         """The records appended since the last call."""
@@ -440,13 +445,15 @@ class JournalReader:
                 self._next += 1
             count = _CHUNK
             if stopped_at:
-                skipped = self._skip_lost(stopped_at)
-                if not skipped:
+                expected = max(self._next, self._resume)
+                if not self._skip_lost(stopped_at):
                     break
-                lost += skipped
+                lost += max(self._next - expected, 0)
         records = _by_kind(rows, lost)
         if len(records.steps):
             self._uncounted = np.concatenate([self._uncounted, records.steps])[-self._slots :]
+        if rows and _SEQ.unpack_from(rows[0])[0] < self._resume:
+            records = _by_kind([row for row in rows if _SEQ.unpack_from(row)[0] >= self._resume], lost)
         return records
 
     def _chunk(self, count: int) -> list[bytes]:
