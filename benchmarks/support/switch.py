@@ -18,7 +18,9 @@ class NotSwitched(Exception):
 
 def switch(directory: Path, on: bool) -> None:
     """Switch every probe of ``directory``; returns once all its processes follow. Raises NotSwitched."""
-    code, answer = request(directory, "POST", "/api/probe", {"armed": on, "servers": None})
+    code, answer = request(
+        directory, "POST", "/api/probe", {"armed": on, "servers": None}, timeout=_MOST_SECONDS
+    )
     if code >= 400:
         raise NotSwitched(f"the agent answered {code}: {answer}")
     if not until(lambda: _follows(directory, on), _MOST_SECONDS):
