@@ -22,7 +22,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from support.machine import machine_line
 from support.serving import NAME, running_server, tiny_model
-from support.table import Results
+from support.table import Results, command
 
 from llmprobe.collect.collector import Collector
 from llmprobe.demo.client import BenchClient, ClientResult, Load
@@ -102,7 +102,7 @@ def _loads(requests: int) -> list[Load]:
 
     return [
         load("alone", 64, 64, 1.0),  # hardly ever two at a time
-        load("chat", 64, 64, 3.0),
+        load("chat", 96, 48, 3.0),
         load("documents", 1024, 16, 1.0),
     ]
 
@@ -196,7 +196,7 @@ def _table(runs: list[Compared], machine: str) -> Results:
         )
     return Results(
         "llmprobe against vllm bench serve",
-        " ".join(["python benchmarks/client_agreement.py", *(p for p in sys.argv[1:] if p != "--markdown")]),
+        command("client_agreement.py"),
         machine,
         _HEADER,
         rows,

@@ -22,7 +22,7 @@ from support import transformers_cost, vllm_cost
 from support.machine import has_gpu, machine_line
 from support.own_time import OwnTime
 from support.paired import Difference
-from support.table import Results, bar
+from support.table import Results, bar, command
 
 _HEADER = ("", "off", "on", "on − off", "95 % interval", "bar")
 _OWN_US_TRANSFORMERS = 15.0
@@ -35,7 +35,7 @@ def main() -> int:
     """Measure what the command line asks for; returns the exit status."""
     options = _options()
     machine = machine_line()
-    saved: dict[str, Any] = {"machine": machine, "command": _command()}
+    saved: dict[str, Any] = {"machine": machine, "command": command("overhead.py")}
     tables = []
     if options.what in ("vllm", "all"):
         cost = vllm_cost.measure(
@@ -76,8 +76,7 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
         ttft_bar = max(0.02 * cost.ttft.off, 1e-3)
         ttft[-1] = bar(cost.ttft.median * 1e3, ttft_bar * 1e3, "ms", 2)
         throughput[-1] = bar(-cost.throughput.relative * 100, 0.5, "% less", 1)
-    cpu = _difference("server's processor time a token", cost.cpu, 1e6, "µs", 0)
-    rows = [tpot, ttft, throughput, cpu, *_own_rows(cost.own, own_bar)]
+    rows = [tpot, ttft, throughput, *_own_rows(cost.own, own_bar)]
     rows.append(["front end's own time a step, mean", "", f"{cost.front_end_us_per_step:.1f} µs", "", "", ""])
     rows.append(
         [
@@ -95,7 +94,7 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
     )
     return Results(
         f"vLLM, {options.concurrency} request{'s' if options.concurrency > 1 else ''} at a time",
-        _command(),
+        command("overhead.py"),
         machine,
         _HEADER,
         rows,
@@ -118,7 +117,7 @@ def _transformers_table(
     ]
     return Results(
         "transformers, greedy generate",
-        _command(),
+        command("overhead.py"),
         machine,
         _HEADER,
         rows,
@@ -146,11 +145,6 @@ def _own_rows(own: OwnTime, most: float) -> list[list[str]]:
         ["own host time a step, mean", "0", f"{own.mean:.1f} µs", "", "", bar(own.mean, most, "µs")],
         ["own host time a step, p99", "0", f"{own.p99:.1f} µs", "", "", ""],
     ]
-
-
-def _command() -> str:
-    arguments = [part for part in sys.argv[1:] if part != "--markdown"]
-    return " ".join(["python benchmarks/overhead.py", *arguments])
 
 
 def _options() -> argparse.Namespace:

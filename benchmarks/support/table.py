@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ class Results:
     command: str
     machine: str
     header: Sequence[str]
-    rows: list[Sequence[str]] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
     #: Sentences that belong below it.
     notes: list[str] = field(default_factory=list)
 
@@ -48,6 +49,18 @@ class Results:
         if self.notes:
             lines += ["", *(f"- {note}" for note in self.notes)]
         return lines
+
+
+def command(script: str) -> str:
+    """This script's command line, without what only says where its results go."""
+    arguments = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        if word == "--json":
+            next(words, None)
+        elif word != "--markdown" and not word.startswith("--json="):
+            arguments.append(word)
+    return " ".join([f"python benchmarks/{script}", *arguments])
 
 
 def bar(value: float, most: float, unit: str, digits: int = 0) -> str:

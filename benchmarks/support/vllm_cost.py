@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmprobe.demo.server import VllmServer
+from support.agent_cost import AgentCost
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load, Seen
 from support.own_time import OwnTime
 from support.paired import Difference, paired
-from support.process_cost import ProcessCost
 from support.serving import NAME, running_server
 from support.switch import switch, wait_known
 
@@ -42,7 +42,6 @@ class Block:
     begin_ns: int
     end_ns: int
     agent_cpu_seconds: float
-    server_cpu_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -52,17 +51,13 @@ class Block:
 
 @dataclass(frozen=True)
 class VllmCost:
-    """Differences in seconds and tokens/s, own time in microseconds.
-
-    ``cpu`` is processor time of all threads of the server, a token: also what is not on the step path.
-    """
+    """Differences in seconds and tokens/s, own time in microseconds."""
 
     requests: int
     steps_per_second: float
     tpot: Difference
     ttft: Difference
     throughput: Difference
-    cpu: Difference
     own: OwnTime
     front_end_us_per_step: float
     agent_core_ratio: float
@@ -80,18 +75,15 @@ def measure(plan: Plan) -> VllmCost:
         wait_known(server.directory)
         load = Load(server.port, NAME, plan.concurrency, plan.prompt_tokens, plan.output_tokens)
         steps = StepLog(live_journals(server.directory, "worker")[0])
-        agent = ProcessCost.of_agent(server.directory)
-        engine = ProcessCost.of_tree(server.process.pid)
+        agent = AgentCost(server.directory)
         with load, Polling(steps):
             load.wait(plan.warm_up_seconds)
-            blocks, front_end_ns = _blocks(plan, server, load, agent, engine)
+            blocks, front_end_ns = _blocks(plan, server, load, agent)
             load.wait(1.0)  # the last requests of the last block
         return _result(blocks, load, steps, front_end_ns, agent.resident_bytes)
 
 
-def _blocks(
-    plan: Plan, server: VllmServer, load: Load, agent: ProcessCost, engine: ProcessCost
-) -> tuple[list[Block], int]:
+def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> tuple[list[Block], int]:
     """Pairs of blocks, off-on and on-off in turns, so that a steady drift cancels too."""
     front_ends = live_journals(server.directory, "frontend")
     blocks: list[Block] = []
@@ -101,11 +93,10 @@ def _blocks(
             switch(server.directory, on)
             load.wait(_SETTLE_SECONDS)
             own = sum(reader.counters()["own_ns_request"] for reader in front_ends)
-            agent_used, used, begin = agent.cpu_seconds(), engine.cpu_seconds(), time.monotonic_ns()
+            used, begin = agent.cpu_seconds(), time.monotonic_ns()
             load.wait(plan.block_seconds)
             end = time.monotonic_ns()
-            used, agent_used = engine.cpu_seconds() - used, agent.cpu_seconds() - agent_used
-            blocks.append(Block(on, begin, end, agent_used, used))
+            blocks.append(Block(on, begin, end, agent.cpu_seconds() - used))
             if on:
                 front_end_ns += sum(reader.counters()["own_ns_request"] for reader in front_ends) - own
         print(f"pair {pair + 1} of {plan.pairs}", file=sys.stderr, flush=True)
@@ -127,7 +118,6 @@ def _result(
         tpot=paired([s.tpot_seconds for s in seen_off], [s.tpot_seconds for s in seen_on]),
         ttft=paired([s.ttft_seconds for s in seen_off], [s.ttft_seconds for s in seen_on]),
         throughput=paired([s.tokens_per_second for s in seen_off], [s.tokens_per_second for s in seen_on]),
-        cpu=paired(_cpu(off, seen_off), _cpu(on, seen_on)),
         own=OwnTime.of(own),
         front_end_us_per_step=front_end_ns / len(own) / 1e3,
         agent_core_ratio=_agent_ratio(on),
@@ -138,14 +128,6 @@ def _result(
 
 def _seen(load: Load, blocks: list[Block]) -> list[Seen]:
     return [load.seen(block.begin_ns, block.end_ns) for block in blocks]
-
-
-def _cpu(blocks: list[Block], seen: list[Seen]) -> list[float]:
-    """Processor seconds of the server, a token."""
-    return [
-        block.server_cpu_seconds / block.seconds / of.tokens_per_second
-        for block, of in zip(blocks, seen, strict=True)
-    ]
 
 
 def _agent_ratio(blocks: list[Block]) -> float:

@@ -14,6 +14,7 @@ from llmprobe.hooks.transformers_cache import cache_length, measure_cache
 from llmprobe.hooks.transformers_generation import DRAFT, NESTED, REQUEST, Generation
 from llmprobe.hooks.transformers_program import Program
 from llmprobe.hooks.transformers_steps import Step, write_steps
+from llmprobe.record.clock import HOST_STEPS_KEPT
 from llmprobe.record.layout import PHASES, Clock, Phase
 from llmprobe.record.nvtx import Ranges, ranges
 from llmprobe.record.recorder import Recorder
@@ -23,7 +24,7 @@ _PREFILL, _DECODE, _DRAFT = int(Phase.PREFILL), int(Phase.DECODE), int(Phase.DRA
 _HOST = int(Clock.HOST)
 #: On a CPU device the housekeeping thread writes the steps, unless so many have come together: between two
 #: steps it would cost several times more, because the model has just emptied the caches.
-_STEPS_HELD_HOST = 48
+_STEPS_HELD_HOST = HOST_STEPS_KEPT // 2
 #: On a GPU the step path writes them, which costs nothing while the device is busy: so many together ...
 _STEPS_HELD_CUDA = 16
 _STEPS_HELD_NS = 20_000_000  # ... or those of so long a time

@@ -23,6 +23,7 @@ from llmprobe.record.layout import Clock
 
 _monotonic_ns = time.monotonic_ns
 POOL_SIZE = 64  #: steps in flight at most; an engine runs a few ahead of its device
+HOST_STEPS_KEPT = 1024  #: steps that wait to be harvested at most, on a host clock
 
 
 class Stamps:
@@ -86,7 +87,7 @@ class HostClock:
     def __init__(self) -> None:
         self.dropped = 0
         self._restarted = True
-        self._done: deque[Stamps] = deque(maxlen=POOL_SIZE)
+        self._done: deque[Stamps] = deque(maxlen=HOST_STEPS_KEPT)
 
     def begin(self, payload: Any) -> Stamps | None:
         """See `StepClock.begin`; never None."""

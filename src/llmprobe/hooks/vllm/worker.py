@@ -7,10 +7,10 @@ warm-up, because vLLM warms up through the same methods.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
@@ -18,9 +18,10 @@ from llmprobe.hooks.session import server_name
 from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, Batch, BatchReader
-from llmprobe.record.clock import Stamps, StepClock, step_clock
+from llmprobe.record.clock import HOST_STEPS_KEPT, Stamps, StepClock, step_clock
 from llmprobe.record.layout import PHASES, Clock, Flag
 from llmprobe.record.nvtx import ranges
+from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
 
 _now = time.monotonic_ns
@@ -28,15 +29,20 @@ _HOST = int(Clock.HOST)
 _IDLE_NS = 100_000_000
 #: Steps of a CPU device wait for the housekeeping thread, up to so many: writing a record between two steps
 #: costs several times more, because the model has just emptied the caches.
-_KEPT_AT_MOST = 48
+_KEPT_AT_MOST = HOST_STEPS_KEPT // 2
 _RESTARTED, _NO_SAMPLE = int(Flag.RESTARTED), int(Flag.NO_SAMPLE)
 _STEP_METHODS = ("execute_model", "sample_tokens", "execute_dummy_batch")
 _LIFE_METHODS = ("initialize_from_config", "compile_or_warm_up_model")
 
 
+#: What is kept about each worker, by its id: cheaper at every step than a weak dictionary.
+_Workers = dict[int, "WorkerProbe"]
+_Maker = Callable[[Callable[..., Any], Patch], Callable[..., Any]]
+
+
 def install(probe: Probe, module: ModuleType) -> None:
     """Wrap ``WorkerBase.__init__``, where the classes of the actual worker become known."""
-    workers: WeakKeyDictionary[Any, WorkerProbe] = WeakKeyDictionary()
+    workers: _Workers = {}
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -47,7 +53,8 @@ def install(probe: Probe, module: ModuleType) -> None:
         return __init__
 
     def adopt(worker: Any) -> None:
-        workers[worker] = WorkerProbe(probe, worker)
+        workers[id(worker)] = WorkerProbe(probe, worker)
+        weakref.finalize(worker, workers.pop, id(worker), None)
         for owner, name in seams.methods(type(worker), _STEP_METHODS + _LIFE_METHODS):
             probe.patch(owner, name, _WRAPPERS[name](probe, workers))
 
@@ -62,6 +69,7 @@ class WorkerProbe:
         self._batches = BatchReader()
         self._kv_cache_config: Any = None
         self._clock: StepClock | None = None
+        self._recorder: Recorder | None = None
         self._nvtx = ranges(probe.settings.nvtx)
         self.depth = 0  # wrapped methods call each other through super()
         self.armed = False
@@ -88,6 +96,7 @@ class WorkerProbe:
         recorder = probe.arm("worker", lambda: self._facts(worker, clock, seam))
         if recorder is None:
             return
+        self._recorder = recorder
         kv = (recorder.facts.get("model") or {}).get("kv") or {"groups": []}
         self._batches = BatchReader(facts.windows(kv))
         self._clock = clock
@@ -147,7 +156,7 @@ class WorkerProbe:
     def begin(self, scheduled: Any) -> None:
         """``execute_model`` is entered."""
         entered = _now()
-        clock, recorder = self._clock, self._probe.recorder
+        clock, recorder = self._clock, self._recorder
         if clock is None or recorder is None:
             return
         if clock.kind != _HOST or self._kept >= _KEPT_AT_MOST:
@@ -212,9 +221,8 @@ class WorkerProbe:
         if self._stamps is not None and self._clock is not None:
             self._clock.discard(self._stamps)
             self._nvtx.pop()
-            recorder = self._probe.recorder
-            if recorder is not None:
-                recorder.abandon(self._number)
+            if self._recorder is not None:
+                self._recorder.abandon(self._number)
         self._stamps = self._batch = None
 
     def _close(self, flags: int) -> None:
@@ -244,7 +252,7 @@ class WorkerProbe:
 
     def _harvest(self) -> None:
         """Write the steps that are complete on the device."""
-        recorder, clock = self._probe.recorder, self._clock
+        recorder, clock = self._recorder, self._clock
         if recorder is None or clock is None:
             return
         self._kept = 0
@@ -266,28 +274,30 @@ class WorkerProbe:
             )
 
 
-_Workers = WeakKeyDictionary[Any, WorkerProbe]
-_Maker = Callable[[Callable[..., Any], Patch], Callable[..., Any]]
-
-
 def _wrap_execute_model(probe: Probe, workers: _Workers) -> _Maker:
     guard = probe.guard
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = workers.get(self) if patch.active and probe.active else None
-            if state is None or not state.armed or state.depth:
+            state = workers.get(id(self)) if patch.active else None
+            if state is None or not state.armed or state.depth or guard.inert:
                 return original(self, *args, **kwargs)
             state.depth = 1
             try:
-                guard.call("vllm.execute_model", state.begin, args[0] if args else kwargs["scheduler_output"])
+                try:
+                    state.begin(args[0] if args else kwargs["scheduler_output"])
+                except Exception as error:  # noqa: BLE001 - guarded inline: this runs at every step
+                    guard.failed("vllm.execute_model", error)
                 output = original(self, *args, **kwargs)
             except BaseException:
                 guard.call("vllm.execute_model", state.abandon)
                 raise
             finally:
                 state.depth = 0
-            guard.call("vllm.execute_model", state.forward_end, output is None)
+            try:
+                state.forward_end(output is None)
+            except Exception as error:  # noqa: BLE001
+                guard.failed("vllm.execute_model", error)
             return output
 
         return execute_model
@@ -300,19 +310,25 @@ def _wrap_sample_tokens(probe: Probe, workers: _Workers) -> _Maker:
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = workers.get(self) if patch.active and probe.active else None
-            if state is None or not state.armed or state.depth:
+            state = workers.get(id(self)) if patch.active else None
+            if state is None or not state.armed or state.depth or guard.inert:
                 return original(self, *args, **kwargs)
             state.depth = 1
             try:
-                guard.call("vllm.sample_tokens", state.sample_start)
+                try:
+                    state.sample_start()
+                except Exception as error:  # noqa: BLE001
+                    guard.failed("vllm.sample_tokens", error)
                 output = original(self, *args, **kwargs)
             except BaseException:
                 guard.call("vllm.sample_tokens", state.abandon)
                 raise
             finally:
                 state.depth = 0
-            guard.call("vllm.sample_tokens", state.sample_end)
+            try:
+                state.sample_end()
+            except Exception as error:  # noqa: BLE001
+                guard.failed("vllm.sample_tokens", error)
             return output
 
         return sample_tokens
@@ -325,7 +341,7 @@ def _wrap_dummy_batch(probe: Probe, workers: _Workers) -> _Maker:
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = workers.get(self) if patch.active and probe.active else None
+            state = workers.get(id(self)) if patch.active and probe.active else None
             if state is None or not state.armed or state.depth:
                 return original(self, *args, **kwargs)
             state.depth = 1
@@ -348,7 +364,7 @@ def _wrap_dummy_batch(probe: Probe, workers: _Workers) -> _Maker:
 def _wrap_initialize(probe: Probe, workers: _Workers) -> _Maker:
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = workers.get(self) if patch.active and probe.active else None
+            state = workers.get(id(self)) if patch.active and probe.active else None
             if state is not None:
                 config = args[0] if args else next(iter(kwargs.values()), None)
                 probe.guard.call("vllm.initialize_from_config", state.kv_cache, config)
@@ -362,7 +378,7 @@ def _wrap_initialize(probe: Probe, workers: _Workers) -> _Maker:
 def _wrap_warm_up(probe: Probe, workers: _Workers) -> _Maker:
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = workers.get(self) if patch.active and probe.active else None
+            state = workers.get(id(self)) if patch.active and probe.active else None
             if state is None or state.depth:
                 return original(self, *args, **kwargs)
             state.disarm()
