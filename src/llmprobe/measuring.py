@@ -59,7 +59,8 @@ def measure() -> Iterator[Measurement]:
         poll.stop()
         for write in probe.writers:
             probe.guard.call("measure", write)
-        collector.tick(final=True)
+        with contextlib.suppress(OSError):  # the probe was switched off inside: the last reading stands
+            collector.tick(final=True)
         measurement.report = report(collector.views(), before)
         collector.close()
         if not was_on:
@@ -71,14 +72,14 @@ def _collector(probe: Any) -> Collector:
     from llmprobe.collect.peaks import peaks_for
 
     def own() -> dict[Any, Any]:
-        recorder = probe.recorder
-        return {recorder.writer.path: recorder.writer} if recorder is not None else {}
+        return {recorder.writer.path: recorder.writer for recorder in probe.recorders()}
 
     return Collector(
         probe.settings.directory,
         peaks=peaks_for,
         only_group=os.environ.get(session.GROUP_VARIABLE, ""),
         own_writers=own,
+        keep_dead=True,
     )
 
 

@@ -166,7 +166,7 @@ def test_a_dead_engines_series_go_and_another_server_stays(settings: Settings) -
         wait_for("two servers", lambda: len(servers(directory)) == 2)
         text = exposition_path(directory, "a")
         wait_for("text for vLLM's own /metrics", text.exists)
-        assert 'server="fed-a"' in text.read_text()
+        assert '"server":"fed-a"' in text.read_text()
         for child in dying:
             child.kill()
         wait_for("one server", lambda: [view["server"] for view in servers(directory)] == ["fed-b"])

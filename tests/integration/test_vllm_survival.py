@@ -102,7 +102,7 @@ def test_metrics_of_a_server_whose_agent_is_dead_are_vllms_alone(server: VllmSer
     info = agent_info(server.directory)
     assert info is not None
     path = server.directory / "exposition"
-    for file in path.glob("*.prom"):
+    for file in path.glob("*.json"):
         os.utime(file, (0, 0))  # as left by an agent that died long ago
     os.kill(int(info["pid"]), signal.SIGSTOP)
     try:

@@ -77,7 +77,9 @@ def _watch(
     command: list[str], environment: dict[str, str], settings: Settings
 ) -> tuple[int, dict[str, Any] | None]:
     """Run the command to its end, reading its journals; returns its exit status and the report."""
-    collector = Collector(settings.directory, peaks=peaks_for, only_group=environment["LLMPROBE_GROUP"])
+    collector = Collector(
+        settings.directory, peaks=peaks_for, only_group=environment["LLMPROBE_GROUP"], keep_dead=True
+    )
     started = time.time()
     try:
         child = subprocess.Popen(command, env=environment)

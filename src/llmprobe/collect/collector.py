@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmprobe.collect.process import Latencies, Pending, Process, Rank, monotonic_to_unix
+from llmprobe.collect.process import Latencies, PeaksOf, Pending, Process, Rank, monotonic_to_unix
 from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
 from llmprobe.compute import intervals
 from llmprobe.compute.figures import summarise
@@ -32,8 +34,7 @@ _LATENCIES = (
     "request_queue",
 )
 _CHECKPOINT_SCHEMA = 1
-
-PeaksOf = Callable[[dict[str, Any]], Peaks | None]
+_JUST_BEGAN_SECONDS = 5.0
 
 
 def _no_peaks(facts: dict[str, Any]) -> Peaks | None:
@@ -53,6 +54,7 @@ class Collector:
         only_group: str | None = None,
         own_writers: Callable[[], dict[Path, JournalWriter]] = dict,
         remove_dead: bool = False,
+        keep_dead: bool = False,
     ) -> None:
         """
         Args:
@@ -63,6 +65,7 @@ class Collector:
             only_group: look at one server or program only.
             own_writers: gives the journals that this very process writes; see `JournalReader`.
             remove_dead: delete the journals of processes that died more than 30 s ago.
+            keep_dead: keep processes in `views` however long ago they died, for a report at the end.
         """
         self._directory = directory / "journals"
         self._clock = clock
@@ -71,16 +74,22 @@ class Collector:
         self._only_group = only_group
         self._own_writers = own_writers
         self._remove_dead = remove_dead
+        self._keep_dead = keep_dead
         self._lock = threading.Lock()
         self._processes: dict[Path, Process] = {}
         self._ranks: dict[Path, Rank] = {}
         self._pending: dict[Path, Pending] = {}
         self._latencies: dict[tuple[str, int], Latencies] = {}
+        self._left: dict[tuple[str, int], _FrontTotals] = {}  # of front ends no longer read
+        self._keys: dict[Path, str] = {}
+        self._split: set[str] = set()  # groups told apart by label, for their life
+        self._alone: set[Path] = set()  # ranks that are a view of their own
+        self._labels: dict[str, str] = {}
         self._ignored: set[Path] = set()
         self._views: list[ServerView] = []
         self._views_at = 0
         self._facts_at = 0
-        self._saved = _load_checkpoint(checkpoint)
+        self._saved, self._saved_pending = _load_checkpoint(checkpoint)
 
     def tick(self, final: bool = False) -> None:
         """Find journals, read what is new, account for it. ``final`` brings `views` up to date too."""
@@ -92,15 +101,18 @@ class Collector:
                 self._poll(process, now)
             if final or now - self._views_at >= _VIEW_EVERY_NS:
                 self._views_at = now
-                for path, rank in self._ranks.items():
-                    rank.fold(self._pending_of(self._processes[path]), now)
-                self._forget(now)
                 facts = final or now - self._facts_at >= _FACTS_EVERY_NS
-                if facts:
-                    self._facts_at = now
                 for process in self._processes.values():
                     process.refresh(facts)
-                self._views = self._build_views(now, keep_dead=final)
+                if facts:
+                    self._facts_at = now
+                    for rank in self._ranks.values():
+                        rank.refresh()
+                self._keys = self._group()
+                for path, rank in self._ranks.items():
+                    rank.fold(self._pending_of(path), now)
+                self._forget(now)
+                self._views = self._build_views(now, keep_dead=final or self._keep_dead)
 
     def _poll(self, process: Process, now: int) -> None:
         records = process.poll(now)
@@ -126,7 +138,7 @@ class Collector:
                 for row in list(rank.recent)[-last:]
             ]
         rows.sort(key=lambda item: item[0])
-        return [_step_json(rank.process, row) for _, rank, row in rows[-last:]]
+        return [_step_json(rank.process, self._label(rank.process), row) for _, rank, row in rows[-last:]]
 
     def save(self) -> None:
         """Write the checkpoint, if there is one to write."""
@@ -136,7 +148,12 @@ class Collector:
             ranks = {
                 rank.process.identity: rank.save() for rank in self._ranks.values() if rank.process.alive
             }
-        text = json.dumps({"schema": _CHECKPOINT_SCHEMA, "ranks": ranks})
+            pending = {
+                self._processes[path].identity: told.save()
+                for path, told in self._pending.items()
+                if self._processes[path].alive
+            }
+        text = json.dumps({"schema": _CHECKPOINT_SCHEMA, "ranks": ranks, "pending": pending})
         temporary = self._checkpoint.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(self._checkpoint)
@@ -170,29 +187,67 @@ class Collector:
             self._processes[path] = process
             if process.role != "worker":
                 self._pending[path] = Pending()
+                if spans := self._saved_pending.pop(process.identity, None):
+                    self._pending[path].restore(spans)
             if process.role in ("worker", "program"):
-                rank = Rank(process, self._peaks(process.facts))
+                rank = Rank(process, self._peaks)
                 if saved := self._saved.pop(process.identity, None):
                     rank.restore(saved)
                 self._ranks[path] = rank
 
-    def _pending_of(self, process: Process) -> intervals.Intervals | None:
+    def _group(self) -> dict[Path, str]:
+        """Which view each process belongs to. One server is one group, except that a group may be inherited:
+
+        Every program is a view of its own, as are servers of one group that have the same ranks: told apart
+        by their labels, or else rank by rank, so that no two ranks of a view are the same.
+        """
+        keys: dict[Path, str] = {}
+        for attempt in ("group", "label"):
+            taken: dict[tuple[str, int, int], Path] = {}
+            for path, process in self._processes.items():
+                key = process.group
+                if process.role == "program":
+                    keys[path] = f"{key}/{process.identity}"
+                    continue
+                if process.group in self._split:
+                    key = f"{key}/{process.facts.get('server', '')}"
+                if process.role == "worker" and process.alive:
+                    rank = (key, process.engine, int(process.facts.get("rank", 0)))
+                    if path in self._alone or taken.setdefault(rank, path) != path:
+                        if attempt == "group":
+                            self._split.add(process.group)
+                        else:
+                            self._alone.add(path)
+                        key = f"{key}/{process.identity}"
+                keys[path] = key
+        return keys
+
+    def _label(self, process: Process) -> str:
+        return self._labels.get(self._keys.get(process.path, ""), str(process.facts.get("server", "")))
+
+    def _pending_of(self, path: Path) -> intervals.Intervals | None:
         """When the server had unfinished requests, by its front ends; None if it has none."""
-        told = [
-            self._pending[path].spans()
-            for path, other in self._processes.items()
-            if path in self._pending and other.group == process.group
-        ]
+        told = []
+        for other, pending in self._pending.items():
+            if self._keys[other] == self._keys[path]:
+                process, spans = self._processes[other], pending.spans()
+                # What a dead front end left open ended with it.
+                told.append(spans if process.alive else np.minimum(spans, process.died_ns))
         return intervals.union(*told) if told else None
 
     def _forget(self, now: int) -> None:
         for pending in self._pending.values():
             pending.forget_before(now - 10 * WINDOW_NS)
         for path, process in list(self._processes.items()):
-            if process.alive or now - process.died_ns < _DEAD_KEEP_NS:
+            if process.alive or self._keep_dead or now - process.died_ns < _DEAD_KEEP_NS:
                 continue
+            if process.role == "frontend":
+                left = self._left.get((self._keys[path], process.engine))
+                self._left[self._keys[path], process.engine] = _FrontTotals.of([process], left)
             process.close()
             self._processes.pop(path)
+            self._keys.pop(path)
+            self._alone.discard(path)
             self._ranks.pop(path, None)
             self._pending.pop(path, None)
             self._ignored.add(path)
@@ -200,18 +255,31 @@ class Collector:
                 with contextlib.suppress(OSError):
                     path.unlink()
         self._ignored = {path for path in self._ignored if path.exists()}
+        living = set(self._keys.values())
+        self._left = {at: left for at, left in self._left.items() if at[0] in living}
+        self._latencies = {at: seen for at, seen in self._latencies.items() if at[0] in living}
+        self._labels = {key: label for key, label in self._labels.items() if key in living}
 
     def _build_views(self, now: int, keep_dead: bool) -> list[ServerView]:
         groups: dict[str, list[Process]] = {}
-        for process in self._processes.values():
+        for path, process in self._processes.items():
             if process.alive or keep_dead:
-                groups.setdefault(process.group, []).append(process)
-        views = [self._server(group, processes, now) for group, processes in groups.items()]
-        views.sort(key=lambda view: view.started)
-        _tell_apart(views)
-        return views
+                groups.setdefault(self._keys[path], []).append(process)
+        views = {key: self._server(key, processes, now) for key, processes in groups.items()}
+        in_order = sorted(views.items(), key=lambda item: item[1].started)
+        for key, view in in_order:
+            view.server = self._tell_apart(key, view.server)
+        return [view for _, view in in_order]
 
-    def _server(self, group: str, processes: list[Process], now: int) -> ServerView:
+    def _tell_apart(self, key: str, server: str) -> str:
+        """A label that no other server has: its name, with a number if that is taken. Stays for its life."""
+        if key not in self._labels:
+            taken = set(self._labels.values())
+            numbered = (f"{server}-{number}" for number in range(2, len(taken) + 3))
+            self._labels[key] = next(label for label in (server, *numbered) if label not in taken)
+        return self._labels[key]
+
+    def _server(self, key: str, processes: list[Process], now: int) -> ServerView:
         first = min(
             processes, key=lambda process: (process.role == "worker", process.facts.get("started", 0))
         )
@@ -223,14 +291,16 @@ class Collector:
         for rank in ranks:
             if rank.kv_capacity_bytes is not None:
                 capacity[rank.engine] = capacity.get(rank.engine, 0) + rank.kv_capacity_bytes
-        engines = self._engines(group, [p for p in processes if p.role != "worker"], capacity, now)
+        engines = self._engines(key, [p for p in processes if p.role != "worker"], capacity, now)
+        if not engines:
+            ranks = [_without_gaps(rank) for rank in ranks]
         missing = self._missing(processes, ranks, engines)
         notes = sorted({note for process in processes for note in process.facts.get("notes", ())})
         loads = [process.load for process in processes if process.load is not None]
         return ServerView(
             server=str(facts.get("server", "")),
             model_name=str(facts.get("model_name", "")),
-            group=group,
+            group=first.group,
             framework=str(facts.get("framework", "")),
             framework_version=str(facts.get("framework_version", "")),
             started=float(facts.get("started", 0.0)),
@@ -246,7 +316,9 @@ class Collector:
     def _rank(self, rank: Rank, now: int) -> RankView:
         process = rank.process
         facts, counters = process.facts, process.counters
-        figures = summarise(rank.accounts, since_ns=now - WINDOW_NS, now_ns=now, peaks=rank.peaks)
+        # A rate over time in which nobody looked would be too low.
+        since_ns = min(max(now - WINDOW_NS, rank.first_ns or 0), now - 1)
+        figures = summarise(rank.accounts, since_ns=since_ns, now_ns=now, peaks=rank.peaks)
         model = facts.get("model") or {}
         since = rank.running_since()
         steps = {phase: counters[f"steps_{phase}"] for phase in layout.PHASES if counters[f"steps_{phase}"]}
@@ -279,15 +351,25 @@ class Collector:
         )
 
     def _engines(
-        self, group: str, fronts: list[Process], capacity: dict[int, int], now: int
+        self, key: str, fronts: list[Process], capacity: dict[int, int], now: int
     ) -> list[EngineView]:
+        # Totals never fall while the server lives: front ends that died keep their part in them.
+        dead = [
+            process
+            for path, process in self._processes.items()
+            if process.role == "frontend" and self._keys[path] == key and process not in fronts
+        ]
         engines: list[EngineView] = []
         for engine in sorted({front.engine for front in fronts}):
             of = [front for front in fronts if front.engine == engine]
-            totals = {name: sum(front.counters[name] for front in of) for name in layout.COUNTERS}
-            latency = {name: _merge([front.histogram(name) for front in of]) for name in _LATENCIES}
-            recent = self._latencies.setdefault((group, engine), Latencies()).update(
-                now, {name: view.counts for name, view in latency.items()}
+            all_of = of + [front for front in dead if front.engine == engine]
+            known = _FrontTotals.of(all_of, self._left.get((key, engine)))
+            totals, latency = known.counters, known.latency
+            began = min(float(front.facts.get("started", 0.0)) for front in all_of)
+            recent = self._latencies.setdefault((key, engine), Latencies()).update(
+                now,
+                {name: view.counts for name, view in latency.items()},
+                began_now=0 <= time.time() - began < _JUST_BEGAN_SECONDS,
             )
             # Every front end hears of the whole engine's load; the one that heard last knows best.
             load = max((front.load for front in of if front.load), key=lambda seen: seen.time, default=None)
@@ -331,7 +413,7 @@ class Collector:
         missing: dict[str, str] = {}
         if not engines:
             missing["time_to_first_token_seconds"] = "no front end of this server is being recorded"
-            missing["no_work"] = (
+            missing["sync_gap_ratio"] = missing["no_work"] = (
                 "without a front end, waiting for the host cannot be told from having no work"
             )
         if not ranks:
@@ -354,19 +436,48 @@ def _merge(views: list[HistogramView]) -> HistogramView:
     return HistogramView(counts, sum(view.sum for view in views))
 
 
-def _tell_apart(views: list[ServerView]) -> None:
-    """Give servers of one name numbers, the oldest keeping the plain name."""
-    seen: dict[str, int] = {}
-    for view in views:
-        seen[view.server] = seen.get(view.server, 0) + 1
-        if seen[view.server] > 1:
-            view.server = f"{view.server}-{seen[view.server]}"
+@dataclass(frozen=True)
+class _FrontTotals:
+    """Cumulative totals of several front ends of one engine."""
+
+    counters: dict[str, int]
+    latency: dict[str, HistogramView]
+
+    @classmethod
+    def of(cls, fronts: Iterable[Process], more: _FrontTotals | None) -> _FrontTotals:
+        parts = [
+            cls(front.counters, {name: front.histogram(name) for name in _LATENCIES}) for front in fronts
+        ]
+        if more is not None:
+            parts.append(more)
+        return cls(
+            {name: sum(part.counters[name] for part in parts) for name in layout.COUNTERS},
+            {name: _merge([part.latency[name] for part in parts]) for name in _LATENCIES},
+        )
 
 
-def _step_json(process: Process, row: np.void) -> dict[str, Any]:
+def _without_gaps(rank: RankView) -> RankView:
+    """``rank`` without what only a front end can tell: which idle time was a wait for the host."""
+
+    def known(parts: dict[str, float]) -> dict[str, float]:
+        return {name: seconds for name, seconds in parts.items() if name != "host_gap" or seconds}
+
+    return dataclasses.replace(
+        rank,
+        device_time={phase: known(parts) for phase, parts in rank.device_time.items()},
+        figures={
+            phase: dataclasses.replace(found, sync_gap_ratio=None, components=known(found.components))
+            for phase, found in rank.figures.items()
+        },
+    )
+
+
+def _step_json(process: Process, server: str, row: np.void) -> dict[str, Any]:
     times = [int(row[name]) for name in ("e0", "e1", "e2", "e3")]
+    # A vLLM worker records neither; 0 would be a figure.
+    unknown = {name for name in ("new_tokens", "kv_used_bytes") if process.role == "worker" and not row[name]}
     return {
-        "server": process.facts.get("server", ""),
+        "server": server,
         "engine": process.engine,
         "rank": int(process.facts.get("rank", 0)),
         "step": int(row["step"]),
@@ -390,19 +501,21 @@ def _step_json(process: Process, row: np.void) -> dict[str, Any]:
                 "new_tokens",
                 "kv_used_bytes",
             )
+            if name not in unknown
         },
         "context_tokens": int(row["context_prefill"][0]) + int(row["context_decode"][0]),
     }
 
 
-def _load_checkpoint(path: Path | None) -> dict[str, Any]:
+def _load_checkpoint(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ranks and pending work were by process identity."""
     if path is None:
-        return {}
+        return {}, {}
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}
+        return {}, {}
     if not isinstance(saved, dict) or saved.get("schema") != _CHECKPOINT_SCHEMA:
-        return {}
-    ranks = saved.get("ranks")
-    return ranks if isinstance(ranks, dict) else {}
+        return {}, {}
+    ranks, pending = saved.get("ranks"), saved.get("pending")
+    return ranks if isinstance(ranks, dict) else {}, pending if isinstance(pending, dict) else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from llmprobe.record.journal import JournalReader, Records
 
 KEEP_NS = 60 * 10**9  #: how long accounts of single steps are kept
 RECENT_STEPS = 4096
+_NOTHING_YET = object()
 _BOUNDS = layout.bucket_bounds_seconds()
 #: Requests whose arrival is in the journal only later: idle time younger than this is not yet booked.
 _SETTLE_NS = 500_000_000
+
+
+PeaksOf = Callable[[dict[str, Any]], "Peaks | None"]
 
 
 class Process:
@@ -85,15 +90,17 @@ class Pending:
 
     def __init__(self) -> None:
         self._spans: list[list[int]] = []
+        self._next = 0  # records before this ``seq`` are in the spans
         self.known = False
 
     def add(self, records: np.ndarray, load_unfinished: int) -> None:
         """Take in PENDING records; ``load_unfinished`` bridges those that a ring lost."""
-        if not self.known and not len(records) and load_unfinished:
+        if not self.known and not len(records) and load_unfinished and not self._spans:
             self._spans.append([0, intervals.OPEN])
-        for row in records:
+        for row in records[records["seq"] >= self._next]:
             at = int(row["time"])
             self.known = True
+            self._next = int(row["seq"]) + 1
             opened = bool(self._spans) and self._spans[-1][1] == intervals.OPEN
             if row["unfinished"] and not opened:
                 self._spans.append([at, intervals.OPEN])
@@ -110,6 +117,16 @@ class Pending:
         """Drop intervals that ended before ``time_ns``."""
         self._spans = [span for span in self._spans if span[1] >= time_ns]
 
+    def save(self) -> dict[str, Any]:
+        """What an agent that starts anew needs in order to know of work that began before."""
+        return {"spans": self._spans, "next": self._next, "known": self.known}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from `save`; records that it covers may be read again."""
+        self._spans = [[int(begin), int(end)] for begin, end in saved["spans"]]
+        self._next = int(saved["next"])
+        self.known = bool(saved["known"])
+
 
 class Latencies:
     """Quantiles over the last 30 s, from the difference of cumulative histograms."""
@@ -118,10 +135,14 @@ class Latencies:
         self._window_ns = window_ns
         self._snapshots: deque[tuple[int, dict[str, np.ndarray]]] = deque()
 
-    def update(self, now_ns: int, counts: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        """Take in the counts as they are now; returns name → p50, p99 (seconds) and count."""
-        if not self._snapshots:
-            # A process found late brings its whole past; one that just began brings nothing yet.
+    def update(
+        self, now_ns: int, counts: dict[str, np.ndarray], began_now: bool = False
+    ) -> dict[str, dict[str, float]]:
+        """Take in the counts as they are now; returns name → p50, p99 (seconds) and count.
+
+        The first counts are the past of a process found late, and not recent, unless it ``began_now``.
+        """
+        if not self._snapshots and began_now:
             self._snapshots.append((now_ns, {name: np.zeros_like(value) for name, value in counts.items()}))
         self._snapshots.append((now_ns, counts))
         while len(self._snapshots) > 2 and self._snapshots[1][0] <= now_ns - self._window_ns:
@@ -129,7 +150,7 @@ class Latencies:
         base = self._snapshots[0][1]
         recent: dict[str, dict[str, float]] = {}
         for name, value in counts.items():
-            delta = value - base[name]
+            delta = np.where(value > base[name], value - base[name], 0)
             total = int(delta.sum())
             p50, p99 = (histogram.quantile(delta, _BOUNDS, q) for q in (0.5, 0.99))
             if total and p50 is not None and p99 is not None:
@@ -140,11 +161,15 @@ class Latencies:
 class Rank:
     """The steps of one worker process, accounted for."""
 
-    def __init__(self, process: Process, peaks: Peaks | None) -> None:
+    def __init__(self, process: Process, peaks_of: PeaksOf) -> None:
         self.process = process
-        self.peaks = peaks
-        self.pending = Pending()  # of a program, which is its own front end
-        self.model, self.model_problem = _model(process.facts)
+        self._peaks_of = peaks_of
+        self.peaks: Peaks | None = None
+        self.model: ModelFacts | None = None
+        self.model_problem = ""
+        self._said: Any = _NOTHING_YET
+        self.refresh()
+        self.first_ns: int | None = None  #: begin of the first step that was seen
         self.cursor_ns: int | None = None
         self.last_step: int | None = None
         self.device_time: dict[str, dict[str, float]] = {}
@@ -153,6 +178,16 @@ class Rank:
         self.accounts = accounting.StepAccounts.none()
         self.recent: deque[np.void] = deque(maxlen=RECENT_STEPS)
         self._waiting: list[np.ndarray] = []
+
+    def refresh(self) -> None:
+        """Follow the process's facts: its model may come late or change, and so may the peaks."""
+        said = self.process.facts.get("model")
+        changed = said != self._said
+        if changed:
+            self._said = said
+            self.model, self.model_problem = _model(self.process.facts)
+        if changed or self.peaks is None:
+            self.peaks = self._peaks_of(self.process.facts)
 
     def take(self, steps: np.ndarray) -> None:
         """Keep new steps for the next `fold`: accounting for many at once costs little more than for one."""
@@ -198,6 +233,8 @@ class Rank:
             index = accounting.COMPONENTS.index
             rows.components[:, index("unattributed")] += rows.components[:, index("no_work")]
             rows.components[:, index("no_work")] = 0.0
+        if self.first_ns is None:
+            self.first_ns = int(steps["e0"][0])
         self.cursor_ns = rows.cursor_ns
         self.last_step = int(steps["step"][-1])
         no_work = accounting.COMPONENTS.index("no_work")
@@ -237,8 +274,9 @@ class Rank:
 
     def save(self) -> dict[str, Any]:
         """What an agent that starts anew needs in order to go on counting."""
+        waiting = int(self._waiting[0]["seq"][0]) if self._waiting else None
         return {
-            "position": self.process.reader.position - sum(len(steps) for steps in self._waiting),
+            "position": self.process.reader.position if waiting is None else waiting,
             "cursor_ns": self.cursor_ns,
             "last_step": self.last_step,
             "lost": self.process.lost,

@@ -246,18 +246,23 @@ def idle(
     """Account for idle time that no step will account for soon.
 
     Moves the cursor over the time in which nothing was pending, or everything was blocked, and stops where
-    pending work begins: only the next step tells what happened from there on. Do not call it up to a
-    ``now_ns`` for which steps or arrivals may still be under way to the reader.
+    work begins that is still pending at ``now_ns``: only the next step tells what happened from there on.
+    Pending time that ended is ``unattributed``: no step came of it (a front end learns of the last step's end
+    a moment later). Do not call it up to a ``now_ns`` for which steps or arrivals may still be under way to
+    the reader.
 
     Returns:
         Seconds (11,) by `COMPONENTS` and the new cursor.
     """
     blocked = empty() if blocked is None else blocked
     components = np.zeros(len(COMPONENTS))
-    waiting = subtract(pending, blocked)
+    waiting = subtract(pending[pending[:, 1] > now_ns], blocked)
     waiting = waiting[waiting[:, 1] > cursor_ns]
     stop = max(cursor_ns, min(now_ns, int(waiting[0, 0]) if len(waiting) else now_ns))
-    blocked_ns = int(overlap_ns(blocked, np.array([cursor_ns]), np.array([stop]))[0])
+    begin, end = np.array([cursor_ns]), np.array([stop])
+    blocked_ns = int(overlap_ns(blocked, begin, end)[0])
+    ended_ns = int(overlap_ns(subtract(pending, blocked), begin, end)[0])
     components[_INDEX["blocked"]] = blocked_ns / 1e9
-    components[_INDEX["no_work"]] = (stop - cursor_ns - blocked_ns) / 1e9
+    components[_INDEX["unattributed"]] = ended_ns / 1e9
+    components[_INDEX["no_work"]] = (stop - cursor_ns - blocked_ns - ended_ns) / 1e9
     return components, stop

@@ -21,8 +21,8 @@ from llmprobe.export.catalogue import FAMILIES, LATENCIES, Family
 from llmprobe.record.layout import bucket_bounds_seconds
 
 _FINE = bucket_bounds_seconds()
-#: Components that nobody has measured while they are 0: only kernels tell them apart.
-_KERNEL_COMPONENTS = frozenset({"inefficiency", "launch_gap", "communication", "transfer"})
+#: Components that nobody has measured while they are 0: only kernels tell most of them apart.
+_MAYBE_UNMEASURED = frozenset({"inefficiency", "launch_gap", "communication", "transfer", "blocked"})
 #: Figures that every server should have; `ServerView.missing` says which it lacks.
 EXPECTED_FIGURES = (
     "device_time_seconds",
@@ -150,7 +150,7 @@ def _time(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
     for phase, components in rank.device_time.items():
         for component, seconds in components.items():
             elsewhere = (component in IDLE_COMPONENTS) != (phase == NO_PHASE)
-            if not seconds and (elsewhere or component in _KERNEL_COMPONENTS):
+            if not seconds and (elsewhere or component in _MAYBE_UNMEASURED):
                 continue
             samples.add("llmprobe_device_time_seconds_total", (*labels, phase, component), seconds)
     for phase, histogram in rank.step_duration.items():

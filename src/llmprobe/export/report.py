@@ -31,17 +31,17 @@ _GAPS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
 
 def report(views: Iterable[ServerView], since: Iterable[ServerView] = ()) -> dict[str, Any]:
     """What happened to every server between ``since`` (default: its start) and ``views``, JSON-ready."""
-    before = {view.group: view for view in since}
+    before = {(view.group, view.server): view for view in since}
     return {
         "schema_version": SCHEMA_VERSION,
         "llmprobe_version": llmprobe.__version__,
-        "servers": [_server(view, before.get(view.group)) for view in views],
+        "servers": [_server(view, before.get((view.group, view.server))) for view in views],
     }
 
 
 def _server(view: ServerView, before: ServerView | None) -> dict[str, Any]:
     engines = {engine.engine: engine for engine in before.engines} if before else {}
-    ranks = {(rank.engine, rank.rank): rank for rank in before.ranks} if before else {}
+    ranks = {_process(rank): rank for rank in before.ranks} if before else {}
     return {
         "server": view.server,
         "model_name": view.model_name,
@@ -49,10 +49,15 @@ def _server(view: ServerView, before: ServerView | None) -> dict[str, Any]:
         "framework_version": view.framework_version,
         "flags": view.flags,
         "engines": [_engine(engine, engines.get(engine.engine)) for engine in view.engines],
-        "ranks": [_rank(rank, ranks.get((rank.engine, rank.rank))) for rank in view.ranks],
+        "ranks": [_rank(rank, ranks.get(_process(rank)), bool(view.engines)) for rank in view.ranks],
         "not_measured": view.missing,
         "notes": view.notes,
     }
+
+
+def _process(rank: RankView) -> tuple[int, int, Any]:
+    """A worker that was started anew is another one."""
+    return rank.engine, rank.rank, rank.facts.get("pid")
 
 
 def _engine(engine: EngineView, before: EngineView | None) -> dict[str, Any]:
@@ -76,10 +81,10 @@ def _engine(engine: EngineView, before: EngineView | None) -> dict[str, Any]:
     return {"engine": engine.engine, **counts, **latency}
 
 
-def _rank(rank: RankView, before: RankView | None) -> dict[str, Any]:
+def _rank(rank: RankView, before: RankView | None, gaps_known: bool) -> dict[str, Any]:
     device = rank.facts.get("device") or {}
     phases = {
-        phase: _phase(phase, rank, before)
+        phase: _phase(phase, rank, before, gaps_known)
         for phase, steps in rank.steps.items()
         if steps > (before.steps.get(phase, 0) if before else 0)
     }
@@ -109,7 +114,7 @@ def _rank(rank: RankView, before: RankView | None) -> dict[str, Any]:
     }
 
 
-def _phase(phase: str, rank: RankView, before: RankView | None) -> dict[str, Any]:
+def _phase(phase: str, rank: RankView, before: RankView | None, gaps_known: bool) -> dict[str, Any]:
     steps = rank.steps[phase] - (before.steps.get(phase, 0) if before else 0)
     components = _minus(rank.device_time.get(phase, {}), before.device_time.get(phase, {}) if before else {})
     components = {name: components.get(name, 0.0) for name in COMPONENTS if name not in IDLE_COMPONENTS}
@@ -118,11 +123,13 @@ def _phase(phase: str, rank: RankView, before: RankView | None) -> dict[str, Any
     busy = seconds - stall
     traffic = sum(_minus(rank.bytes.get(phase, {}), before.bytes.get(phase, {}) if before else {}).values())
     flops = rank.flops.get(phase, 0.0) - (before.flops.get(phase, 0.0) if before else 0.0)
+    if not gaps_known:
+        del components["host_gap"]
     found: dict[str, Any] = {
         "steps": steps,
         "seconds": seconds,
         "components_seconds": components,
-        "sync_gap_ratio": stall / seconds if seconds > 0 else None,
+        "sync_gap_ratio": stall / seconds if seconds > 0 and gaps_known else None,
         "sync_gap_is_lower_bound": True,
     }
     if phase in rank.step_duration:
@@ -233,7 +240,7 @@ def _rank_table(rank: Mapping[str, Any]) -> Any:
             _ms(step.get("p99")),
             _ms(found.get("floor_step_seconds")),
             _percent((parts["floor_memory"] + parts["floor_compute"]) / seconds if rank["peaks"] else None),
-            _percent(sum(parts[name] for name in _GAPS) / seconds),
+            _percent(sum(parts[name] for name in _GAPS) / seconds if "host_gap" in parts else None),
             _percent((parts["unattributed"] + parts["inefficiency"]) / seconds),
             _percent(found.get("mbu_step")),
             _percent(found.get("mfu_step")),

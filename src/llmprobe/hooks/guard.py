@@ -5,6 +5,7 @@ Bookkeeping runs inside `Guard`; the host's own call never does, so its exceptio
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -26,10 +27,12 @@ class Guard:
         self._said = threading.Event()
 
     def failed(self, where: str, error: Exception) -> None:
-        """Note an error that is being swallowed. Never raises but what an observer raises."""
+        """Note an error that is being swallowed. Never raises."""
         self.errors[where] += 1
         for observer in self.observers:
-            observer(where, error)
+            # An observer writes to the journal; if that is what fails, it must not reach the host either.
+            with contextlib.suppress(Exception):
+                observer(where, error)
         total = sum(self.errors.values())
         if total == 1:
             logger().warning("error in %s: %r; the host is not affected", where, error)

@@ -26,22 +26,33 @@ class Probe:
         self.enabled = True
         #: How often the wrappers were switched on again; state that followed requests is stale then.
         self.generation = 0
-        #: Called with the new recorder when this process arms.
+        #: Called with the first recorder when this process arms.
         self.on_armed: list[Callable[[Recorder], None]] = []
         #: Called a few times a second by the housekeeping thread: they write the steps that hooks have kept.
         self.writers: list[Callable[[], None]] = []
         #: Undo what is not a patch; called once by `llmprobe.disable`.
         self.cleanups: list[Callable[[], None]] = []
-        self._recorder: Recorder | None = None
+        self._recorders: dict[str, Recorder] = {}
+        self._adopted: list[Recorder] = []
         self._arming = threading.Lock()
         self._refused_pid = 0
         self.guard.observers.append(self._count_error)
 
     @property
     def recorder(self) -> Recorder | None:
-        """This process's recorder; None before `arm`, in a forked child, and when no journal can be made."""
-        recorder = self._recorder
-        return recorder if recorder is not None and recorder.pid == os.getpid() else None
+        """This process's first recorder; None before `arm`, in a forked child, or without a journal."""
+        for recorder in self._recorders.values():
+            return recorder if recorder.pid == os.getpid() else None
+        return None
+
+    def recorders(self) -> list[Recorder]:
+        """Every recorder of this process: one a role, and a front end's further engines."""
+        pid = os.getpid()
+        return [found for found in (*self._recorders.values(), *self._adopted) if found.pid == pid]
+
+    def adopt(self, recorder: Recorder) -> None:
+        """Look after a recorder that was opened beside that of its role."""
+        self._adopted.append(recorder)
 
     @property
     def active(self) -> bool:
@@ -51,7 +62,7 @@ class Probe:
     def arm(
         self, role: str, facts: Callable[[], dict[str, Any]], size: int = DEFAULT_SIZE
     ) -> Recorder | None:
-        """Make this process's journal if it has none. Not for the step path.
+        """Make this process's journal for a role if it has none. Not for the step path.
 
         Args:
             role: ``worker``, ``frontend`` or ``program``.
@@ -62,8 +73,12 @@ class Probe:
             The recorder, or None if no journal can be made; that is said in one line, once.
         """
         with self._arming:
-            if self.recorder is not None:
-                return self.recorder
+            known = self._recorders.get(role)
+            if known is not None and known.pid == os.getpid():
+                return known
+            if known is not None:  # a parent's, from before a fork
+                self._recorders.clear()
+                self._adopted.clear()
             if self._refused_pid == os.getpid():
                 return None
             try:
@@ -72,15 +87,19 @@ class Probe:
                 self._refused_pid = os.getpid()
                 logger().error("the probe stays off: %s", error)
                 return None
-            self._recorder = recorder
+            first = self.recorder is None
+            self._recorders[role] = recorder
+        if not first:
+            return recorder
         for called in self.on_armed:
             self.guard.call("on_armed", called, recorder)
         return recorder
 
     def disarm(self) -> None:
-        """Close this process's journal and remove it."""
-        recorder, self._recorder = self.recorder, None
-        if recorder is not None:
+        """Close this process's journals and remove them."""
+        recorders = self.recorders()
+        self._recorders, self._adopted = {}, []
+        for recorder in recorders:
             recorder.close(remove=True)
 
     def patch(self, owner: Any, name: str, make: Callable[..., Callable[..., Any]]) -> Patch:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmprobe.hooks.on_import import forget_all, when_imported
 from llmprobe.hooks.probe import Probe
+from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, SettingsError, logger
 
@@ -24,6 +25,7 @@ _KEEPALIVE_SECONDS = 1.0
 _lock = threading.Lock()
 _probe: Probe | None = None
 _installed: set[str] = set()
+_environ_before: dict[str, str | None] = {}
 
 
 def current() -> Probe | None:
@@ -64,15 +66,18 @@ def enable(**settings: str) -> Probe:
         SettingsError: a value is not allowed.
     """
     global _probe
-    environ = dict(os.environ, LLMPROBE="1")
-    environ.update({f"LLMPROBE_{name.upper()}": str(value) for name, value in settings.items()})
+    # Exported, so that engine processes started from here follow; `disable` puts back what was there.
+    given = {"LLMPROBE": "1", **{f"LLMPROBE_{name.upper()}": str(value) for name, value in settings.items()}}
+    wanted = Settings.from_env({**os.environ, **given})
     with _lock:
+        for name, value in given.items():
+            _environ_before.setdefault(name, os.environ.get(name))
+            os.environ[name] = value
         if _probe is None:
-            _probe = _make(Settings.from_env(environ))
+            _probe = _make(wanted)
     probe = _probe
     probe.enabled = True
     probe.apply_patches()
-    os.environ["LLMPROBE"] = "1"  # engine processes started from here follow
     install_vllm()
     when_imported("transformers.generation.utils", lambda module: install_transformers())
     return probe
@@ -87,13 +92,18 @@ def disable() -> None:
     probe.enabled = False
     probe.remove_patches()
     forget_all()
-    for cleanup in probe.cleanups:
-        probe.guard.call("disable", cleanup)
-    probe.cleanups.clear()
-    probe.writers.clear()
     probe.disarm()
-    os.environ.pop("LLMPROBE", None)
+    _environ_before.setdefault("LLMPROBE", None)
+    for name, value in _environ_before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _environ_before.clear()
     if all(not patch.installed for patch in probe.patches):
+        # Nothing of ours is left: forget it all. Under another tool's wrapper ours stays, silent.
+        for cleanup in probe.cleanups:
+            probe.guard.call("disable", cleanup)
         _installed.clear()
         _probe = None
 
@@ -117,7 +127,9 @@ def _start() -> Probe | None:
 
 def _make(settings: Settings) -> Probe:
     logger(settings)
-    os.environ.setdefault(GROUP_VARIABLE, secrets.token_hex(6))
+    if GROUP_VARIABLE not in os.environ:
+        _environ_before[GROUP_VARIABLE] = None
+        os.environ[GROUP_VARIABLE] = secrets.token_hex(6)
     probe = Probe(settings)
     probe.on_armed.append(lambda recorder: _Housekeeping(probe, recorder).start())
     return probe
@@ -145,7 +157,8 @@ class _Housekeeping(threading.Thread):
             self._publish()
             for write in self._probe.writers:
                 guard.call("housekeeping.write", write)
-            guard.call("housekeeping.publish", self._recorder.publish)
+            for recorder in self._probe.recorders():
+                guard.call("housekeeping.publish", recorder.publish)
             time.sleep(_POLL_SECONDS)
 
     def _control_state(self) -> tuple[int, int] | None:
@@ -187,16 +200,17 @@ class _Housekeeping(threading.Thread):
     def _publish(self) -> None:
         """Tell the reader whether this process is armed, and which errors it swallowed."""
         probe = self._probe
-        state = (probe.enabled, probe.guard.inert, sum(probe.guard.errors.values()))
+        state = (probe.enabled, probe.guard.inert, sum(probe.guard.errors.values()), len(probe.recorders()))
         if state == self._published:
             return
         self._published = state
-        try:
-            self._recorder.status(armed=probe.enabled, inert=probe.guard.inert)
-            if probe.guard.errors:
-                self._recorder.update_facts(errors=dict(probe.guard.errors))
-        except OSError as error:
-            probe.guard.failed("housekeeping.publish", error)
+        for recorder in probe.recorders():
+            try:
+                recorder.status(armed=probe.enabled, inert=probe.guard.inert)
+                if probe.guard.errors and recorder is self._recorder:
+                    recorder.update_facts(errors=dict(probe.guard.errors))
+            except (OSError, JournalError) as error:
+                probe.guard.failed("housekeeping.publish", error)
 
 
 def server_name(settings: Settings, argv: list[str] | None = None) -> str:

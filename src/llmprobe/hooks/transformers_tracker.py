@@ -256,7 +256,8 @@ class Tracker:
 
     def forward_end(self, call: Generation, outputs: Any, new_tokens: int) -> None:
         """The forward's outputs are there; ``new_tokens`` a row follow from them."""
-        call.new_tokens = new_tokens
+        # A tensor in older releases' assisted decoding, which has just read it itself to slice by it.
+        call.new_tokens = int(new_tokens)
         stamps = call.stamps
         program = self._program
         if stamps is None or program is None or stamps.ns[1]:

@@ -79,8 +79,8 @@ def agent_info(directory: Path) -> dict[str, Any] | None:
 
 
 def exposition_path(directory: Path, group: str) -> Path:
-    """The file in which the agent keeps the Prometheus text of the server with this group id."""
-    return directory / EXPOSITION_NAME / f"{quote(group, safe='')[:200]}.prom"
+    """The file in which the agent keeps the metric families of the server with this group id, as JSON."""
+    return directory / EXPOSITION_NAME / f"{quote(group, safe='')[:200]}.json"
 
 
 def ensure_agent(settings: Settings) -> None:

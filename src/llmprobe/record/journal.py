@@ -141,9 +141,9 @@ class JournalWriter:
     def append(self, pack: struct.Struct, *fields: Any) -> int:
         """Append one record; ``fields`` are those of its layout behind ``seq``. Returns its ``seq``."""
         seq = self._seq
-        self._seq = seq + 1
         payload = pack.pack(seq, *fields)
         _pwrite(self._fd, payload + _pack_crc(_crc32(payload)), _RING_OFFSET + (seq % self._slots) * 256)
+        self._seq = seq + 1  # only now: a write that failed must not leave a hole
         return seq
 
     def progress(self, begun: int, time_ns: int, ended: int, phase: int, tokens: int) -> None:

@@ -63,6 +63,7 @@ class Recorder:
         self.pid = os.getpid()
         self._facts = dict(facts)
         self._busy = threading.Lock()  # only ever tried, never waited for
+        self.closed = False
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque(maxlen=_QUEUE_LIMIT)
         self._begun = 0
         self._ended = 0
@@ -93,8 +94,11 @@ class Recorder:
         return cls(JournalWriter.create(path, facts, size), facts)
 
     def close(self, remove: bool = False) -> None:
-        """End the journal; the agent then drops this process."""
-        self.writer.close(remove=remove)
+        """End the journal; the agent then drops this process. Waits for a write that is under way."""
+        with self._busy:
+            self.closed = True
+            self._queue.clear()
+            self.writer.close(remove=remove)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -185,7 +189,7 @@ class Recorder:
             number, time_ns, phase, clock, flags, times, counts, attention, own_ns, new_tokens, kv_used_bytes,
             encode_ns,
         )  # fmt: skip
-        if not self._queue and self._busy.acquire(False):
+        if not self.closed and not self._queue and self._busy.acquire(False):
             try:
                 self._write_step(*arguments)
             finally:
@@ -385,6 +389,8 @@ class Recorder:
         self.writer.flush_request_counters()
 
     def _submit(self, write: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if self.closed:
+            return
         if not self._queue and self._busy.acquire(blocking=False):
             try:
                 write(*arguments)

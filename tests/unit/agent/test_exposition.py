@@ -1,8 +1,9 @@
-"""The text files for vLLM's own /metrics."""
+"""The files for vLLM's own /metrics."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 from llmprobe.agent.exposition import ExpositionFiles
@@ -44,14 +45,16 @@ def test_a_group_id_never_leaves_the_folder(tmp_path: Path) -> None:
     assert exposition_path(tmp_path, "../../etc/x").parent == tmp_path / "exposition"
 
 
-def test_each_vllm_server_has_its_own_text(tmp_path: Path) -> None:
+def test_each_vllm_server_has_its_own_file(tmp_path: Path) -> None:
     files, _ = made(tmp_path)
     other = dataclasses.replace(VIEW, server="t", group="h")
     program = dataclasses.replace(VIEW, server="p", group="i", framework="transformers")
     files.write([VIEW, other, program])
-    text = exposition_path(tmp_path, "g/../1").read_text()
-    assert 'server="s"' in text
-    assert 'server="t"' not in text
+    document = json.loads(exposition_path(tmp_path, "g/../1").read_text())
+    servers = {
+        labels["server"] for *_, series in document["families"] for labels, _ in series if "server" in labels
+    }
+    assert servers == {"s"}
     assert len(list((tmp_path / "exposition").iterdir())) == 2
 
 

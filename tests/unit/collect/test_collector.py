@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmprobe.collect.collector import Collector
+from llmprobe.collect.process import Latencies, Pending
 from llmprobe.collect.views import ServerView
 from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.intervals import OPEN
+from llmprobe.export.prometheus import expose
+from llmprobe.export.report import report, text
+from llmprobe.record import layout
 from llmprobe.record.layout import Flag, Phase
 from llmprobe.record.recorder import Recorder
 
@@ -281,3 +289,281 @@ def test_a_histogram_keeps_its_sum(tmp_path: Path, clock: Clock, server: Server)
     assert latency["inter_token_latency"].count == 3
     assert math.isclose(latency["inter_token_latency"].sum, 0.003)
     assert math.isclose(latency["request_duration"].sum, 0.009)
+
+
+def test_time_goes_on_at_one_second_a_second_while_idle(tmp_path: Path, clock: Clock, server: Server) -> None:
+    found = collector(tmp_path, clock, server)
+    start = clock.now
+    server.fronts[0].pending(start, 1)
+    server.step(start, start + SECOND)
+    server.fronts[0].pending(start + SECOND + 1_000_000, 0)  # a front end hears of it a moment later
+    totals = []
+    for second in range(3, 9):
+        clock.now = start + second * SECOND
+        totals.append(total(only(found)))
+    assert [after - before for before, after in itertools.pairwise(totals)] == pytest.approx([1] * 5)
+    times = only(found).ranks[0].device_time["none"]
+    assert times["unattributed"] == pytest.approx(0.001)
+    assert times["no_work"] == pytest.approx(8 - 0.5 - 1.001)
+
+
+def test_what_a_dead_front_end_left_pending_ends_with_it(tmp_path: Path, clock: Clock) -> None:
+    made = Server(tmp_path, fronts=2)
+    found = collector(tmp_path, clock, made)
+    start = clock.now
+    made.fronts[0].pending(start, 1)
+    made.step(start, start + SECOND)
+    clock.now = start + SECOND
+    found.tick()
+    made.fronts[0].close()
+    found.tick()
+    clock.now = start + 5 * SECOND
+    assert only(found).ranks[0].device_time["none"]["no_work"] == pytest.approx(3.5)
+    made.close()
+
+
+def test_pending_work_without_records_is_one_span() -> None:
+    pending = Pending()
+    nothing = np.zeros(0, layout.PENDING)
+    for _ in range(3):
+        pending.add(nothing, 1)
+    assert pending.spans().tolist() == [[0, OPEN]]
+    ended = np.zeros(1, layout.PENDING)
+    ended["time"] = 7
+    pending.add(ended, 0)
+    assert pending.spans().tolist() == [[0, 7]]
+
+
+def program(directory: Path, **facts: Any) -> Recorder:
+    said = {"role": "program", "group": "g", "server": "generate", "framework": "transformers", **facts}
+    return Recorder.open(directory, "program", said)
+
+
+def one_step(recorder: Recorder, begin: int, end: int) -> None:
+    number = recorder.begin(Phase.DECODE, 1, begin)
+    recorder.step(
+        number, begin, Phase.DECODE, 0, 0, (begin, end, end, end),
+        requests=1, prefill_requests=0, prompt_tokens=0, decode_tokens=1,
+    )  # fmt: skip
+
+
+def test_an_agent_restart_during_a_generate_keeps_what_was_pending(tmp_path: Path, clock: Clock) -> None:
+    made = program(tmp_path)
+    checkpoint = tmp_path / "agent.state"
+    options: dict[str, Any] = {
+        "clock": clock, "own_writers": lambda: {made.writer.path: made.writer}, "checkpoint": checkpoint,
+    }  # fmt: skip
+    start = clock.now
+    made.pending(start, 1)
+    one_step(made, start, start + SECOND)
+    clock.now = start + SECOND
+    first = Collector(tmp_path, **options)
+    first.tick(final=True)
+    first.save()
+    one_step(made, start + 3 * SECOND, start + 4 * SECOND)
+    made.pending(start + 4 * SECOND, 0)
+    clock.now = start + 6 * SECOND
+    parts = only(Collector(tmp_path, **options)).ranks[0].device_time
+    assert parts["decode"]["host_gap"] == pytest.approx(2)
+    assert parts["none"]["no_work"] == pytest.approx(1.5)
+    made.close()
+
+
+def test_a_checkpoint_before_steps_are_accounted_for_loses_none(tmp_path: Path, clock: Clock) -> None:
+    made = program(tmp_path)
+    options: dict[str, Any] = {
+        "clock": clock,
+        "own_writers": lambda: {made.writer.path: made.writer},
+        "checkpoint": tmp_path / "agent.state",
+    }
+    first = Collector(tmp_path, **options)
+    first.tick(final=True)
+    start = clock.now
+    for second in range(3):  # records of both kinds by turns
+        made.pending(start + second * SECOND, 1)
+        one_step(made, start + second * SECOND, start + (second + 1) * SECOND)
+        made.pending(start + (second + 1) * SECOND, 0)
+    clock.now += SECOND // 10
+    first.tick()  # read, but no view is due: the steps wait
+    first.save()
+    clock.now = start + 3 * SECOND
+    assert total(only(Collector(tmp_path, **options))) == pytest.approx(3)
+    made.close()
+
+
+def test_a_model_and_peaks_that_come_late_are_used(tmp_path: Path, clock: Clock, server: Server) -> None:
+    known: list[Peaks] = []
+    server.worker.update_facts(model=None)
+    writers = {r.writer.path: r.writer for r in (server.worker, *server.fronts)}
+    found = Collector(
+        tmp_path, clock=clock, peaks=lambda facts: known[0] if known else None, own_writers=lambda: writers
+    )
+    assert "no model" in only(found).missing["mbu_ratio"]
+    server.worker.update_facts(model=MODEL)
+    assert "no peak rates" in only(found).missing["mbu_ratio"]
+    known.append(PEAKS)
+    view = only(found)
+    assert "mbu_ratio" not in view.missing
+    assert view.ranks[0].peaks == PEAKS
+
+
+def test_dead_processes_stay_for_a_report_if_asked(tmp_path: Path, clock: Clock) -> None:
+    made = Server(tmp_path)
+    keeping = Collector(tmp_path, clock=clock, keep_dead=True)
+    made.close()
+    for _ in range(3):
+        keeping.tick(final=True)
+        clock.now += 60 * SECOND
+    keeping.tick()
+    assert len(keeping.views()[0].ranks) == 1
+
+
+def test_a_label_stays_with_its_server_and_is_never_taken_twice(tmp_path: Path, clock: Clock) -> None:
+    names = {"a": "x", "b": "x", "c": "x-2"}
+    servers = {group: Server(tmp_path, group=group, server=name) for group, name in names.items()}
+    writers = {r.writer.path: r.writer for s in servers.values() for r in (s.worker, *s.fronts)}
+    found = Collector(tmp_path, clock=clock, own_writers=lambda: writers)
+    found.tick(final=True)
+    before = {view.group: view.server for view in found.views()}
+    assert len(set(before.values())) == 3
+    (plain,) = (group for group, label in before.items() if label == "x")
+    servers[plain].close()
+    clock.now += 2 * SECOND
+    found.tick()
+    assert {view.group: view.server for view in found.views()} == {
+        group: label for group, label in before.items() if group != plain
+    }
+    for made in servers.values():
+        made.close()
+
+
+def test_the_past_of_a_server_found_late_is_not_recent(tmp_path: Path, clock: Clock, server: Server) -> None:
+    server.fronts[0].tokens(10, 4, first_token_ns=(2_000_000,))
+    found = collector(tmp_path, clock, server)
+    assert not only(found).engines[0].recent_latency
+    server.fronts[0].tokens(10, 4, first_token_ns=(3_000_000,))
+    clock.now += SECOND
+    assert only(found).engines[0].recent_latency["time_to_first_token"]["count"] == 1
+
+
+def test_a_server_that_just_began_is_recent_from_its_first_token(
+    tmp_path: Path, clock: Clock, server: Server
+) -> None:
+    server.fronts[0].update_facts(started=time.time())
+    server.fronts[0].tokens(10, 4, first_token_ns=(2_000_000,))
+    recent = only(collector(tmp_path, clock, server)).engines[0].recent_latency
+    assert recent["time_to_first_token"]["count"] == 1
+
+
+def test_counts_that_fall_are_no_latencies() -> None:
+    latencies = Latencies()
+    counts = np.zeros(layout.BUCKETS, np.uint64)
+    latencies.update(0, {"request_queue": counts + np.uint64(5)})
+    assert latencies.update(SECOND, {"request_queue": counts}) == {}
+
+
+def test_totals_keep_what_a_dead_front_end_counted_while_the_server_lives(
+    tmp_path: Path, clock: Clock
+) -> None:
+    made = Server(tmp_path, fronts=2)
+    found = collector(tmp_path, clock, made)
+    for front in made.fronts:
+        front.tokens(10, 4, first_token_ns=(2_000_000,))
+    found.tick(final=True)
+    made.fronts[0].close()
+    for _ in range(4):  # past the time at which a dead process is forgotten
+        clock.now += 20 * SECOND
+        found.tick()
+        (engine,) = found.views()[0].engines
+        assert engine.prompt_tokens == 20
+        assert engine.latency["time_to_first_token"].count == 2
+    assert found.alive() == 2
+    made.close()
+
+
+def series(found: Collector) -> list[str]:
+    lines = expose(found.views()).decode().splitlines()
+    return [line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")]
+
+
+def test_programs_that_inherit_a_group_are_told_apart(tmp_path: Path, clock: Clock) -> None:
+    programs = [program(tmp_path, rank=0), program(tmp_path, rank=0)]
+    writers = {made.writer.path: made.writer for made in programs}
+    found = Collector(tmp_path, clock=clock, own_writers=lambda: writers, only_group="g")
+    for number, made in enumerate(programs):
+        made.pending(clock.now, 1)
+        one_step(made, clock.now, clock.now + (number + 1) * SECOND)
+        made.pending(clock.now + (number + 1) * SECOND, 0)
+    clock.now += 5 * SECOND
+    found.tick(final=True)
+    assert sorted(view.server for view in found.views()) == ["generate", "generate-2"]
+    assert sorted(round(view.ranks[0].device_time["none"]["no_work"], 6) for view in found.views()) == [
+        2.5,
+        3.5,
+    ]
+    assert {view.group for view in found.views()} == {"g"}
+    assert len(series(found)) == len(set(series(found)))
+    for made in programs:
+        made.close()
+
+
+@pytest.mark.parametrize("labels", [("v-1", "v-2"), ("v", "v")])
+def test_servers_of_one_group_with_the_same_ranks_make_no_series_twice(
+    tmp_path: Path, clock: Clock, labels: tuple[str, str]
+) -> None:
+    servers = [Server(tmp_path, server=label) for label in labels]
+    writers = {r.writer.path: r.writer for s in servers for r in (s.worker, *s.fronts)}
+    found = Collector(tmp_path, clock=clock, own_writers=lambda: writers, only_group="g")
+    for made in servers:
+        busy_second(made, clock.now)
+    clock.now += 3 * SECOND
+    found.tick(final=True)
+    assert [len(view.ranks) for view in found.views()] == [1, 1]
+    assert len(series(found)) == len(set(series(found)))
+    before = {view.server for view in found.views()}
+    servers[0].worker.close()
+    clock.now += 2 * SECOND
+    found.tick()
+    assert {view.server for view in found.views() if view.ranks} < before
+    for made in servers:
+        made.close()
+
+
+def test_a_rate_is_over_the_time_since_the_first_step(tmp_path: Path, clock: Clock, server: Server) -> None:
+    found = collector(tmp_path, clock, server)
+    busy_second(server, clock.now)
+    clock.now += 2 * SECOND
+    assert only(found).ranks[0].figures["decode"].steps_per_second == pytest.approx(10 / 1.96)
+    clock.now += 26 * SECOND
+    busy_second(server, clock.now)
+    clock.now += 7 * SECOND
+    assert only(found).ranks[0].figures["decode"].steps_per_second == pytest.approx(10 / 30)
+
+
+def test_without_a_front_end_there_is_no_sync_gap(tmp_path: Path, clock: Clock) -> None:
+    made = Server(tmp_path, fronts=0)
+    found = collector(tmp_path, clock, made)
+    made.step(clock.now, clock.now + SECOND)
+    made.step(clock.now + 3 * SECOND, clock.now + 4 * SECOND)
+    clock.now += 5 * SECOND
+    view = only(found)
+    assert view.ranks[0].figures["decode"].sync_gap_ratio is None
+    assert "front end" in view.missing["sync_gap_ratio"]
+    assert not any("host_gap" in one or one.startswith("llmprobe_sync_gap") for one in series(found))
+    (shown,) = report([view])["servers"]
+    decode = shown["ranks"][0]["phases"]["decode"]
+    assert decode["sync_gap_ratio"] is None
+    assert "host_gap" not in decode["components_seconds"]
+    assert "decode" in text(report([view]))
+    made.close()
+
+
+def test_what_nobody_measured_is_not_shown_as_0(tmp_path: Path, clock: Clock, server: Server) -> None:
+    found = collector(tmp_path, clock, server)
+    busy_second(server, clock.now)
+    clock.now += 3 * SECOND
+    only(found)
+    assert not any("blocked" in one for one in series(found))
+    (step,) = found.recent_steps(1)
+    assert not {"kv_used_bytes", "new_tokens"} & step.keys()
+    assert step["server"] == "vllm-1"

@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmprobe.hooks.attention import visible_attention
 from llmprobe.hooks.vllm.batch import BatchReader
 from llmprobe.record.layout import Phase
 
@@ -162,14 +163,54 @@ def test_requests_that_came_while_switched_off_are_judged_by_what_is_scheduled()
     assert read(reader, cached(b=(100, 50))).phase == Phase.PREFILL
 
 
+def one_by_one(
+    windows: list[int | None], rows: list[tuple[int, int, int, bool]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Counts and attention of (before, query, drafted, prefilling) rows, the plain way."""
+    groups = 4
+    context, pairs = ([0] * groups, [0] * groups), ([0] * groups, [0] * groups)
+    tokens = [0, 0]
+    for before, query, _, prefilling in rows:
+        tokens[not prefilling] += query
+        for group, window in enumerate(windows):
+            visible, seen = visible_attention(before, query, window)
+            context[not prefilling][group] += visible
+            pairs[not prefilling][group] += seen
+    drafted = sum(row[2] for row in rows)
+    prompts = sum(row[3] for row in rows)
+    counts = (len(rows), prompts, tokens[0], tokens[1], drafted, len(rows) + drafted)
+    return counts, (*context[0], *context[1], *pairs[0], *pairs[1])
+
+
 @given(
-    st.lists(st.integers(0, 500), min_size=1, max_size=20),
+    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 3)), max_size=20),
+    st.lists(st.tuples(st.integers(0, 90), st.integers(1, 60)), max_size=12),
     st.lists(st.none() | st.integers(1, 300), min_size=1, max_size=4),
+    st.booleans(),
 )
-def test_the_fast_path_of_decoding_counts_like_the_slow_one(
-    computed: list[int], windows: list[int | None]
+def test_however_a_batch_is_counted_the_sums_are_those_of_its_requests(
+    decodes: list[tuple[int, int]], prompts: list[tuple[int, int]], windows: list[int | None], drafting: bool
 ) -> None:
-    step = cached(**{f"r{i}": (count, 1) for i, count in enumerate(computed)})
-    fast = BatchReader(tuple(windows))
-    slow = BatchReader(tuple(windows))
-    assert fast.read(step) == slow._any(step, step.num_scheduled_tokens)
+    if not decodes and not prompts:
+        return
+    reader = BatchReader(tuple(windows))
+    decodes = [(before, drafted if drafting else 0) for before, drafted in decodes]
+    for number, (before, query) in enumerate(prompts):  # prompts of which a first chunk is computed already
+        if before:
+            reader.read(new(f"p{number}", before + query, scheduled=before))
+    step = cached(
+        **{f"d{n}": (before, 1 + drafted) for n, (before, drafted) in enumerate(decodes)},
+        **{f"p{n}": (before, query) for n, (before, query) in enumerate(prompts) if before},
+    )
+    step.scheduled_spec_decode_tokens = {
+        f"d{n}": [7] * drafted for n, (_, drafted) in enumerate(decodes) if drafted
+    }
+    for number, (before, query) in enumerate(prompts):
+        if not before:
+            step.scheduled_new_reqs.append(New(f"p{number}", [1] * query))
+            step.num_scheduled_tokens[f"p{number}"] = query
+    rows = [(before, 1 + drafted, drafted, False) for before, drafted in decodes]
+    rows += [(before, query, 0, True) for before, query in prompts]
+    batch = read(reader, step)
+    assert (batch.counts, batch.attention) == one_by_one(windows, rows)
+    assert not reader._prefilling

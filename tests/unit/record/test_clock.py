@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprobe.record import clock as clock_module
-from llmprobe.record.clock import POOL_SIZE, CudaClock, HostClock, step_clock
+from llmprobe.record.clock import HOST_STEPS_KEPT, CudaClock, HostClock, step_clock
 from llmprobe.record.layout import Clock
 
 
@@ -73,9 +73,9 @@ def test_a_discarded_step_and_a_pause_make_the_next_one_restart(break_chain: str
 
 def test_steps_that_nobody_harvests_take_no_more_memory_than_the_pool() -> None:
     clock = HostClock()
-    for number in range(3 * POOL_SIZE):
+    for number in range(3 * HOST_STEPS_KEPT):
         run_step(clock, number)
-    assert [stamps.payload for stamps in clock.harvest()] == list(range(2 * POOL_SIZE, 3 * POOL_SIZE))
+    assert [stamps.payload for stamps in clock.harvest()] == list(range(2 * HOST_STEPS_KEPT, 3 * HOST_STEPS_KEPT))
 
 
 def test_threads_harvest_every_step_once() -> None:

@@ -16,6 +16,7 @@ from llmprobe.record.layout import KV_GROUPS, Phase
 
 _PREFILL, _DECODE, _MIXED = int(Phase.PREFILL), int(Phase.DECODE), int(Phase.MIXED)
 _ZEROS = (0,) * KV_GROUPS
+_FEW = 8  # prompts looked up one by one beside many decodes
 
 
 class Batch(NamedTuple):
@@ -92,45 +93,129 @@ class BatchReader:
         return Batch(_DECODE, (total, 0, 0, total, 0, total), (*_ZEROS, *context, *_ZEROS, *context))
 
     def _any(self, scheduled: Any, counts: dict[str, int]) -> Batch:
+        """Any batch: requests that generate are counted together, the others one by one."""
         drafts = scheduled.scheduled_spec_decode_tokens
         cached = scheduled.scheduled_cached_reqs
-        computed: dict[str, int] = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for new in scheduled.scheduled_new_reqs:
-            computed[new.req_id] = new.num_computed_tokens
-        groups = len(self.windows)
-        context = ([0] * groups, [0] * groups)
-        pairs = ([0] * groups, [0] * groups)
-        tokens = [0, 0]
-        prefill_requests = draft_tokens = sampled = 0
-        for req_id, query in counts.items():
-            before = computed.get(req_id, 0)
-            drafted = len(drafts[req_id]) if req_id in drafts else 0
+        total = _Counts(self.windows)
+        one_by_one = [(new.req_id, new.num_computed_tokens) for new in scheduled.scheduled_new_reqs]
+        ids: list[str] = cached.req_ids
+        if (
+            ids
+            and not drafts
+            and self.windows == (None,)
+            and self._plain(scheduled, counts, one_by_one, total)
+        ):
+            pass
+        elif ids:
+            prefilling = self._prefilling
+            before = np.array(cached.num_computed_tokens, dtype=np.int64)
+            query = np.array([counts.get(req_id, 0) for req_id in ids], dtype=np.int64)
+            drafted = np.zeros_like(query)
+            if drafts:
+                drafted = np.array([len(drafts.get(req_id, ())) for req_id in ids], dtype=np.int64)
+            alone = query - drafted > 1
+            if prefilling:
+                alone |= np.array([req_id in prefilling for req_id in ids])
+            if alone.any():
+                one_by_one += [(ids[row], int(before[row])) for row in np.flatnonzero(alone)]
+                rest = ~alone
+                before, query, drafted = before[rest], query[rest], drafted[rest]
+            total.add_decodes(before, query, drafted)
+        for req_id, computed in one_by_one:
+            scheduled_tokens = counts.get(req_id, 0)
+            drafted_tokens = len(drafts[req_id]) if req_id in drafts else 0
             target = self._prefilling.get(req_id)
-            decoding = query - drafted <= 1 and (target is None or before >= target)
-            if target is not None and before + query >= target:
+            if target is not None and computed >= target and scheduled_tokens - drafted_tokens <= 1:
                 self._prefilling.pop(req_id, None)
-            if decoding:
-                draft_tokens += drafted
-                sampled += 1 + drafted
+                total.add(True, computed, scheduled_tokens, 1 + drafted_tokens, drafted_tokens)
+                continue
+            complete = target is None or computed + scheduled_tokens >= target
+            if complete:
+                self._prefilling.pop(req_id, None)
+            total.add(False, computed, scheduled_tokens, int(complete), 0)
+        return total.batch(len(counts))
+
+    def _plain(
+        self, scheduled: Any, counts: dict[str, int], one_by_one: list[tuple[str, int]], total: _Counts
+    ) -> bool:
+        """The common mixed step, cheaply: all but a few prompts generate one token each.
+
+        Counts those and appends the prompts to ``one_by_one``; False, with nothing done, if it is not so.
+        """
+        ids: list[str] = scheduled.scheduled_cached_reqs.req_ids
+        computed: list[int] = scheduled.scheduled_cached_reqs.num_computed_tokens
+        new = {req_id for req_id, _ in one_by_one}
+        chunks = [req_id for req_id in self._prefilling if req_id in counts and req_id not in new]
+        decodes = len(ids) - len(chunks)
+        prompts = sum(counts[req_id] for req_id in (*new, *chunks))
+        if len(chunks) > _FEW or scheduled.total_num_scheduled_tokens - prompts != decodes:
+            return False
+        rows = [ids.index(req_id) for req_id in chunks]
+        total.add_plain_decodes(decodes, sum(computed) - sum(computed[row] for row in rows))
+        one_by_one += [(ids[row], computed[row]) for row in rows]
+        return True
+
+
+class _Counts:
+    """Sums over the requests of one batch; index 0 is prefill, 1 decode."""
+
+    def __init__(self, windows: tuple[int | None, ...]) -> None:
+        self._windows = windows
+        self._tokens = [0, 0]
+        self._prefill_requests = self._drafted = self._sampled = 0
+        self._context = ([0] * len(windows), [0] * len(windows))
+        self._pairs = ([0] * len(windows), [0] * len(windows))
+
+    def add(self, decoding: bool, before: int, query: int, sampled: int, drafted: int) -> None:
+        """One request."""
+        self._prefill_requests += not decoding
+        self._tokens[decoding] += query
+        self._sampled += sampled
+        self._drafted += drafted
+        for group, window in enumerate(self._windows):
+            visible, seen = visible_attention(before, query, window)
+            self._context[decoding][group] += visible
+            self._pairs[decoding][group] += seen
+
+    def add_plain_decodes(self, requests: int, computed: int) -> None:
+        """Requests of one query each that see everything before it: ``computed`` tokens in all."""
+        self._tokens[1] += requests
+        self._sampled += requests
+        self._context[1][0] += computed + requests
+        self._pairs[1][0] += computed + requests
+
+    def add_decodes(self, before: np.ndarray, query: np.ndarray, drafted: np.ndarray) -> None:
+        """Requests that generate; the formulas of `visible_attention`, for all of them at once."""
+        self._tokens[1] += int(query.sum())
+        drafts = int(drafted.sum())
+        self._drafted += drafts
+        self._sampled += len(query) + drafts
+        end = before + query
+        whole = query * before + query * (query + 1) // 2
+        for group, window in enumerate(self._windows):
+            if window is None:
+                visible, pairs = end, whole
             else:
-                prefill_requests += 1
-                if target is None or before + query >= target:
-                    sampled += 1
-            tokens[decoding] += query
-            for group, window in enumerate(self.windows):
-                visible, seen = visible_attention(before, query, window)
-                context[decoding][group] += visible
-                pairs[decoding][group] += seen
-        if not tokens[1]:
-            phase = _PREFILL
-        elif not tokens[0]:
-            phase = _DECODE
-        else:
-            phase = _MIXED
+                growing = np.clip(window - before, 0, query)
+                beyond = growing * before + growing * (growing + 1) // 2 + (query - growing) * window
+                visible = np.minimum(end, window + query - 1)
+                pairs = np.where(end <= window, whole, beyond)
+            self._context[1][group] += int(visible.sum())
+            self._pairs[1][group] += int(pairs.sum())
+
+    def batch(self, requests: int) -> Batch:
+        """The sums as a `Batch`."""
+        prompt, generated = self._tokens
+        phase = _PREFILL if not generated else _DECODE if not prompt else _MIXED
         return Batch(
             phase,
-            (len(counts), prefill_requests, tokens[0], tokens[1], draft_tokens, sampled),
-            (*_pad(context[0]), *_pad(context[1]), *_pad(pairs[0]), *_pad(pairs[1])),
+            (requests, self._prefill_requests, prompt, generated, self._drafted, self._sampled),
+            (
+                *_pad(self._context[0]),
+                *_pad(self._context[1]),
+                *_pad(self._pairs[0]),
+                *_pad(self._pairs[1]),
+            ),
         )
 
 

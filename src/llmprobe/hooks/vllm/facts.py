@@ -77,8 +77,13 @@ def model_facts(worker: Any, kv_cache_config: Any) -> dict[str, Any]:
     """Weights by operator and the KV cache of this rank; see `llmprobe.compute.facts.ModelFacts`."""
     config = worker.vllm_config
     text = config.model_config.hf_text_config
-    weights = _weights(_models(worker), bool(getattr(text, "tie_word_embeddings", False)))
+    has_head = _has_head(config)
+    tied = has_head and bool(getattr(text, "tie_word_embeddings", False))
+    weights = _weights(_models(worker), has_head, tied)
     unmodelled: list[str] = weights.pop("unmodelled")
+    speculative = getattr(config, "speculative_config", None)
+    if speculative is not None and getattr(speculative, "draft_model_config", None) is not None:
+        unmodelled.append("drafts: the work of a draft model is not modelled, and lies within the sampling")
     experts = weights["operators"].get("experts")
     if experts is not None:
         experts["count"] = _first(text, "num_experts", "num_local_experts", "n_routed_experts") or 0
@@ -103,7 +108,18 @@ def _models(worker: Any) -> list[Any]:
     return [worker.model_runner.get_model()]
 
 
-def _weights(models: Iterable[Any], tied_by_config: bool) -> dict[str, Any]:
+def _has_head(config: Any) -> bool:
+    """Whether this rank computes logits: the last of a pipeline does, unless the model pools."""
+    if getattr(config.model_config, "runner_type", "generate") == "pooling":
+        return False
+    if config.parallel_config.pipeline_parallel_size == 1:
+        return True
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_last_rank)
+
+
+def _weights(models: Iterable[Any], has_head: bool, tied_by_config: bool) -> dict[str, Any]:
     """Stored bytes and active matmul parameters by operator, tensors that share storage counted once."""
     operators = {name: {"bytes": 0, "params": 0} for name in ("linear", "head", "experts")}
     seen: set[int] = set()
@@ -140,7 +156,7 @@ def _weights(models: Iterable[Any], tied_by_config: bool) -> dict[str, Any]:
     if head["params"] == 0 and embedding and tied_by_config:
         tied = True  # one module serves as both
         head["params"] = embedding_params
-    elif head["params"] == 0 and embedding:
+    elif head["params"] == 0 and has_head:
         unmodelled.append("head: no output head was found on this rank")
     total = sum(operator["bytes"] for operator in operators.values()) + embedding
     if tied and head["params"]:
@@ -232,6 +248,8 @@ def _kv_cache(worker: Any, config: Any) -> tuple[dict[str, Any], list[str]]:
     capacity = storage_bytes(tensors_in(getattr(worker.model_runner, "kv_caches", [])))
     if blocks:
         block_bytes = capacity // blocks
+    if any(kind == "cross" for kind, _ in by_window):
+        problems.append("attention: the encoder's length, which cross attention sees, is not recorded")
     if len(by_window) > KV_GROUPS:
         problems.append(f"attention: {len(by_window)} kinds of KV cache, more than {KV_GROUPS}")
     return (

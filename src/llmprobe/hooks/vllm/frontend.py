@@ -32,7 +32,6 @@ class FrontEnd:
         self._recorders: dict[int, Recorder] = {}
         self._processor: Any = None
         self._pending = False
-        self._load = (0, 0, float("nan"))
         for engine in engines:
             self._open(config, engine)
 
@@ -49,6 +48,7 @@ class FrontEnd:
         else:
             try:
                 recorder = Recorder.open(probe.settings.directory, "frontend", said(), _JOURNAL_BYTES)
+                probe.adopt(recorder)
             except JournalError as error:
                 logger().error("engine %d goes unrecorded: %s", engine, error)
                 recorder = None
@@ -91,11 +91,9 @@ class FrontEnd:
             return
         if scheduler is not None:
             waiting = scheduler.num_waiting_reqs + getattr(scheduler, "num_skipped_waiting_reqs", 0)
-            load = (scheduler.num_running_reqs, waiting, float(scheduler.kv_cache_usage))
-            if load != self._load:
-                self._load = load
-                processor = self._processor
-                recorder.load(*load, unfinished=len(processor.request_states) if processor is not None else 0)
+            unfinished = len(self._processor.request_states) if self._processor is not None else 0
+            # Also when nothing changed: of several front ends the one that heard last is believed.
+            recorder.load(scheduler.num_running_reqs, waiting, float(scheduler.kv_cache_usage), unfinished)
         if iteration is not None:
             self._tokens(recorder, iteration, entered)
             for finished in iteration.finished_requests:
@@ -210,9 +208,16 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
         return add_request
 
     def make_abort(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        depth = 0  # it calls itself for the children of a request with n > 1
+
         def abort_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(self, *args, **kwargs)
-            if patch.active and probe.active:
+            nonlocal depth
+            depth += 1
+            try:
+                result = original(self, *args, **kwargs)
+            finally:
+                depth -= 1
+            if patch.active and probe.active and not depth:
                 guard.call("vllm.abort_requests", aborted, self, result)
             return result
 

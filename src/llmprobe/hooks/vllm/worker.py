@@ -70,6 +70,7 @@ class WorkerProbe:
         self._kv_cache_config: Any = None
         self._clock: StepClock | None = None
         self._recorder: Recorder | None = None
+        self._seam: seams.Seam | None = None
         self._nvtx = ranges(probe.settings.nvtx)
         self.depth = 0  # wrapped methods call each other through super()
         self.armed = False
@@ -100,6 +101,7 @@ class WorkerProbe:
         kv = (recorder.facts.get("model") or {}).get("kv") or {"groups": []}
         self._batches = BatchReader(facts.windows(kv))
         self._clock = clock
+        self._seam = seam
         if seam is not None:
             probe.patch(
                 seam.owner,
@@ -109,7 +111,8 @@ class WorkerProbe:
                 ),
             )
         self.armed = True
-        probe.writers.append(self.write)
+        if self.write not in probe.writers:
+            probe.writers.append(self.write)
         logger().info(
             "armed on vLLM %s, %s runner, rank %d",
             recorder.facts["framework_version"],
@@ -120,7 +123,7 @@ class WorkerProbe:
     def disarm(self) -> None:
         """Warm-up begins again: what runs now is not serving."""
         self.armed = False
-        self._stamps = self._batch = None
+        self.abandon()
 
     def _facts(self, worker: Any, clock: StepClock, seam: seams.Seam | None) -> dict[str, Any]:
         probe = self._probe
@@ -163,6 +166,7 @@ class WorkerProbe:
             self._harvest()
         if self._generation != self._probe.generation:  # off and on again: requests came and went unseen
             self._generation = self._probe.generation
+            self.abandon()  # the step in which it was switched off
             self._batches = BatchReader(self._batches.windows)
             clock.restart()
         if self._stamps is not None:  # the step before never came to its sampling
@@ -170,13 +174,19 @@ class WorkerProbe:
         batch = DUMMY if scheduled is None else self._batches.read(scheduled)
         if batch is None:
             return
-        self._stamps = clock.begin(None)
+        stamps = self._stamps = clock.begin(None)
+        if stamps is None:
+            return
         self._batch = batch
         self._time = entered
-        self._marked = False
+        # Dummy batches go round the seam, and so does every step of a vLLM without one: their preparation
+        # then counts as busy.
+        self._marked = batch is DUMMY or self._seam is None
         tokens = batch.tokens
         self._number = recorder.begin(batch.phase, tokens, entered)
         self._nvtx.push(PHASES[batch.phase], tokens)
+        if self._marked:
+            clock.mark(stamps, 0)
         self._own += _now() - entered
 
     def forward_start(self) -> None:
@@ -184,9 +194,11 @@ class WorkerProbe:
         stamps = self._stamps
         if stamps is None or self._marked:
             return
+        entered = _now()
         try:
             self._marked = True
             self._clock.mark(stamps, 0)  # type: ignore[union-attr]
+            self._own += _now() - entered
         except Exception as error:  # noqa: BLE001 - on vLLM's own call path
             self._probe.guard.failed("vllm.forward_start", error)
 
@@ -196,11 +208,6 @@ class WorkerProbe:
         stamps, clock = self._stamps, self._clock
         if stamps is None or clock is None:
             return
-        if not self._marked:
-            # Without the seam the step has no start of its own: its entry stands in.
-            stamps.ns[0] = self._time
-            if clock.name == "cuda":
-                clock.mark(stamps, 0)
         clock.mark(stamps, 1)
         self._own += _now() - entered
         if not sampling_follows:
@@ -208,8 +215,10 @@ class WorkerProbe:
 
     def sample_start(self) -> None:
         """``sample_tokens`` is entered."""
+        entered = _now()
         if self._stamps is not None and self._clock is not None:
             self._clock.mark(self._stamps, 2)
+            self._own += _now() - entered
 
     def sample_end(self) -> None:
         """``sample_tokens`` returned: the step is over on the host."""
