@@ -89,7 +89,11 @@ class Collector:
         self._views: list[ServerView] = []
         self._views_at = 0
         self._facts_at = 0
-        self._saved, self._saved_pending = _load_checkpoint(checkpoint)
+        saved = _load_checkpoint(checkpoint)
+        self._saved: dict[str, Any] = saved.get("ranks", {})
+        self._saved_pending: dict[str, Any] = saved.get("pending", {})
+        for key, engine, totals in saved.get("left", ()):
+            self._left[key, engine] = _FrontTotals.restore(totals)
 
     def tick(self, final: bool = False) -> None:
         """Find journals, read what is new, account for it. ``final`` brings `views` up to date too."""
@@ -153,7 +157,8 @@ class Collector:
                 for path, told in self._pending.items()
                 if self._processes[path].alive
             }
-        text = json.dumps({"schema": _CHECKPOINT_SCHEMA, "ranks": ranks, "pending": pending})
+            left = [[*at, totals.save()] for at, totals in self._left.items()]
+        text = json.dumps({"schema": _CHECKPOINT_SCHEMA, "ranks": ranks, "pending": pending, "left": left})
         temporary = self._checkpoint.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(self._checkpoint)
@@ -455,6 +460,18 @@ class _FrontTotals:
             {name: _merge([part.latency[name] for part in parts]) for name in _LATENCIES},
         )
 
+    def save(self) -> dict[str, Any]:
+        latency = {name: [view.counts.tolist(), view.sum] for name, view in self.latency.items()}
+        return {"counters": self.counters, "latency": latency}
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any]) -> _FrontTotals:
+        latency = {
+            name: HistogramView(np.array(counts, dtype=np.uint64), total)
+            for name, (counts, total) in saved["latency"].items()
+        }
+        return cls(saved["counters"], latency)
+
 
 def _without_gaps(rank: RankView) -> RankView:
     """``rank`` without what only a front end can tell: which idle time was a wait for the host."""
@@ -507,15 +524,11 @@ def _step_json(process: Process, server: str, row: np.void) -> dict[str, Any]:
     }
 
 
-def _load_checkpoint(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ranks and pending work were by process identity."""
+def _load_checkpoint(path: Path | None) -> dict[str, Any]:
     if path is None:
-        return {}, {}
+        return {}
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}, {}
-    if not isinstance(saved, dict) or saved.get("schema") != _CHECKPOINT_SCHEMA:
-        return {}, {}
-    ranks, pending = saved.get("ranks"), saved.get("pending")
-    return ranks if isinstance(ranks, dict) else {}, pending if isinstance(pending, dict) else {}
+        return {}
+    return saved if isinstance(saved, dict) and saved.get("schema") == _CHECKPOINT_SCHEMA else {}

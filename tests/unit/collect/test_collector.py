@@ -20,6 +20,7 @@ from llmprobe.compute.intervals import OPEN
 from llmprobe.export.prometheus import expose
 from llmprobe.export.report import report, text
 from llmprobe.record import layout
+from llmprobe.record.journal import JournalReader
 from llmprobe.record.layout import Flag, Phase
 from llmprobe.record.recorder import Recorder
 
@@ -104,6 +105,14 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made = Server(tmp_path)
     yield made
     made.close()
+
+
+@pytest.fixture
+def dead(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Journals whose processes are dead to every reader; a writer of this very process cannot die alone."""
+    paths: set[Path] = set()
+    monkeypatch.setattr(JournalReader, "alive", lambda reader: reader.path not in paths)
+    return paths
 
 
 def collector(tmp_path: Path, clock: Clock, server: Server, **more: Any) -> Collector:
@@ -307,7 +316,9 @@ def test_time_goes_on_at_one_second_a_second_while_idle(tmp_path: Path, clock: C
     assert times["no_work"] == pytest.approx(8 - 0.5 - 1.001)
 
 
-def test_what_a_dead_front_end_left_pending_ends_with_it(tmp_path: Path, clock: Clock) -> None:
+def test_what_a_dead_front_end_left_pending_ends_with_it(
+    tmp_path: Path, clock: Clock, dead: set[Path]
+) -> None:
     made = Server(tmp_path, fronts=2)
     found = collector(tmp_path, clock, made)
     start = clock.now
@@ -315,7 +326,7 @@ def test_what_a_dead_front_end_left_pending_ends_with_it(tmp_path: Path, clock: 
     made.step(start, start + SECOND)
     clock.now = start + SECOND
     found.tick()
-    made.fronts[0].close()
+    dead.add(made.fronts[0].writer.path)
     found.tick()
     clock.now = start + 5 * SECOND
     assert only(found).ranks[0].device_time["none"]["no_work"] == pytest.approx(3.5)
@@ -418,7 +429,9 @@ def test_dead_processes_stay_for_a_report_if_asked(tmp_path: Path, clock: Clock)
     assert len(keeping.views()[0].ranks) == 1
 
 
-def test_a_label_stays_with_its_server_and_is_never_taken_twice(tmp_path: Path, clock: Clock) -> None:
+def test_a_label_stays_with_its_server_and_is_never_taken_twice(
+    tmp_path: Path, clock: Clock, dead: set[Path]
+) -> None:
     names = {"a": "x", "b": "x", "c": "x-2"}
     servers = {group: Server(tmp_path, group=group, server=name) for group, name in names.items()}
     writers = {r.writer.path: r.writer for s in servers.values() for r in (s.worker, *s.fronts)}
@@ -427,7 +440,7 @@ def test_a_label_stays_with_its_server_and_is_never_taken_twice(tmp_path: Path, 
     before = {view.group: view.server for view in found.views()}
     assert len(set(before.values())) == 3
     (plain,) = (group for group, label in before.items() if label == "x")
-    servers[plain].close()
+    dead |= {r.writer.path for r in (servers[plain].worker, *servers[plain].fronts)}
     clock.now += 2 * SECOND
     found.tick()
     assert {view.group: view.server for view in found.views()} == {
@@ -463,14 +476,14 @@ def test_counts_that_fall_are_no_latencies() -> None:
 
 
 def test_totals_keep_what_a_dead_front_end_counted_while_the_server_lives(
-    tmp_path: Path, clock: Clock
+    tmp_path: Path, clock: Clock, dead: set[Path]
 ) -> None:
     made = Server(tmp_path, fronts=2)
-    found = collector(tmp_path, clock, made)
+    found = collector(tmp_path, clock, made, checkpoint=tmp_path / "state", remove_dead=True)
     for front in made.fronts:
         front.tokens(10, 4, first_token_ns=(2_000_000,))
     found.tick(final=True)
-    made.fronts[0].close()
+    dead.add(made.fronts[0].writer.path)
     for _ in range(4):  # past the time at which a dead process is forgotten
         clock.now += 20 * SECOND
         found.tick()
@@ -478,6 +491,12 @@ def test_totals_keep_what_a_dead_front_end_counted_while_the_server_lives(
         assert engine.prompt_tokens == 20
         assert engine.latency["time_to_first_token"].count == 2
     assert found.alive() == 2
+    found.save()
+    dead_path = made.fronts[0].writer.path
+    assert not dead_path.exists()
+    (engine,) = only(collector(tmp_path, clock, made, checkpoint=tmp_path / "state")).engines
+    assert engine.prompt_tokens == 20
+    assert engine.latency["time_to_first_token"].count == 2
     made.close()
 
 
@@ -509,7 +528,7 @@ def test_programs_that_inherit_a_group_are_told_apart(tmp_path: Path, clock: Clo
 
 @pytest.mark.parametrize("labels", [("v-1", "v-2"), ("v", "v")])
 def test_servers_of_one_group_with_the_same_ranks_make_no_series_twice(
-    tmp_path: Path, clock: Clock, labels: tuple[str, str]
+    tmp_path: Path, clock: Clock, dead: set[Path], labels: tuple[str, str]
 ) -> None:
     servers = [Server(tmp_path, server=label) for label in labels]
     writers = {r.writer.path: r.writer for s in servers for r in (s.worker, *s.fronts)}
@@ -521,7 +540,7 @@ def test_servers_of_one_group_with_the_same_ranks_make_no_series_twice(
     assert [len(view.ranks) for view in found.views()] == [1, 1]
     assert len(series(found)) == len(set(series(found)))
     before = {view.server for view in found.views()}
-    servers[0].worker.close()
+    dead.add(servers[0].worker.writer.path)
     clock.now += 2 * SECOND
     found.tick()
     assert {view.server for view in found.views() if view.ranks} < before

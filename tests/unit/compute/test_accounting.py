@@ -176,7 +176,7 @@ def test_idle_stops_where_work_begins_that_is_still_pending() -> None:
 
 
 def test_idle_passes_pending_work_that_ended_without_a_step() -> None:
-    pending, blocked = seconds((1, 4), (6, 9), (29, OPEN / SECOND)), seconds((5, 7))
+    pending, blocked = seconds((1, 4), (6, 9), (29, 99)), seconds((5, 7))
     components, cursor = idle(2 * SECOND, 30 * SECOND, pending, blocked)
     assert cursor == 29 * SECOND
     named = zip(COMPONENTS, components.tolist(), strict=True)

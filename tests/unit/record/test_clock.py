@@ -75,7 +75,9 @@ def test_steps_that_nobody_harvests_take_no_more_memory_than_the_pool() -> None:
     clock = HostClock()
     for number in range(3 * HOST_STEPS_KEPT):
         run_step(clock, number)
-    assert [stamps.payload for stamps in clock.harvest()] == list(range(2 * HOST_STEPS_KEPT, 3 * HOST_STEPS_KEPT))
+    assert [stamps.payload for stamps in clock.harvest()] == list(
+        range(2 * HOST_STEPS_KEPT, 3 * HOST_STEPS_KEPT)
+    )
 
 
 def test_threads_harvest_every_step_once() -> None:
