@@ -109,12 +109,15 @@ class FrontEnd:
         first = iteration.time_to_first_tokens_iter
         if not (first or gaps or iteration.num_generation_tokens or iteration.num_preempted_reqs):
             return
+        # vLLM stamps an iteration before it detokenizes and hands the tokens to their streams. Whoever waits
+        # for a first token waits for that too.
+        handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
         recorder.tokens(
             iteration.num_prompt_tokens,
             iteration.num_generation_tokens,
             cached=int(getattr(prompt, "cached_tokens", 0) or 0),
             preemptions=iteration.num_preempted_reqs,
-            first_token_ns=tuple(round(seconds * 1e9) for seconds in first),
+            first_token_ns=tuple(round(seconds * 1e9) + handed for seconds in first),
             # The tokens of one step share their gap: few distinct values, however large the batch.
             inter_token_ns=Counter(round(seconds * 1e9) for seconds in gaps),
             own_ns=_now() - entered,
