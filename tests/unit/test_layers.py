@@ -19,7 +19,9 @@ ALLOWED = {
     "hooks": {"record", "settings"},
     "collect": {"record", "compute", "settings"},
     "export": {"collect", "compute", "record"},
-    "agent": {"export", "collect", "compute", "record", "settings"},
+    "analysis": {"compute"},
+    "capture": {"analysis", "record", "settings"},
+    "agent": {"capture", "analysis", "export", "collect", "compute", "record", "settings"},
 }
 #: What runs inside the engine may need only what the engine has, and these.
 IN_ENGINE = {"settings", "record", "hooks", "compute"}
