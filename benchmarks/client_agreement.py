@@ -113,9 +113,7 @@ def _run(server: VllmServer, collector: Collector, model: Path, load: Load, fold
     before, scraped_before = collector.views(), _scrape(server)
     client = BenchClient.start(server, model, NAME, load, folder)
     try:
-        while client.process.poll() is None:
-            collector.tick()
-            time.sleep(0.2)
+        # Nothing is read meanwhile: totals and histograms wait, and the cores are the server's.
         result = client.result()
     finally:
         client.stop()

@@ -11,7 +11,7 @@ from llmprobe.hooks.probe import Probe
 
 def install(probe: Probe) -> None:
     """Wrap vLLM's classes as soon as vLLM imports them. Imports nothing of vLLM itself."""
-    from llmprobe.hooks.vllm import endpoint, frontend, worker
+    from llmprobe.hooks.vllm import arrival, endpoint, frontend, worker
 
     def on(module: str, callback: Callable[[Probe, ModuleType], None]) -> None:
         when_imported(module, lambda loaded: probe.guard.call(module, callback, probe, loaded))
@@ -21,5 +21,6 @@ def install(probe: Probe) -> None:
     on("vllm.v1.engine.output_processor", frontend.install_output_processor)
     on("vllm.v1.engine.llm_engine", frontend.install_llm_engine)
     on("vllm.v1.engine.async_llm", frontend.install_async_llm)
+    on("starlette.applications", arrival.install)
     if probe.settings.vllm_metrics:
         on("vllm.v1.metrics.prometheus", endpoint.install)

@@ -16,6 +16,7 @@ from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.session import server_name
 from llmprobe.hooks.vllm import facts
+from llmprobe.hooks.vllm.arrival import FirstTokens
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
@@ -32,6 +33,7 @@ class FrontEnd:
         self._recorders: dict[int, Recorder] = {}
         self._processor: Any = None
         self._pending = False
+        self._first_tokens = FirstTokens()
         for engine in engines:
             self._open(config, engine)
 
@@ -58,27 +60,34 @@ class FrontEnd:
     def arrived(self, processor: Any, request: Any) -> None:
         """A request was taken in."""
         self._processor = processor
+        waited = max(time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()), 0.0)
+        since = _now() - round(waited * 1e9)
+        self._first_tokens.arrived(request.request_id, since)
         if self._pending:
             return
         self._pending = True
-        waited = max(time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()), 0.0)
-        since = _now() - round(waited * 1e9)
         for recorder in self._recorders.values():
             recorder.pending(since, len(processor.request_states))
 
-    def aborted(self, processor: Any, count: int) -> None:
-        """``count`` requests were aborted by their clients."""
+    def outputs(self, outputs: Any) -> None:
+        """Outputs of the engine were detokenized and handed to their streams."""
+        self._first_tokens.outputs(outputs)
+
+    def aborted(self, processor: Any, ids: list[str]) -> None:
+        """These requests were aborted by their clients."""
+        self._first_tokens.forget(ids)
         recorder = next(iter(self._recorders.values()), None)
         if recorder is None:
             return
         now = _now()
-        for _ in range(count):
+        for _ in ids:
             recorder.request(now, 0, aborted=True, known=False)
         self._settle(processor)
 
     def _settle(self, processor: Any) -> None:
         if self._pending and processor is not None and not processor.request_states:
             self._pending = False
+            self._first_tokens.forget_all()
             now = _now()
             for recorder in self._recorders.values():
                 recorder.pending(now, 0)
@@ -109,15 +118,18 @@ class FrontEnd:
         first = iteration.time_to_first_tokens_iter
         if not (first or gaps or iteration.num_generation_tokens or iteration.num_preempted_reqs):
             return
-        # vLLM stamps an iteration before it detokenizes and hands the tokens to their streams. Whoever waits
-        # for a first token waits for that too.
-        handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
+        first_token_ns = self._first_tokens.take()
+        if len(first_token_ns) != len(first):
+            # Some arrived before we looked. vLLM's own times end before it detokenizes and hands the tokens
+            # to their streams.
+            handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
+            first_token_ns = tuple(round(seconds * 1e9) + handed for seconds in first)
         recorder.tokens(
             iteration.num_prompt_tokens,
             iteration.num_generation_tokens,
             cached=int(getattr(prompt, "cached_tokens", 0) or 0),
             preemptions=iteration.num_preempted_reqs,
-            first_token_ns=tuple(round(seconds * 1e9) + handed for seconds in first),
+            first_token_ns=first_token_ns,
             # The tokens of one step share their gap: few distinct values, however large the batch.
             inter_token_ns=Counter(round(seconds * 1e9) for seconds in gaps),
             own_ns=_now() - entered,
@@ -188,7 +200,7 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
 
 
 def install_output_processor(probe: Probe, module: ModuleType) -> None:
-    """Note arrivals and aborts, which the statistics tell late or not at all."""
+    """Note arrivals, first tokens and aborts, which the statistics tell late or not at all."""
     guard = probe.guard
 
     def arrived(processor: Any, request: Any) -> None:
@@ -199,7 +211,7 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
     def aborted(processor: Any, ids: Any) -> None:
         front_end = _the_front_end(probe)
         if front_end is not None:
-            front_end.aborted(processor, len(ids or ()))
+            front_end.aborted(processor, list(ids or ()))
 
     def make_add(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,6 +221,22 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
             return result
 
         return add_request
+
+    def outputs(those: Any) -> None:
+        front_end = _the_front_end(probe)
+        if front_end is not None:
+            front_end.outputs(those)
+
+    def make_process(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        def process_outputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            if patch.active and probe.active:
+                guard.call(
+                    "vllm.process_outputs", outputs, args[0] if args else kwargs.get("engine_core_outputs")
+                )
+            return result
+
+        return process_outputs
 
     def make_abort(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         depth = 0  # it calls itself for the children of a request with n > 1
@@ -227,6 +255,7 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
         return abort_requests
 
     probe.patch(module.OutputProcessor, "add_request", make_add)
+    probe.patch(module.OutputProcessor, "process_outputs", make_process)
     probe.patch(module.OutputProcessor, "abort_requests", make_abort)
 
 
