@@ -59,6 +59,7 @@ class Phase(IntEnum):
 
 
 PHASES = tuple(phase.label for phase in Phase)
+UNKNOWN_PHASE = 255  #: of a running step whose batch has not been read yet
 
 
 class Clock(IntEnum):

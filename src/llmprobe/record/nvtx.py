@@ -15,6 +15,8 @@ DOMAIN = "llmprobe"
 class Ranges(Protocol):
     """Nested ranges of the calling thread."""
 
+    listening: bool  #: whether a profiler is there; without one, nothing need be called
+
     def push(self, name: str, payload: int) -> None:
         """Open a range."""
 
@@ -23,6 +25,8 @@ class Ranges(Protocol):
 
 
 class _NoRanges:
+    listening = False
+
     def push(self, name: str, payload: int) -> None:
         pass
 
@@ -31,6 +35,8 @@ class _NoRanges:
 
 
 class _NvtxRanges:
+    listening = True
+
     def __init__(self, domain: Any) -> None:
         self._domain = domain
         # The payload is set anew at each push, so threads must not share the attributes.

@@ -68,7 +68,8 @@ class Recorder:
         self._begun = 0
         self._ended = 0
         self._progress = (0, 0, 0, 0)
-        self._published = (0, 0)
+        self._described = (0, 0, 0)
+        self._published = (0, 0, 0)
         self._last_end = 0
         self._unflushed = 0
         self._load: tuple[int, int, float, int] = (0, 0, float("nan"), 0)
@@ -114,11 +115,15 @@ class Recorder:
         """A step begins on the host. Returns its number, to be given to `step` or `abandon`.
 
         Costs no write: `publish` tells readers of it a few times a second, which is soon enough to tell a
-        stalled engine from an idle one.
+        stalled engine from an idle one. ``phase`` may be `layout.UNKNOWN_PHASE` until `describe` tells it.
         """
         number = self._begun = self._begun + 1
         self._progress = (number, time_ns, phase, tokens)
         return number
+
+    def describe(self, number: int, phase: int, tokens: int) -> None:
+        """What the running step works on, for `publish`; ignored once another one began."""
+        self._described = (number, phase, tokens)
 
     def abandon(self, number: int) -> None:
         """A step that `begin` announced will never be recorded."""
@@ -246,7 +251,10 @@ class Recorder:
     def publish(self) -> None:
         """Publish the running step and the totals of steps; off the step path."""
         begun, time_ns, phase, tokens = self._progress
-        state = (begun, self._ended)
+        described = self._described
+        if described[0] == begun:
+            _, phase, tokens = described
+        state = (begun, self._ended, phase)
         if state != self._published:
             self._published = state
             self._submit(self.writer.progress, (begun, time_ns, self._ended, phase, tokens))

@@ -37,6 +37,53 @@ class Batch(NamedTuple):
 DUMMY = Batch(int(Phase.DUMMY), (0, 0, 0, 0, 0, 0), (0,) * (4 * KV_GROUPS))
 
 
+class NewRequest(NamedTuple):
+    """A request that this step is the first to work on."""
+
+    req_id: str
+    length: int  # tokens of its prompt, or all it had when it was resumed
+    computed: int  # of them, by the prefix cache
+
+
+class Noted(NamedTuple):
+    """What a ``SchedulerOutput`` says, kept to be read when the step is over.
+
+    vLLM makes these containers anew for each step and leaves them alone; what it goes on changing (the tokens
+    of a request, drafts) is here as numbers.
+    """
+
+    finished: Any  # ids of requests that ended since the last output
+    total: int  # scheduled tokens
+    cached: Any  # vLLM's CachedRequestData
+    counts: dict[str, int]  # id → scheduled tokens
+    new: tuple[NewRequest, ...]
+    drafts: dict[str, int]  # id → draft tokens among them
+
+
+def note(scheduled: Any) -> Noted:
+    """Note a ``SchedulerOutput``: a few references at a plain decode step."""
+    new, drafts = scheduled.scheduled_new_reqs, scheduled.scheduled_spec_decode_tokens
+    return Noted(
+        scheduled.finished_req_ids,
+        scheduled.total_num_scheduled_tokens,
+        scheduled.scheduled_cached_reqs,
+        scheduled.num_scheduled_tokens,
+        tuple(map(_new_request, new)) if new else (),
+        {req_id: len(tokens) for req_id, tokens in drafts.items()} if drafts else {},
+    )
+
+
+def _new_request(new: Any) -> NewRequest:
+    # The V2 runner re-sends a resumed request as new, with all the tokens it must recompute.
+    tokens = getattr(new, "prefill_token_ids", None) or new.prompt_token_ids
+    if tokens is not None:
+        length = len(tokens)
+    else:
+        embeds = getattr(new, "prompt_embeds", None)
+        length = embeds.shape[0] if embeds is not None else 0
+    return NewRequest(new.req_id, length, new.num_computed_tokens)
+
+
 class BatchReader:
     """Follows the requests of one engine from step to step."""
 
@@ -47,36 +94,32 @@ class BatchReader:
         self._prefilling: dict[str, int] = {}
         self._prompt: dict[str, int] = {}
 
-    def read(self, scheduled: Any) -> Batch | None:
-        """The batch in a ``SchedulerOutput``, or None for one without tokens (a "flush")."""
-        for finished in scheduled.finished_req_ids:
+    def read(self, noted: Noted) -> Batch | None:
+        """The batch of a noted ``SchedulerOutput``, or None for one without tokens (a "flush").
+
+        Every output of the engine must come by once, in order.
+        """
+        for finished in noted.finished:
             self._prefilling.pop(finished, None)
             self._prompt.pop(finished, None)
-        for new in scheduled.scheduled_new_reqs:
-            # The V2 runner re-sends a resumed request as new, with all the tokens it must recompute.
-            tokens = getattr(new, "prefill_token_ids", None) or new.prompt_token_ids
-            if tokens is not None:
-                length = len(tokens)
-            else:
-                embeds = getattr(new, "prompt_embeds", None)
-                length = embeds.shape[0] if embeds is not None else 0
-            self._prompt[new.req_id] = length
-            self._prefilling[new.req_id] = length
-        total = scheduled.total_num_scheduled_tokens
+        for new in noted.new:
+            self._prompt[new.req_id] = new.length
+            self._prefilling[new.req_id] = new.length
+        total = noted.total
         if total == 0:
             return None
-        cached = scheduled.scheduled_cached_reqs
+        cached = noted.cached
         resumed = _resumed(cached)
         for req_id, output in resumed:
             self._prefilling[req_id] = self._prompt.get(req_id, 0) + output
-        counts = scheduled.num_scheduled_tokens
+        counts = noted.counts
         if (
-            not scheduled.scheduled_new_reqs
+            not noted.new
             and total == len(counts)
             and not (self._prefilling and any(req_id in self._prefilling for req_id in counts))
         ):
             return self._plain_decode(cached.num_computed_tokens, total)
-        return self._any(scheduled, counts)
+        return self._any(noted, counts)
 
     def _plain_decode(self, computed: list[int], total: int) -> Batch:
         """One token for every request: the common step, kept to a few microseconds."""
@@ -92,19 +135,14 @@ class BatchReader:
         # One query each: as many pairs as visible keys.
         return Batch(_DECODE, (total, 0, 0, total, 0, total), (*_ZEROS, *context, *_ZEROS, *context))
 
-    def _any(self, scheduled: Any, counts: dict[str, int]) -> Batch:
+    def _any(self, noted: Noted, counts: dict[str, int]) -> Batch:
         """Any batch: requests that generate are counted together, the others one by one."""
-        drafts = scheduled.scheduled_spec_decode_tokens
-        cached = scheduled.scheduled_cached_reqs
+        drafts = noted.drafts
+        cached = noted.cached
         total = _Counts(self.windows)
-        one_by_one = [(new.req_id, new.num_computed_tokens) for new in scheduled.scheduled_new_reqs]
+        one_by_one = [(new.req_id, new.computed) for new in noted.new]
         ids: list[str] = cached.req_ids
-        if (
-            ids
-            and not drafts
-            and self.windows == (None,)
-            and self._plain(scheduled, counts, one_by_one, total)
-        ):
+        if ids and not drafts and self.windows == (None,) and self._plain(noted, counts, one_by_one, total):
             pass
         elif ids:
             prefilling = self._prefilling
@@ -112,7 +150,7 @@ class BatchReader:
             query = np.array([counts.get(req_id, 0) for req_id in ids], dtype=np.int64)
             drafted = np.zeros_like(query)
             if drafts:
-                drafted = np.array([len(drafts.get(req_id, ())) for req_id in ids], dtype=np.int64)
+                drafted = np.array([drafts.get(req_id, 0) for req_id in ids], dtype=np.int64)
             alone = query - drafted > 1
             if prefilling:
                 alone |= np.array([req_id in prefilling for req_id in ids])
@@ -123,7 +161,7 @@ class BatchReader:
             total.add_decodes(before, query, drafted)
         for req_id, computed in one_by_one:
             scheduled_tokens = counts.get(req_id, 0)
-            drafted_tokens = len(drafts[req_id]) if req_id in drafts else 0
+            drafted_tokens = drafts.get(req_id, 0)
             target = self._prefilling.get(req_id)
             if target is not None and computed >= target and scheduled_tokens - drafted_tokens <= 1:
                 self._prefilling.pop(req_id, None)
@@ -136,19 +174,19 @@ class BatchReader:
         return total.batch(len(counts))
 
     def _plain(
-        self, scheduled: Any, counts: dict[str, int], one_by_one: list[tuple[str, int]], total: _Counts
+        self, noted: Noted, counts: dict[str, int], one_by_one: list[tuple[str, int]], total: _Counts
     ) -> bool:
         """The common mixed step, cheaply: all but a few prompts generate one token each.
 
         Counts those and appends the prompts to ``one_by_one``; False, with nothing done, if it is not so.
         """
-        ids: list[str] = scheduled.scheduled_cached_reqs.req_ids
-        computed: list[int] = scheduled.scheduled_cached_reqs.num_computed_tokens
+        ids: list[str] = noted.cached.req_ids
+        computed: list[int] = noted.cached.num_computed_tokens
         new = {req_id for req_id, _ in one_by_one}
         chunks = [req_id for req_id in self._prefilling if req_id in counts and req_id not in new]
         decodes = len(ids) - len(chunks)
         prompts = sum(counts[req_id] for req_id in (*new, *chunks))
-        if len(chunks) > _FEW or scheduled.total_num_scheduled_tokens - prompts != decodes:
+        if len(chunks) > _FEW or noted.total - prompts != decodes:
             return False
         rows = [ids.index(req_id) for req_id in chunks]
         total.add_plain_decodes(decodes, sum(computed) - sum(computed[row] for row in rows))

@@ -1,0 +1,168 @@
+"""A worker's steps without an engine: what is kept on the step path comes out right once it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.vllm.batch import note
+from llmprobe.hooks.vllm.steps import WorkerSteps
+from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock
+from llmprobe.record.journal import JournalReader
+from llmprobe.record.layout import UNKNOWN_PHASE, Flag, Phase
+from llmprobe.settings import Settings
+
+from .scheduled import Scheduled, cached, new
+
+
+class Rig:
+    """Steps of a worker whose runner has a seam, and the journal they end up in."""
+
+    def __init__(self, directory: Path) -> None:
+        self.probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(directory)}))
+        recorder = self.probe.arm("worker", dict, size=1 << 20)
+        assert recorder is not None
+        self.recorder = recorder
+        self.steps = WorkerSteps(self.probe)
+        # What `arm` finds out from a worker of vLLM's.
+        self.steps._recorder, self.steps._clock, self.steps._seam = recorder, HostClock(), object()  # type: ignore[assignment]
+        self.steps.armed = True
+        self.reader = JournalReader(recorder.writer.path, recorder.writer)
+
+    def run(self, scheduled: Scheduled, *, forward: bool = True) -> None:
+        self.begin(scheduled)
+        if forward:
+            self.steps.forward_start()
+        self.end()
+
+    def begin(self, scheduled: Scheduled) -> None:
+        self.steps.entered((scheduled,), {})
+
+    def end(self) -> None:
+        self.steps.forward_end(None)
+        self.steps.sample_start((), {})
+        self.steps.sample_end(object())
+
+    def written(self) -> np.ndarray:
+        self.steps.write()
+        return self.reader.read().steps
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path)
+    yield made
+    made.probe.disarm()
+
+
+def phases(steps: np.ndarray) -> list[int]:
+    return [int(phase) for phase in steps["phase"]]
+
+
+def test_steps_read_late_are_as_if_read_at_once(rig: Rig) -> None:
+    rig.run(new("a", 10, scheduled=4))
+    rig.run(cached(a=(4, 6)))
+    rig.run(cached(a=(10, 1)))
+    rig.run(new("b", 5))
+    steps = rig.written()
+    assert phases(steps) == [Phase.PREFILL, Phase.PREFILL, Phase.DECODE, Phase.PREFILL]
+    assert list(steps["prompt_tokens"]) == [4, 6, 0, 5]
+    assert list(steps["decode_tokens"]) == [0, 0, 1, 0]
+    assert list(steps["sampled"]) == [0, 1, 1, 1]
+    assert list(steps["step"]) == [1, 2, 3, 4]
+    assert [bool(flags & int(Flag.RESTARTED)) for flags in steps["flags"]] == [True, False, False, False]
+
+
+def test_what_vllm_changes_after_the_step_does_not_matter(rig: Rig) -> None:
+    """The V2 runner hands out the request's own list of tokens, which grows as it generates."""
+    step = new("a", 10, scheduled=10)
+    drafts = cached(b=(20, 3))
+    drafts.scheduled_spec_decode_tokens = {"b": [7, 8]}
+    rig.run(step)
+    rig.run(drafts)
+    tokens = step.scheduled_new_reqs[0].prompt_token_ids
+    assert tokens is not None
+    tokens += [1] * 5
+    drafts.scheduled_spec_decode_tokens["b"].clear()
+    rig.run(cached(a=(10, 1)))
+    steps = rig.written()
+    assert phases(steps) == [Phase.PREFILL, Phase.DECODE, Phase.DECODE]
+    assert list(steps["draft_tokens"]) == [0, 2, 0]
+
+
+def test_outputs_that_make_no_step_are_followed(rig: Rig) -> None:
+    """A flush ends "a"; another request of that name starts from its beginning."""
+    rig.run(new("a", 10, scheduled=4))
+    rig.begin(Scheduled({}, finished_req_ids={"a"}))
+    rig.run(cached(a=(4, 1)))
+    assert phases(rig.written()) == [Phase.PREFILL, Phase.DECODE]
+
+
+def test_a_step_whose_model_never_ran_is_not_recorded_but_followed(rig: Rig) -> None:
+    rig.run(new("a", 10, scheduled=4))
+    rig.run(new("b", 10, scheduled=4), forward=False)
+    rig.run(cached(b=(4, 6)))
+    steps = rig.written()
+    assert phases(steps) == [Phase.PREFILL, Phase.PREFILL]
+    assert list(steps["prompt_tokens"]) == [4, 6]
+    assert steps["flags"][1] & int(Flag.RESTARTED)
+
+
+def test_a_failed_step_is_forgotten_and_its_requests_are_not(rig: Rig) -> None:
+    rig.begin(new("a", 10, scheduled=4))
+    rig.steps.abandon()
+    rig.run(cached(a=(4, 6)))
+    assert phases(rig.written()) == [Phase.PREFILL]
+    progress = rig.reader.progress()
+    assert progress is None or progress.begun <= progress.ended
+
+
+def test_readers_learn_what_the_running_step_works_on(rig: Rig) -> None:
+    rig.run(new("a", 10, scheduled=4))
+    rig.begin(cached(a=(4, 6)))
+    rig.recorder.publish()
+    progress = rig.reader.progress()
+    assert progress is not None
+    assert (progress.begun, progress.phase, progress.tokens) == (2, UNKNOWN_PHASE, 6)
+    rig.steps.write()
+    rig.recorder.publish()
+    progress = rig.reader.progress()
+    assert progress is not None
+    assert (progress.begun, progress.phase, progress.tokens) == (2, Phase.PREFILL, 6)
+    rig.steps.forward_start()
+    rig.end()
+    assert phases(rig.written()) == [Phase.PREFILL, Phase.PREFILL]
+
+
+def test_without_housekeeping_the_step_path_writes_before_too_many_are_kept(rig: Rig) -> None:
+    rig.run(new("a", 1))
+    count = HOST_STEPS_KEPT * 3 // 2
+    for computed in range(1, count):
+        rig.run(cached(a=(computed, 1)))
+    steps = rig.written()
+    assert len(steps) == count
+    assert (np.diff(steps["step"].astype(np.int64)) == 1).all()
+
+
+def test_off_and_on_starts_with_no_request_known(rig: Rig) -> None:
+    rig.run(new("a", 10, scheduled=4))
+    rig.probe.remove_patches()
+    rig.probe.apply_patches()
+    rig.run(cached(a=(10, 1)))
+    steps = rig.written()
+    assert phases(steps) == [Phase.PREFILL, Phase.DECODE]
+    assert steps["flags"][1] & int(Flag.RESTARTED)
+
+
+def test_noting_a_plain_decode_keeps_references_only() -> None:
+    scheduled = cached(a=(4, 1))
+    noted: Any = note(scheduled)
+    assert noted.cached is scheduled.scheduled_cached_reqs
+    assert noted.counts is scheduled.num_scheduled_tokens
+    assert noted.new == ()
+    assert noted.drafts == {}
