@@ -16,7 +16,7 @@ from llmprobe.hooks.transformers_program import Program
 from llmprobe.hooks.transformers_steps import Step, write_steps
 from llmprobe.record.clock import HOST_STEPS_KEPT
 from llmprobe.record.layout import PHASES, Clock, Phase
-from llmprobe.record.nvtx import Ranges, ranges
+from llmprobe.record.nvtx import FORWARD, SAMPLE, Ranges, ranges
 from llmprobe.record.recorder import Recorder
 
 _now = time.monotonic_ns
@@ -233,6 +233,8 @@ class Tracker:
         if call.stamps is not None:  # opened at the boundary before; now it is known better
             call.provisional = False
             call.step_rows, call.query = rows, query
+            if self._nvtx is not None:
+                self._nvtx.part(FORWARD)
             program.clock.mark(call.stamps, 0)
             call.own_ns += call.stamps.ns[0] - entered
             return
@@ -250,7 +252,8 @@ class Tracker:
         call.step_time = entered
         call.number = program.recorder.begin(phase, rows * query, entered)
         if self._nvtx is not None:
-            self._nvtx.push(PHASES[phase], rows * query)
+            self._nvtx.begin(PHASES[phase], rows * query)
+            self._nvtx.part(FORWARD)
         clock.mark(stamps, 0)
         call.own_ns += stamps.ns[0] - entered
 
@@ -264,6 +267,8 @@ class Tracker:
             return  # a class and its base class may both call
         clock = program.clock
         clock.mark(stamps, 1)
+        if self._nvtx is not None:
+            self._nvtx.part(SAMPLE)
         if call.kv_walks < _CACHE_WALKS and call.kind == REQUEST:
             call.cache = getattr(outputs, "past_key_values", None)
         if clock.kind == _HOST:
@@ -291,7 +296,7 @@ class Tracker:
         call.stamps = None
         call.provisional = False
         if self._nvtx is not None:
-            self._nvtx.pop()
+            self._nvtx.end()
         before, query, rows = call.past, call.query, call.step_rows
         if not call.use_cache:
             before = 0
@@ -374,7 +379,7 @@ class Tracker:
             return
         call.stamps = None
         if self._nvtx is not None:
-            self._nvtx.pop()
+            self._nvtx.end()
         program.clock.discard(stamps)
         program.recorder.abandon(call.number)
 

@@ -1,37 +1,53 @@
 """NVTX ranges around steps, so that they show by phase in nsys and other profilers.
 
-Domain ``llmprobe``; the range's name is the phase, its payload the step's query tokens. Without a profiler
-that listens, nothing is called at all.
+Domain ``llmprobe``. A step is a range named like its phase, its payload the step's query tokens; inside lie
+``forward`` and ``sample``. Without a profiler that listens, nothing is called at all.
 """
 
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 DOMAIN = "llmprobe"
+FORWARD, SAMPLE = "forward", "sample"
 
 
 class Ranges(Protocol):
-    """Nested ranges of the calling thread."""
+    """The steps of the calling thread, which may nest."""
 
     listening: bool  #: whether a profiler is there; without one, nothing need be called
 
-    def push(self, name: str, payload: int) -> None:
-        """Open a range."""
+    def begin(self, phase: str, tokens: int) -> None:
+        """A step begins."""
 
-    def pop(self) -> None:
-        """Close the range opened last in this thread."""
+    def part(self, name: str | None) -> None:
+        """Its part ``name`` begins and the one before ends; None: the part ends."""
+
+    def end(self) -> None:
+        """The step that began last ends, and so does its part."""
 
 
 class _NoRanges:
     listening = False
 
-    def push(self, name: str, payload: int) -> None:
+    def begin(self, phase: str, tokens: int) -> None:
         pass
 
-    def pop(self) -> None:
+    def part(self, name: str | None) -> None:
         pass
+
+    def end(self) -> None:
+        pass
+
+
+class _Thread(threading.local):
+    """What one thread has open. Attributes are its own too: a payload is set anew at each push."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] = {}
+        self.in_part: list[bool] = []  # one a step that is open
 
 
 class _NvtxRanges:
@@ -39,11 +55,32 @@ class _NvtxRanges:
 
     def __init__(self, domain: Any) -> None:
         self._domain = domain
-        # The payload is set anew at each push, so threads must not share the attributes.
-        self._attributes = threading.local()
+        self._thread = _Thread()
 
-    def push(self, name: str, payload: int) -> None:
-        known = self._attributes.__dict__
+    def begin(self, phase: str, tokens: int) -> None:
+        self._push(phase, tokens)
+        self._thread.in_part.append(False)
+
+    def part(self, name: str | None) -> None:
+        in_part = self._thread.in_part
+        if not in_part:
+            return
+        if in_part[-1]:
+            self._domain.pop_range()
+        in_part[-1] = name is not None
+        if name is not None:
+            self._push(name, 0)
+
+    def end(self) -> None:
+        in_part = self._thread.in_part
+        if not in_part:
+            return
+        if in_part.pop():
+            self._domain.pop_range()
+        self._domain.pop_range()
+
+    def _push(self, name: str, payload: int) -> None:
+        known = self._thread.attributes
         attributes = known.get(name)
         if attributes is None:
             # The message is registered with the tool here, once, not at each push.
@@ -51,8 +88,21 @@ class _NvtxRanges:
         attributes.payload = payload
         self._domain.push_range(attributes)
 
-    def pop(self) -> None:
-        self._domain.pop_range()
+
+class _EarlyDomain:
+    """The domain as nvtx before 0.2.12 offers it: through functions that look everything up at each call."""
+
+    def __init__(self, nvtx: Any) -> None:
+        self._nvtx = nvtx
+
+    def get_event_attributes(self, message: str, payload: int) -> Any:
+        return SimpleNamespace(message=message, payload=payload)
+
+    def push_range(self, attributes: Any) -> None:
+        self._nvtx.push_range(attributes.message, domain=DOMAIN, payload=attributes.payload)
+
+    def pop_range(self) -> None:
+        self._nvtx.pop_range(domain=DOMAIN)
 
 
 def ranges(enabled: bool) -> Ranges:
@@ -68,9 +118,9 @@ def ranges(enabled: bool) -> Ranges:
         domain = nvtx.get_domain(DOMAIN)
         if type(domain).__name__ == "DummyDomain":
             return _NoRanges()
-        found = _NvtxRanges(domain)
-        found.push("arming", 0)  # whatever an unknown version of nvtx lacks shows here, not in a step
-        found.pop()
+        found = _NvtxRanges(domain if hasattr(domain, "push_range") else _EarlyDomain(nvtx))
+        found.begin("arming", 0)  # whatever an unknown version of nvtx lacks shows here, not in a step
+        found.end()
     except (ImportError, AttributeError, TypeError, ValueError, OSError):
         return _NoRanges()
     return found

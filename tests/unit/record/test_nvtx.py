@@ -7,6 +7,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llmprobe.record.nvtx import ranges
 
@@ -39,8 +41,9 @@ def with_nvtx(monkeypatch: pytest.MonkeyPatch, domain: Any) -> None:
 def test_the_installed_nvtx_is_spoken_to_without_error() -> None:
     for enabled in (True, False):
         found = ranges(enabled)
-        found.push("decode", 3)
-        found.pop()
+        found.begin("decode", 3)
+        found.part("forward")
+        found.end()
 
 
 def test_a_profiler_sees_phase_and_tokens_and_each_name_is_registered_once(
@@ -51,8 +54,8 @@ def test_a_profiler_sees_phase_and_tokens_and_each_name_is_registered_once(
     found = ranges(True)
     domain.calls.clear()
     for tokens in (5, 6):
-        found.push("decode", tokens)
-        found.pop()
+        found.begin("decode", tokens)
+        found.end()
     assert domain.calls == [
         ("register", "decode"),
         ("push", "decode", 5),
@@ -62,10 +65,57 @@ def test_a_profiler_sees_phase_and_tokens_and_each_name_is_registered_once(
     ]
 
 
+def test_parts_nest_in_steps_and_steps_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A streamer may call generate in the middle of a step."""
+    domain = Domain()
+    with_nvtx(monkeypatch, domain)
+    found = ranges(True)
+    found.begin("decode", 1)
+    found.part("forward")
+    found.part("sample")
+    found.begin("prefill", 9)
+    found.part("forward")
+    found.end()
+    found.part(None)
+    found.end()
+    depth = deepest = 0
+    for call in domain.calls:
+        depth += (call[0] == "push") - (call == "pop")
+        deepest = max(deepest, depth)
+    assert (depth, deepest) == (0, 4)
+    names = [call[1] for call in domain.calls if call[0] == "push"]
+    assert names == ["arming", "decode", "forward", "sample", "prefill", "forward"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["begin", "forward", "none", "end"]), max_size=30))
+def test_whatever_the_order_nothing_is_closed_that_is_not_open(
+    monkeypatch: pytest.MonkeyPatch, calls: list[str]
+) -> None:
+    domain = Domain()
+    with_nvtx(monkeypatch, domain)
+    found = ranges(True)
+    for call in calls:
+        if call == "begin":
+            found.begin("decode", 1)
+        elif call == "end":
+            found.end()
+        else:
+            found.part("forward" if call == "forward" else None)
+    depth = 0
+    for call in domain.calls:
+        depth += (call[0] == "push") - (call == "pop")
+        assert depth >= 0
+    for _ in calls:
+        found.end()
+    depths = [(call[0] == "push") - (call == "pop") for call in domain.calls]
+    assert sum(depths) == 0
+
+
 def test_switched_off_nothing_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     domain = Domain()
     with_nvtx(monkeypatch, domain)
-    ranges(False).push("decode", 1)
+    ranges(False).begin("decode", 1)
     assert domain.calls == []
 
 
@@ -76,5 +126,7 @@ def test_a_missing_or_unknown_nvtx_gives_silent_ranges(monkeypatch: pytest.Monke
     else:
         with_nvtx(monkeypatch, broken)
     found = ranges(True)
-    found.push("decode", 1)
-    found.pop()
+    found.begin("decode", 1)
+    found.part("forward")
+    found.part(None)
+    found.end()

@@ -19,7 +19,7 @@ from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, Batch, BatchReader, Noted, note
 from llmprobe.record.clock import HOST_STEPS_KEPT, Stamps, StepClock, step_clock
 from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Clock, Flag
-from llmprobe.record.nvtx import ranges
+from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
 
@@ -201,12 +201,14 @@ class WorkerSteps:
         step = Step(number, entered, noted, before, self._batches, DUMMY if noted is None else None)
         if self._nvtx is not None:
             batch = step.read()
-            self._nvtx.push(PHASES[batch.phase], batch.tokens)
+            self._nvtx.begin(PHASES[batch.phase], batch.tokens)
         self._step, self._stamps, self._begun_ns = step, stamps, entered
         # Dummy batches go round the seam, and so does every step of a vLLM without one: their preparation
         # then counts as busy.
         self._marked = noted is None or self._seam is None
         if self._marked:
+            if self._nvtx is not None:
+                self._nvtx.part(FORWARD)
             clock.mark(stamps, 0)
         self._own += _now() - entered
 
@@ -218,6 +220,8 @@ class WorkerSteps:
         entered = _now()
         try:
             self._marked = True
+            if self._nvtx is not None:
+                self._nvtx.part(FORWARD)
             self._clock.mark(stamps, 0)  # type: ignore[union-attr]
             self._own += _now() - entered
         except Exception as error:  # noqa: BLE001 - on vLLM's own call path
@@ -230,6 +234,8 @@ class WorkerSteps:
         if stamps is None or clock is None:
             return
         clock.mark(stamps, 1)
+        if self._nvtx is not None:
+            self._nvtx.part(None)
         self._own += _now() - entered
         if output is not None:
             self._close(_NO_SAMPLE)
@@ -243,6 +249,8 @@ class WorkerSteps:
         """``sample_tokens`` is entered."""
         entered = _now()
         if self._stamps is not None and self._clock is not None:
+            if self._nvtx is not None:
+                self._nvtx.part(SAMPLE)
             self._clock.mark(self._stamps, 2)
             self._own += _now() - entered
 
@@ -259,7 +267,7 @@ class WorkerSteps:
             return
         self._clock.discard(stamps)
         if self._nvtx is not None:
-            self._nvtx.pop()
+            self._nvtx.end()
         if self._recorder is not None:
             self._recorder.abandon(step.number)
         if step.noted is not None:  # its requests must be followed all the same
@@ -284,7 +292,7 @@ class WorkerSteps:
         clock.mark(stamps, 3)
         self._stamps = self._step = None
         if self._nvtx is not None:
-            self._nvtx.pop()
+            self._nvtx.end()
         step.flags = flags
         stamps.payload = step
         clock.finish(stamps)
