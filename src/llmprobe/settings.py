@@ -34,6 +34,9 @@ class SettingsError(ValueError):
         self.allowed = allowed
 
 
+DEFAULT_LISTEN = ("127.0.0.1", 9480)
+
+
 @dataclass(frozen=True)
 class KernelWindows:
     """How long a kernel window lasts and how often one is opened, in seconds."""
@@ -62,6 +65,12 @@ class Settings:
     thresholds: Path | None
     log_level: str
 
+    @property
+    def listen_text(self) -> str:
+        """``listen`` as HOST:PORT, an IPv6 host in brackets."""
+        host, port = self.listen
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read the settings from ``environ`` (default: the process environment).
@@ -79,7 +88,11 @@ class Settings:
             group=env.get("LLMPROBE_GROUP") or None,
             agent=_read(env, "LLMPROBE_AGENT", "auto", _agent, "auto, external or off"),
             listen=_read(
-                env, "LLMPROBE_LISTEN", "127.0.0.1:9480", _listen, "HOST:PORT with a port from 1 to 65535"
+                env,
+                "LLMPROBE_LISTEN",
+                "{}:{}".format(*DEFAULT_LISTEN),
+                _listen,
+                "HOST:PORT with a port from 1 to 65535",
             ),
             token_file=_read(env, "LLMPROBE_TOKEN_FILE", "", _optional_path, "an absolute path"),
             nvtx=_read(env, "LLMPROBE_NVTX", "1", _boolean, "1 or 0"),

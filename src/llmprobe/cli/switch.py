@@ -11,7 +11,8 @@ import typer
 from llmprobe.agent.client import AgentError, request
 from llmprobe.cli.console import fail, settings_or_fail
 
-_WAIT_SECONDS = 5.0
+#: An engine follows within a second, unless its machine is starved of processor time.
+_WAIT_SECONDS = 15.0
 
 _Servers = Annotated[list[str] | None, typer.Argument(help="`server` labels. [default: all]")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 import llmprobe
-from llmprobe.settings import Settings, logger
+from llmprobe.settings import DEFAULT_LISTEN, Settings, logger
 
 LOCK_NAME = "agent.lock"
 INFO_NAME = "agent.json"
@@ -43,6 +43,7 @@ class _Attempts:
 
     failures = 0
     not_before = 0.0
+    compared = False  # our wishes with those of the agent that runs
 
 
 def agent_running(directory: Path) -> bool:
@@ -92,6 +93,8 @@ def ensure_agent(settings: Settings) -> None:
     directory = settings.directory
     if agent_running(directory):
         _Attempts.failures = 0
+        if not _Attempts.compared:
+            _compare(settings)
         return
     now = time.monotonic()
     if now < _Attempts.not_before:
@@ -120,13 +123,35 @@ def ensure_agent(settings: Settings) -> None:
             logger().warning("no agent can be started: %s. The server is not affected.", error)
 
 
+def _compare(settings: Settings) -> None:
+    """Say it once if the agent, which serves every engine of its directory, listens elsewhere than we ask."""
+    info = agent_info(settings.directory)
+    if info is None:  # still starting
+        return
+    _Attempts.compared = True
+    if settings.listen != DEFAULT_LISTEN and info.get("requested") != settings.listen_text:
+        logger().warning(
+            "LLMPROBE_LISTEN=%s has no effect: the agent of %s runs already, for another server, on "
+            "%s:%s. Set LLMPROBE_DIR too for an agent of its own.",
+            settings.listen_text,
+            settings.directory,
+            info.get("address"),
+            info.get("port"),
+        )
+
+
 def agent_command(settings: Settings) -> list[str]:
     """The command line of the agent that serves ``settings``."""
-    host, port = settings.listen
-    listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    command = [sys.executable, "-m", _MODULE, "--directory", str(settings.directory), "--listen", listen]
+    command = [sys.executable, "-m", _MODULE, "--directory", str(settings.directory)]
+    command += ["--listen", settings.listen_text]
     if settings.token_file is not None:
         command += ["--token-file", str(settings.token_file)]
+    if settings.capture_dir is not None:
+        command += ["--capture-dir", str(settings.capture_dir)]
+    command += ["--capture-max-seconds", f"{settings.capture_max_seconds:g}"]
+    command += ["--capture-max-bytes", str(settings.capture_max_bytes)]
+    if settings.thresholds is not None:
+        command += ["--thresholds", str(settings.thresholds)]
     return [*command, "--log-level", settings.log_level]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
 import pytest
 
+from llmprobe.agent import listen
 from llmprobe.agent.main import parse
 from llmprobe.record import agent_launch
 from llmprobe.record.agent_launch import agent_command, agent_environment, agent_info, ensure_agent
@@ -87,3 +89,20 @@ def test_an_agent_that_cannot_start_is_retried_ever_less_often_and_raises_nothin
 def test_no_agent_no_info(tmp_path: Path) -> None:
     (tmp_path / "agent.json").write_text('{"pid": 1}')
     assert agent_info(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"), [("127.0.0.1:9999", True), ("127.0.0.1:9480", False), ("127.0.0.1:9555", False)]
+)
+def test_an_agent_that_listens_elsewhere_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: str, said: bool
+) -> None:
+    """The one that runs was asked for 9555 by another server of this directory."""
+    monkeypatch.setattr(agent_launch._Attempts, "compared", False)
+    monkeypatch.setattr(logging.getLogger("llmprobe"), "propagate", True)
+    monkeypatch.setattr(agent_launch, "agent_running", lambda directory: True)
+    listen.publish(tmp_path, None, ("127.0.0.1", 9555))
+    for _ in range(2):
+        ensure_agent(settings(tmp_path, LLMPROBE_LISTEN=wanted))
+    lines = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert len(lines) == int(said)

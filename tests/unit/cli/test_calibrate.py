@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,7 +26,8 @@ def test_measures_keeps_and_prints(tmp_path):
     assert printed["path"] == str(tmp_path / "llmprobe" / "peaks.json")
     assert kept["devices"] == printed["devices"]
     cpu = printed["devices"][0]
-    assert cpu["threads"] == 1
+    if importlib.util.find_spec("torch"):  # numpy's threads cannot be chosen from here, only counted
+        assert cpu["threads"] == 1
     # No processor that runs Python 3.10 is slower or faster than these.
     assert 1e8 < cpu["bandwidth_bytes_per_second"] < 1e13
     assert 1e8 < cpu["flops_per_second"]["float32"] < 1e14
