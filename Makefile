@@ -18,7 +18,7 @@ demo-transformers: setup ## The same for a Hugging Face program that calls gener
 	@$(BIN)/llmprobe demo --transformers
 
 test: ## Everything CI checks: set-up, lint, types, unit and integration tests
-	@$(PYTHON) scripts/setup.py --prometheus
+	@$(PYTHON) scripts/setup.py --prometheus --nsys
 	@$(MAKE) --no-print-directory lint types
 	@$(BIN)/pytest --durations=15
 

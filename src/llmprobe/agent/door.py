@@ -2,8 +2,8 @@
 
 The loopback interface is no user boundary, and a web page that a user visits can reach it too. So the
 Host header must name us (a page on another site that rebinds its name to 127.0.0.1 cannot fake that), a
-request from a page must come from our own, and switches need the token. On the Unix socket the file
-system has already checked the user.
+request from a page must come from our own, and switches and captures need the token. On the Unix socket
+the file system has already checked the user.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from llmprobe.agent.problems import Problem
 #: What a scraper needs, and all that an open door without a token file serves.
 PUBLIC_PATHS = frozenset({"/metrics", "/healthz"})
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
+#: What lies here tells more than figures do: reading it needs the token too, even on loopback.
+_GUARDED = "/api/captures"
 
 Kind = Literal["unix", "loopback", "open"]
 
@@ -52,7 +54,11 @@ class Door:
                 f"{path} is not served here: the agent listens beyond loopback without a token file.",
                 "Set LLMPROBE_TOKEN_FILE, or ask on the node itself with `llmprobe status`.",
             )
-        return self._check_host(headers) or self._check_origin(headers) or self._check_token(method, headers)
+        return (
+            self._check_host(headers)
+            or self._check_origin(headers)
+            or self._check_token(is_guarded(method, path), headers)
+        )
 
     def _check_host(self, headers: Mapping[str, str]) -> Problem | None:
         host = headers.get("host", "")
@@ -73,8 +79,8 @@ class Door:
             403, f"Origin {origin!r} is another site.", "Call the agent from its own page or a program."
         )
 
-    def _check_token(self, method: str, headers: Mapping[str, str]) -> Problem | None:
-        if self.kind == "loopback" and method in _READING:
+    def _check_token(self, guarded: bool, headers: Mapping[str, str]) -> Problem | None:
+        if self.kind == "loopback" and not guarded:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if self.token is not None and scheme.lower() == "bearer" and self.token.matches(given.strip()):
@@ -86,6 +92,11 @@ class Door:
             f'Send "Authorization: Bearer <token>" with the token in {where}, or use the llmprobe command.',
             {"WWW-Authenticate": 'Bearer realm="llmprobe"'},
         )
+
+
+def is_guarded(method: str, path: str) -> bool:
+    """Whether a call needs the token wherever it comes from, and leaves a line in the log."""
+    return method not in _READING or path == _GUARDED or path.startswith(f"{_GUARDED}/")
 
 
 def door_for(host: str, token: Token, token_file_given: bool) -> Door:

@@ -46,6 +46,10 @@ def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | N
     parser.add_argument("--directory", metavar="PATH", help="as LLMPROBE_DIR")
     parser.add_argument("--listen", metavar="HOST:PORT", help="as LLMPROBE_LISTEN")
     parser.add_argument("--token-file", metavar="PATH", help="as LLMPROBE_TOKEN_FILE")
+    parser.add_argument("--capture-dir", metavar="PATH", help="as LLMPROBE_CAPTURE_DIR")
+    parser.add_argument("--capture-max-seconds", metavar="SECONDS", help="as LLMPROBE_CAPTURE_MAX_SECONDS")
+    parser.add_argument("--capture-max-bytes", metavar="SIZE", help="as LLMPROBE_CAPTURE_MAX_BYTES")
+    parser.add_argument("--thresholds", metavar="PATH", help="as LLMPROBE_THRESHOLDS")
     parser.add_argument("--log-level", metavar="LEVEL", help="as LLMPROBE_LOG_LEVEL")
     parser.add_argument("--external", action="store_true", help="stay, also without any engine")
     parser.add_argument("--foreground", action="store_true", help="stay attached to the terminal")
@@ -56,6 +60,10 @@ def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | N
         "LLMPROBE_DIR": given.directory,
         "LLMPROBE_LISTEN": given.listen,
         "LLMPROBE_TOKEN_FILE": given.token_file,
+        "LLMPROBE_CAPTURE_DIR": given.capture_dir,
+        "LLMPROBE_CAPTURE_MAX_SECONDS": given.capture_max_seconds,
+        "LLMPROBE_CAPTURE_MAX_BYTES": given.capture_max_bytes,
+        "LLMPROBE_THRESHOLDS": given.thresholds,
         "LLMPROBE_LOG_LEVEL": given.log_level,
     }.items():
         if value is not None:

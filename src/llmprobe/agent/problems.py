@@ -10,6 +10,18 @@ from starlette.responses import JSONResponse
 
 MEDIA_TYPE = "application/problem+json"
 
+_MEMBERS = {"type": "string", "title": "string", "status": "integer", "detail": "string", "next": "string"}
+_SCHEMA = {
+    "type": "object",
+    "required": list(_MEMBERS),
+    "properties": {name: {"type": kind} for name, kind in _MEMBERS.items()},
+}
+#: The problems that any call may meet, for the OpenAPI document.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": http.HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": _SCHEMA}}}
+    for status in (400, 401, 403, 404, 405, 408, 409, 413, 422, 429, 503, 507)
+}
+
 
 @dataclass(eq=False)
 class Problem(Exception):

@@ -15,14 +15,18 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from llmprobe.agent import daemon, listen
+from llmprobe.agent.captures import Watched
 from llmprobe.agent.door import Door, door_for
 from llmprobe.agent.exposition import ExpositionFiles
 from llmprobe.agent.files import Token
 from llmprobe.agent.jobs import Jobs
 from llmprobe.agent.main import Options
 from llmprobe.agent.service import State, create_app
+from llmprobe.capture.manager import Manager
+from llmprobe.capture.store import Store, default_directory
 from llmprobe.collect.collector import Collector
-from llmprobe.collect.peaks import peaks_for
+from llmprobe.collect.peaks import attainable_for, peaks_for
+from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.record.agent_launch import CONTROL_NAME, LOG_NAME
 
 log = logging.getLogger("llmprobe.agent")
@@ -37,8 +41,17 @@ def serve(options: Options, lock: daemon.Lock) -> None:
     """Serve ``options.settings.directory`` until there is a reason to leave; all of it is said in the log."""
     settings = options.settings
     directory = settings.directory
+    thresholds, problem = load_thresholds(settings.thresholds)
+    if problem:
+        log.error("%s", problem)
     collector = Collector(
-        directory, checkpoint=directory / CHECKPOINT_NAME, peaks=peaks_for, remove_dead=True
+        directory,
+        checkpoint=directory / CHECKPOINT_NAME,
+        peaks=peaks_for,
+        attainable=attainable_for,
+        thresholds=thresholds,
+        notes=[problem] if problem else [],
+        remove_dead=True,
     )
     jobs = Jobs()
     state = State(
@@ -47,11 +60,18 @@ def serve(options: Options, lock: daemon.Lock) -> None:
         since_read=lambda: jobs.since_success("collect"),
         errors=lambda: dict(jobs.errors),
     )
+    state.captures = captures = Manager(
+        Store(settings.capture_dir or default_directory(directory), settings.capture_max_bytes),
+        directory,
+        Watched(collector),
+        max_seconds=settings.capture_max_seconds,
+    )
     exposition = ExpositionFiles(directory)
     try:
         jobs.attempt("exposition", exposition.start)
         asyncio.run(_Agent(options, lock, collector, jobs, state, exposition).run())
     finally:
+        jobs.attempt("captures", captures.close)
         jobs.attempt("checkpoint", collector.save)
         jobs.attempt("exposition", exposition.remove)
         if lock.in_place():
@@ -90,6 +110,8 @@ class _Agent:
             loop.add_signal_handler(number, self._go, signal.Signals(number).name)
         servers = [_Server(app, listener) for app, listener in self._doors()]
         self._add_jobs()
+        if self._state.captures is not None:
+            self._jobs.attempt("captures", self._state.captures.resume)
         thread = threading.Thread(target=self._collect, args=(loop, leaving), name="collect")
         thread.start()
         serving = [asyncio.ensure_future(server.serve([server.listener])) for server in servers]
@@ -144,7 +166,7 @@ class _Agent:
         if not self._lock.in_place():
             self._go(f"{self._directory} was removed or replaced")
         now = time.monotonic()
-        if self._collector.alive():
+        if self._collector.alive() or (self._state.captures is not None and self._state.captures.busy()):
             self._empty_since = now
         elif not self._options.external and now - self._empty_since >= self._options.linger_seconds:
             # "off" is meant for engines that run: the next one starts switched on.
@@ -176,7 +198,7 @@ class _Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=64,
+                limit_concurrency=256,
                 timeout_graceful_shutdown=2,
             )
         )

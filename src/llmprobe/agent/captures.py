@@ -1,0 +1,321 @@
+"""Captures over HTTP. Everything here blocks, so FastAPI runs it on worker threads, off the event loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llmprobe.agent.problems import Problem
+from llmprobe.capture import session
+from llmprobe.capture.condition import ENGINE_FIGURES, PHASE_FIGURES, Live
+from llmprobe.capture.manager import Manager, Refused, choose_tool, tools_of
+from llmprobe.capture.session import Capture
+from llmprobe.capture.store import PUBLIC_FILES, RAW_FILES, REPORT_JSON, REPORT_TEXT
+from llmprobe.collect.views import EngineView, RankView, ServerView
+from llmprobe.export.summary import SCHEMA_VERSION, summarize
+
+log = logging.getLogger("llmprobe.audit")
+
+_CHUNK_BYTES = 1 << 18
+_DEFAULT_SECONDS = 5.0
+_STATUS = {"busy": 409, "unavailable": 409, "rate": 429, "invalid": 422}
+_MEDIA = {
+    ".json": "application/json",
+    ".txt": "text/plain; charset=utf-8",
+    ".sqlite": "application/vnd.sqlite3",
+}
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {media: {} for media in (*_MEDIA.values(), "application/octet-stream")}}
+}
+RAW_WARNING = "holds the environment of the captured processes: every token and key in it"
+
+
+class Reader(Protocol):
+    """What captures ask of `llmprobe.collect.collector.Collector`."""
+
+    def views(self) -> list[ServerView]:
+        """Every live server."""
+
+
+class CaptureRequest(BaseModel):
+    """What ``POST /api/captures`` takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tool: Literal["auto", "nsys", "torch", "kernels"] = Field(
+        "auto", description="`auto` is the deepest that is available."
+    )
+    server: str | None = Field(
+        None, max_length=128, description="Its label; may be left out where there is one server."
+    )
+    seconds: float | None = Field(
+        None,
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="How long to record; 5 if `steps` is left out too.",
+    )
+    steps: int | None = Field(
+        None, ge=1, le=1_000_000, description="How many steps to record, within the longest allowed time."
+    )
+    when: str = Field(
+        "now",
+        max_length=200,
+        description="`now`, `next prefill`, `next decode`, or `sync_gap_ratio > 0.3 for 10s`.",
+    )
+    wait_seconds: float = Field(
+        300.0, ge=0, le=86400, allow_inf_nan=False, description="How long `when` may take to come true."
+    )
+    ranks: list[Annotated[int, Field(ge=0, le=65535)]] | None = Field(
+        None, max_length=1024, description="nsys records every rank; leave it out or name all."
+    )
+    label: str = Field(
+        "", max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$", description="For you to recognise it by."
+    )
+    queue: bool = Field(False, description="Wait for the capture that runs instead of being refused.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> CaptureRequest:
+        if self.seconds is not None and self.steps is not None:
+            raise ValueError("seconds and steps exclude each other")
+        return self
+
+
+class Watched:
+    """Servers as captures see them."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def live(self, group: str) -> Live | None:
+        """What conditions look at; None if there is no such server."""
+        view = self._view(group)
+        if view is None:
+            return None
+        steps: dict[str, int] = {}
+        figures: dict[str, list[dict[str, float]]] = {}
+        for rank in view.ranks:
+            for phase, count in rank.steps.items():
+                steps[phase] = max(steps.get(phase, 0), count)
+            for phase, known in _figures(rank).items():
+                figures.setdefault(phase, []).append(known)
+        return Live(
+            steps,
+            {phase: tuple(known) for phase, known in figures.items()},
+            tuple(_known(engine, ENGINE_FIGURES) for engine in view.engines),
+        )
+
+    def figures(self, group: str) -> dict[str, Any] | None:
+        """The server's entry in ``/api/status``."""
+        view = self._view(group)
+        return None if view is None else dict(summarize([view])["servers"][0])
+
+    def _view(self, group: str) -> ServerView | None:
+        return next((view for view in self._reader.views() if view.group == group), None)
+
+
+def _figures(rank: RankView) -> dict[str, dict[str, float]]:
+    return {phase: _known(found, PHASE_FIGURES) for phase, found in rank.figures.items()}
+
+
+def _known(source: EngineView | Any, names: tuple[str, ...]) -> dict[str, float]:
+    return {name: float(value) for name in names if (value := getattr(source, name)) is not None}
+
+
+def add_routes(app: FastAPI, manager: Manager, reader: Reader, directory: Path) -> None:
+    """Add the routes of captures to the agent's service."""
+    _add_control(app, manager, reader, directory)
+    _add_files(app, manager)
+
+
+def overview(manager: Manager, views: list[ServerView], directory: Path) -> dict[str, Any]:
+    """What ``/api/status`` says: the tools of each server (null, or why not), and how captures ended."""
+    return {
+        "tools": {view.server: tools_of(directory, view.group) for view in views},
+        "ended": [
+            {"tool": tool, "outcome": outcome, "count": count}
+            for (tool, outcome), count in sorted(manager.ended.items())
+        ],
+    }
+
+
+def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path) -> None:
+    @app.post("/api/captures", status_code=202, summary="Begin a capture; 202 with its URL")
+    def begin(wanted: CaptureRequest, response: Response) -> dict[str, Any]:
+        view = _server(reader, wanted.server)
+        try:
+            tool = choose_tool(directory, view.group, wanted.tool)
+            _check_ranks(view, wanted.ranks)
+            seconds = None if wanted.steps else wanted.seconds
+            if seconds is None and wanted.steps is None:
+                seconds = min(_DEFAULT_SECONDS, manager.max_seconds)
+            capture = manager.request(
+                view.group,
+                view.server,
+                session.Request(tool, seconds, wanted.steps, wanted.when, wanted.wait_seconds, wanted.label),
+                queue=wanted.queue,
+            )
+        except Refused as refused:
+            raise _problem(refused) from None
+        response.headers["Location"] = f"/api/captures/{capture.id}"
+        log.info("capture %s of %s begun: %s", capture.id, capture.server, capture.request)
+        return _described(manager, capture)
+
+    @app.get("/api/captures", summary="Every capture, newest first, and what can be captured")
+    def captures() -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "captures": [_described(manager, capture) for capture in manager.all()],
+            "tools": {view.server: tools_of(directory, view.group) for view in reader.views()},
+            "directory": str(manager.store.root),
+            "max_seconds": manager.max_seconds,
+            "max_bytes": manager.store.max_bytes,
+        }
+
+    @app.get("/api/captures/{capture_id}", summary="One capture: its state, and its files")
+    def capture(capture_id: str) -> dict[str, Any]:
+        return _described(manager, _get(manager, capture_id))
+
+    @app.delete("/api/captures/{capture_id}", summary="Stop a capture, and remove it with its files")
+    def delete(capture_id: str, response: Response) -> dict[str, Any]:
+        try:
+            removed = manager.delete(capture_id)
+        except KeyError:
+            raise _no_capture(capture_id) from None
+        response.status_code = 200 if removed else 202
+        return {"schema_version": SCHEMA_VERSION, "id": capture_id, "removed": removed}
+
+
+def _add_files(app: FastAPI, manager: Manager) -> None:
+    @app.get(
+        "/api/captures/{capture_id}/report",
+        summary="What the capture showed, as JSON or text",
+        responses=_FILE,
+    )
+    def report(capture_id: str, request: Request) -> Response:
+        text = request.headers.get("accept", "").startswith("text/plain")
+        return _file(manager, capture_id, REPORT_TEXT if text else REPORT_JSON)
+
+    @app.get("/api/captures/{capture_id}/files/{name}", summary="One file of a capture", responses=_FILE)
+    def file(
+        capture_id: str,
+        name: str,
+        raw: Annotated[int, Query(ge=0, le=1, description="1: also what holds the environment.")] = 0,
+    ) -> Response:
+        if name in RAW_FILES and not raw:
+            raise Problem(403, f"{name} {RAW_WARNING}.", "Add ?raw=1 if you want it nevertheless.")
+        return _file(manager, capture_id, name)
+
+
+def _file(manager: Manager, capture_id: str, name: str) -> Response:
+    capture = _get(manager, capture_id)
+    if name not in PUBLIC_FILES + RAW_FILES:
+        raise Problem(404, f"No file {name!r}.", f"There are {', '.join(PUBLIC_FILES + RAW_FILES)}.")
+    if capture.state != "done":
+        hint = "Ask again once it is done." if capture.live else "Begin another one."
+        why = f": {capture.reason}" if capture.reason else ""
+        raise Problem(409, f"Capture {capture_id} is {capture.state}{why}.", hint)
+    try:
+        with manager.store.open(capture_id, name) as held:
+            size = os.fstat(held).st_size
+            descriptor = os.dup(held)
+    except (KeyError, OSError):
+        raise Problem(404, f"Capture {capture_id} has no {name}.", "GET the capture for its files.") from None
+    headers = {
+        "Content-Length": str(size),
+        "Content-Disposition": f'attachment; filename="{capture_id}-{name}"',
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-store",
+    }
+    if name in RAW_FILES:
+        headers["X-Llmprobe-Warning"] = RAW_WARNING
+    media = _MEDIA.get(Path(name).suffix, "application/octet-stream")
+    return StreamingResponse(_chunks(descriptor, size), headers=headers, media_type=media)
+
+
+def _chunks(descriptor: int, size: int) -> Iterator[bytes]:
+    # Opened here and not in the generator, so that it is closed also if nobody ever reads.
+    source = os.fdopen(descriptor, "rb", buffering=0)
+
+    def read() -> Iterator[bytes]:
+        left = size
+        with source:
+            while left > 0 and (chunk := source.read(min(_CHUNK_BYTES, left))):
+                left -= len(chunk)
+                yield chunk
+
+    return read()
+
+
+def _server(reader: Reader, name: str | None) -> ServerView:
+    views = reader.views()
+    names = ", ".join(sorted(view.server for view in views)) or "none"
+    if name is None and len(views) == 1:
+        return views[0]
+    if name is None:
+        raise Problem(
+            409 if not views else 422,
+            f"`server` is left out, and there are {len(views)} servers.",
+            f"Servers now: {names}." if views else "Start one with LLMPROBE=1.",
+        )
+    for view in views:
+        if view.server == name:
+            return view
+    raise Problem(404, f"No such server: {name!r}.", f"Servers now: {names}.")
+
+
+def _check_ranks(view: ServerView, ranks: list[int] | None) -> None:
+    there = {rank.rank for rank in view.ranks}
+    if ranks is not None and set(ranks) != there:
+        raise Refused(
+            "invalid",
+            f"ranks: nsys records every process of the server, so {sorted(there)} or nothing.",
+            "Leave `ranks` out.",
+        )
+
+
+def _get(manager: Manager, capture_id: str) -> Capture:
+    try:
+        return manager.get(capture_id)
+    except KeyError:
+        raise _no_capture(capture_id) from None
+
+
+def _no_capture(capture_id: str) -> Problem:
+    return Problem(404, f"No capture {capture_id[:64]!r}.", "GET /api/captures lists them.")
+
+
+def _problem(refused: Refused) -> Problem:
+    headers = {}
+    if refused.other is not None:
+        headers["Link"] = f'</api/captures/{refused.other}>; rel="related"'
+    if refused.kind == "rate":
+        headers["Retry-After"] = "60"
+    return Problem(_STATUS[refused.kind], refused.detail, refused.hint, headers)
+
+
+def _described(manager: Manager, capture: Capture) -> dict[str, Any]:
+    """A capture as callers see it. Times are Unix seconds, progress 0 to 1 of the present state."""
+    url = f"/api/captures/{capture.id}"
+    described = capture.to_json()
+    del described["schema"], described["owner"]
+    described.update(schema_version=SCHEMA_VERSION, url=url)
+    if capture.state == "done":
+        described["report"] = f"{url}/report"
+        described["files"] = [
+            {
+                "name": name,
+                "bytes": size,
+                "url": f"{url}/files/{name}" + ("?raw=1" if name in RAW_FILES else ""),
+                **({"warning": RAW_WARNING} if name in RAW_FILES else {}),
+            }
+            for name, size in manager.store.files(capture.id).items()
+        ]
+    return described

@@ -1,0 +1,157 @@
+"""What one caller may ask of the agent: how large, how slow, how often. And who asked for what.
+
+The agent shares its machine with the server that it watches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llmprobe.agent.door import is_guarded
+from llmprobe.agent.problems import Problem
+
+log = logging.getLogger("llmprobe.audit")
+
+MOST_BODY_BYTES = 64 << 10
+_BODY_SECONDS = 10.0
+
+
+class Bucket:
+    """So many calls a second, and a burst of so many at once."""
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._clock = clock
+        self._left = burst
+        self._at = clock()
+
+    def take(self) -> bool:
+        """Whether one more call fits."""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Limits:
+    """ASGI middleware: bodies of at most 64 KiB within 10 s; guarded calls at a bounded rate."""
+
+    def __init__(
+        self, app: ASGIApp, bucket: Bucket | None = None, body_seconds: float = _BODY_SECONDS
+    ) -> None:
+        self._app = app
+        self._bucket = bucket or Bucket(rate=50, burst=100)
+        self._body_seconds = body_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body within the limits and pass it on, or answer with the problem."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            if is_guarded(scope["method"], scope["path"]) and not self._bucket.take():
+                raise Problem(
+                    429, "Too many calls.", "Ask less often; once a second shows all.", {"Retry-After": "1"}
+                )
+            body = await asyncio.wait_for(_body(receive), self._body_seconds)
+        except asyncio.TimeoutError:
+            late = Problem(408, f"The body took over {self._body_seconds:g} s.", "Send it at once.")
+            await late.response()(scope, receive, send)
+            return
+        except Problem as problem:
+            await problem.response()(scope, receive, send)
+            return
+        if body is None:
+            return  # the caller has left
+        await self._app(scope, _replay(body, receive), send)
+
+
+async def _body(receive: Receive) -> bytes | None:
+    parts: list[bytes] = []
+    taken = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        taken += len(parts[-1])
+        if taken > MOST_BODY_BYTES:
+            raise Problem(
+                413,
+                f"The body is larger than {MOST_BODY_BYTES >> 10} KiB.",
+                "See GET /openapi.json for what is allowed.",
+                {"Connection": "close"},
+            )
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+class Audit:
+    """ASGI middleware: one line in the log for each guarded call, whether it was let in or not."""
+
+    def __init__(self, app: ASGIApp, kind: str, bucket: Bucket | None = None) -> None:
+        self._app = app
+        self._kind = kind
+        self._bucket = bucket or Bucket(rate=10, burst=100)
+        self._unsaid = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the call on and say how it was answered."""
+        if scope["type"] != "http" or not is_guarded(scope["method"], scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            self._say(scope, status)
+
+    def _say(self, scope: Scope, status: int) -> None:
+        # Following a capture's progress asks twice a second and shows nothing.
+        polling = status == 200 and scope["method"] == "GET" and scope["path"].count("/") <= 3
+        if polling:
+            return
+        if not self._bucket.take():
+            self._unsaid += 1
+            return
+        unsaid, self._unsaid = self._unsaid, 0
+        client = scope.get("client")
+        caller = f"{client[0]}:{client[1]}" if client and client[0] else "-"
+        log.info(
+            "%s %r from %s (%s): %s%s",
+            scope["method"],
+            scope["path"][:120],  # in quotes: a path may hold line ends
+            caller,
+            self._kind,
+            status or "no answer",
+            f"; {unsaid} calls before it not said" if unsaid else "",
+        )

@@ -1,0 +1,270 @@
+"""All captures of one agent: which may begin, which go on after a restart, and how one is ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+
+from llmprobe.capture.condition import ConditionError, parse
+from llmprobe.capture.nsys import session_of, sweep_sessions
+from llmprobe.capture.run import Run, Server
+from llmprobe.capture.session import Capture, Request, Tool
+from llmprobe.capture.store import Store, StoreError
+
+log = logging.getLogger("llmprobe.capture")
+
+_MOST_QUEUED = 8
+_STARTS_PER_MINUTE = 30
+_JOIN_SECONDS = 20.0
+
+HOW_TO_NSYS = (
+    "the server was not started under nsys: start it with `llmprobe run --nsys -- vllm serve …` "
+    "(nsys cannot attach to a process that runs)"
+)
+NOT_YET = "{} captures are not in this version: use tool=nsys with a server started by `llmprobe run --nsys`"
+
+
+class Refused(Exception):
+    """A capture that may not begin.
+
+    ``kind``: ``busy`` (``other`` is the capture in the way), ``rate``, ``unavailable`` or ``invalid``.
+    """
+
+    def __init__(self, kind: str, detail: str, hint: str, other: str | None = None) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+        self.hint = hint
+        self.other = other
+
+
+def tools_of(directory: Path, group: str) -> dict[str, str | None]:
+    """What can capture a server: tool → None, or why it cannot."""
+    return {
+        "nsys": None if session_of(directory, group) else HOW_TO_NSYS,
+        "torch": NOT_YET.format("torch"),
+        "kernels": NOT_YET.format("kernels"),
+    }
+
+
+def choose_tool(directory: Path, group: str, wanted: str) -> Tool:
+    """The tool for a request; ``auto`` is the deepest that is available.
+
+    Raises:
+        Refused: it is not available, with the reason and what to use.
+    """
+    reasons = tools_of(directory, group)
+    order: tuple[Tool, ...] = ("nsys", "torch", "kernels")
+    for tool in order:
+        if wanted in ("auto", tool) and reasons[tool] is None:
+            return tool
+    why = reasons["nsys" if wanted == "auto" else wanted] or ""
+    raise Refused(
+        "unavailable", f"No {wanted} capture: {why}.", "GET /api/captures says what each server has."
+    )
+
+
+class Manager:
+    """Starts, lists, cancels and removes captures. Its methods block; they may be called from any thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Path,
+        server: Server,
+        *,
+        max_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.max_seconds = max_seconds
+        #: How captures of this agent ended, by (tool, outcome).
+        self.ended: Counter[tuple[str, str]] = Counter()
+        self._directory = directory
+        self._server = server
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._runs: dict[str, Run] = {}
+        self._queues: dict[str, deque[Run]] = {}
+        self._threads: dict[str, threading.Thread] = {}
+        self._doomed: set[str] = set()
+        self._starts: deque[float] = deque()
+        self._closing = False
+
+    def resume(self) -> None:
+        """Go on with the captures that an agent before this one left; called once, at the start."""
+        self.store.sweep()
+        sweep_sessions(self._directory)
+        for capture in reversed(self.store.all()):
+            if not capture.live:
+                continue
+            if capture.owner == str(self._directory):
+                log.info("going on with capture %s, which is %s", capture.id, capture.state)
+                with self._lock:
+                    self._enqueue(capture)
+            elif not Path(capture.owner).is_dir():
+                with contextlib.suppress(OSError):
+                    self.store.write(capture.enter("failed", time.time(), reason="its agent is gone"))
+
+    def request(self, group: str, server: str, request: Request, *, queue: bool = False) -> Capture:
+        """Begin a capture of the server with this group id, or queue it behind the one that runs.
+
+        Raises:
+            Refused: it may not begin.
+        """
+        try:
+            parse(request.when)
+        except ConditionError as error:
+            raise Refused("invalid", f"when: {error}.", "docs/captures.md says what it takes.") from None
+        if request.seconds is not None and request.seconds > self.max_seconds:
+            raise Refused(
+                "invalid",
+                f"seconds: {request.seconds:g} is more than the {self.max_seconds:g} allowed here.",
+                "Ask for less, or raise LLMPROBE_CAPTURE_MAX_SECONDS where the server is started.",
+            )
+        with self._lock:
+            self._check_room(group, queue)
+            capture = Capture(
+                id=self.store.new_id(),
+                owner=str(self._directory),
+                server=server,
+                group=group,
+                request=request,
+                times={"pending": time.time()},
+            )
+            try:
+                self.store.create(capture)
+            except StoreError as error:
+                raise Refused("unavailable", f"{error}.", "`llmprobe doctor` looks at it too.") from None
+            self._starts.append(self._clock())
+            self._enqueue(capture)
+        return capture
+
+    def _check_room(self, group: str, queue: bool) -> None:
+        if self._closing:
+            raise Refused("unavailable", "This agent is leaving.", "Ask again in a few seconds.")
+        waiting = self._queues.get(group, ())
+        if waiting and not queue:
+            other = waiting[0].capture
+            raise Refused(
+                "busy",
+                f"Capture {other.id} of {other.server} is {other.state}; one runs at a time.",
+                "Wait for it, DELETE it, or send queue: true.",
+                other.id,
+            )
+        if len(waiting) > _MOST_QUEUED:
+            raise Refused("rate", f"{len(waiting)} captures wait already.", "Wait, or DELETE some of them.")
+        now = self._clock()
+        while self._starts and now - self._starts[0] > 60:
+            self._starts.popleft()
+        if len(self._starts) >= _STARTS_PER_MINUTE:
+            raise Refused(
+                "rate",
+                f"{_STARTS_PER_MINUTE} captures began within a minute.",
+                "Wait a minute and ask again.",
+            )
+
+    def _enqueue(self, capture: Capture) -> None:
+        run = Run(capture, self.store, self._directory, self._server, max_seconds=self.max_seconds)
+        self._runs[capture.id] = run
+        group = capture.group
+        self._queues.setdefault(group, deque()).append(run)
+        if group not in self._threads:
+            thread = threading.Thread(
+                target=self._work, args=(group,), name=f"llmprobe-capture-{group}", daemon=True
+            )
+            self._threads[group] = thread
+            thread.start()
+
+    def _work(self, group: str) -> None:
+        """Take the captures of one server to their ends, one after the other."""
+        while True:
+            with self._lock:
+                queue = self._queues.get(group)
+                if not queue or self._closing:
+                    self._queues.pop(group, None)
+                    del self._threads[group]
+                    return
+                run = queue[0]
+            run.go()
+            with self._lock:
+                # By identity: a queued one may have been cancelled and taken out meanwhile.
+                if queue and queue[0] is run:
+                    queue.popleft()
+                self._forget(run)
+
+    def _forget(self, run: Run) -> None:
+        capture = run.capture
+        if capture.live:
+            return  # this agent leaves; the next one goes on
+        self.ended[(capture.request.tool, capture.state)] += 1
+        if capture.id in self._doomed:
+            self._doomed.discard(capture.id)
+            with contextlib.suppress(KeyError, OSError):
+                self.store.remove(capture.id)
+            del self._runs[capture.id]
+        elif self._kept(capture):
+            del self._runs[capture.id]
+
+    def _kept(self, capture: Capture) -> bool:
+        """Whether the disk says what we know; a state that could not be written is kept here."""
+        with contextlib.suppress(KeyError):
+            return self.store.read(capture.id).state == capture.state
+        return False
+
+    def get(self, capture_id: str) -> Capture:
+        """A capture as it is now. Raises KeyError if there is none."""
+        run = self._runs.get(capture_id)
+        return run.capture if run is not None else self.store.read(capture_id)
+
+    def all(self) -> list[Capture]:
+        """Every capture, newest first."""
+        return [self.get(capture.id) for capture in self.store.all()]
+
+    def busy(self) -> bool:
+        """Whether any capture of this agent is live."""
+        return bool(self._threads)
+
+    def delete(self, capture_id: str, wait_seconds: float = 5.0) -> bool:
+        """Stop a capture that goes on, and remove it with its files.
+
+        Returns:
+            Whether that is done; stopping may take longer than ``wait_seconds``.
+
+        Raises:
+            KeyError: there is none.
+        """
+        with self._lock:
+            capture = self.get(capture_id)
+            run = self._runs.get(capture_id)
+            if run is None or not capture.live:
+                self._runs.pop(capture_id, None)
+                self.store.remove(capture_id)
+                return True
+            self._doomed.add(capture_id)
+            run.cancelled.set()
+            queue = self._queues.get(capture.group)
+            if queue and queue[0] is not run:
+                queue.remove(run)
+                run.go()  # only notes the end: it had not begun
+                self._forget(run)
+        until = self._clock() + wait_seconds
+        while capture_id in self._runs and self._clock() < until:
+            time.sleep(0.02)
+        return capture_id not in self._runs
+
+    def close(self) -> None:
+        """Let go: what is live stays as it is on disk, for the next agent."""
+        with self._lock:
+            self._closing = True
+            for run in self._runs.values():
+                run.leaving.set()
+            threads = list(self._threads.values())
+        until = self._clock() + _JOIN_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, until - self._clock()))

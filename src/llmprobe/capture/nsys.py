@@ -1,0 +1,261 @@
+"""nsys on a server that was started under ``nsys launch``: start, stop and export, by argument lists.
+
+``llmprobe run --nsys`` leaves a note in the shared directory that says which session a server runs under and
+which temporary folder nsys keeps it in; a session is only found through that folder. Nothing from a request
+reaches a command line here: names come from the note, paths from the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from llmprobe.capture.store import RAW, write_json
+from llmprobe.record.agent_launch import agent_environment
+
+#: States of a session, as ``nsys sessions list`` shows them.
+IDLE, RECORDING = "Launched", "Collection"
+NOTES_NAME = "nsys"
+TEMPORARY_PREFIX = "llmprobe-nsys-"
+RAW_SQLITE = "raw.sqlite"
+TRACES = ("cuda", "nvtx", "osrt", "cublas", "cudnn", "python-gil")
+DEFAULT_TRACE = ("cuda", "nvtx")
+_SESSION = re.compile(r"llmprobe-[0-9a-f]{6,32}")
+_LIST_SECONDS = 20.0
+_START_SECONDS = 60.0
+_IMPORT_SECONDS = 900.0
+_POLL_SECONDS = 0.1
+_LAST_WORDS = 400
+_PROGRESS = re.compile(r"\[\d+/\d+\]|\[=*\s*\d+%|\d+%\s*\]|^Processing \d+ events")
+
+
+class NsysError(Exception):
+    """nsys did not do what was asked; the message holds its own last words."""
+
+
+class Interrupted(Exception):
+    """Somebody wanted a running command to end."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """The nsys session that a server runs under.
+
+    ``temporary`` is the TMPDIR of its nsys processes: a private folder on disk.
+    """
+
+    group: str
+    name: str
+    nsys: str
+    temporary: str
+    trace: tuple[str, ...]
+
+    def note(self, directory: Path) -> Path:
+        """Where the session is noted."""
+        return _note(directory, self.group)
+
+    def write(self, directory: Path) -> None:
+        """Leave the note for the agent of ``directory``."""
+        path = self.note(directory)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        write_json(path, asdict(self))
+
+    def forget(self, directory: Path) -> None:
+        """Remove the note and the temporary folder."""
+        for path in (self.note(directory), self.dead_man(directory)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if Path(self.temporary).name.startswith(TEMPORARY_PREFIX):
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def dead_man(self, directory: Path) -> Path:
+        """Holds until when a recording may last; `llmprobe run` ends it if the agent does not."""
+        return self.note(directory).with_suffix(".until")
+
+
+def session_of(directory: Path, group: str) -> Session | None:
+    """The session that the server with this group id runs under; None if it was not started so."""
+    try:
+        data = json.loads(_note(directory, group).read_text())
+        session = Session(**{**data, "trace": tuple(data["trace"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    sound = (
+        session.group == group
+        and _SESSION.fullmatch(session.name)
+        and Path(session.nsys).is_absolute()
+        and Path(session.temporary).is_absolute()
+    )
+    return session if sound else None
+
+
+def sweep_sessions(directory: Path, older_seconds: float = 600.0) -> None:
+    """Remove what a killed ``llmprobe run --nsys`` left once nothing runs in its session any more.
+
+    Only notes of some age: a new one is written before its session begins.
+    """
+    with contextlib.suppress(OSError):
+        for path in (directory / NOTES_NAME).glob("*.json"):
+            if time.time() - path.stat().st_mtime < older_seconds:
+                continue
+            session = session_of(directory, unquote(path.stem))
+            if session is None:
+                continue
+            with contextlib.suppress(NsysError):
+                if Nsys(session).state() is None:
+                    session.forget(directory)
+
+
+def _note(directory: Path, group: str) -> Path:
+    return directory / NOTES_NAME / f"{quote(group, safe='')[:200]}.json"
+
+
+class Nsys:
+    """One session's commands. ``interrupted`` is asked all the time; once true, `Interrupted` is raised."""
+
+    def __init__(self, session: Session, interrupted: Callable[[], bool] = lambda: False) -> None:
+        self.session = session
+        self._interrupted = interrupted
+
+    def state(self) -> str | None:
+        """What nsys says about the session, such as ``Launched`` or ``Collection``; None: there is none."""
+        for line in self._run(["sessions", "list"], _LIST_SECONDS).splitlines():
+            words = line.split()
+            if len(words) >= 4 and words[-1] == self.session.name:
+                return words[2]
+        return None
+
+    def recording(self) -> bool:
+        """Whether the session records right now."""
+        return self.state() == RECORDING
+
+    def check_idle(self) -> None:
+        """Raise `NsysError` unless the session is there and records nothing.
+
+        To be asked before `start`, which makes a new session, with nothing in it, for a name that is gone.
+        """
+        state = self.state()
+        if state is None:
+            raise NsysError(
+                "the server's nsys session is gone: start the server again with llmprobe run --nsys"
+            )
+        if state == RECORDING:
+            raise NsysError("somebody else records in the server's nsys session already")
+
+    def start(self, folder: Path) -> None:
+        """Begin to record into ``folder``."""
+        output = str(folder / RAW.removesuffix(".nsys-rep")).replace("%", "%%")
+        options = ["--sample=none", "--cpuctxsw=none", "--force-overwrite=true"]
+        self._run(["start", f"--session={self.session.name}", *options, "-o", output], _START_SECONDS)
+
+    def stop(self, folder: Path) -> None:
+        """End the recording; nsys writes its file before this returns."""
+        said = self._run(["stop", f"--session={self.session.name}"], _IMPORT_SECONDS)
+        if not (folder / RAW).is_file():
+            raise NsysError(f"nsys stopped, but wrote no {RAW}: {last_words(said) or 'it said nothing'}")
+        (folder / RAW).chmod(0o600)
+
+    def export(self, folder: Path) -> None:
+        """Turn the recorded file into SQLite (`RAW_SQLITE`), which is as unscrubbed as the file."""
+        made = folder / f".{RAW_SQLITE}.{os.getpid()}"
+        command = ["export", "--type=sqlite", "--force-overwrite=true", "--quiet=true"]
+        said = self._run([*command, f"--output={made}", str(folder / RAW)], _IMPORT_SECONDS)
+        if not made.is_file():
+            raise NsysError(f"nsys exported nothing: {last_words(said) or 'it said nothing'}")
+        made.chmod(0o600)
+        made.replace(folder / RAW_SQLITE)
+
+    def recorded_bytes(self) -> int:
+        """What the recording takes so far in the temporary folder."""
+        total = 0
+        with contextlib.suppress(OSError):
+            for path in Path(self.session.temporary).glob("nsys-report-*"):
+                total += path.stat().st_size
+        return total
+
+    def abandon(self) -> None:
+        """End whatever was begun, and delete what nsys left in its temporary folder. Raises nothing."""
+        quiet = Nsys(self.session)
+        with contextlib.suppress(NsysError):
+            if quiet.recording():
+                quiet._run(["stop", f"--session={self.session.name}"], _IMPORT_SECONDS)
+        with contextlib.suppress(OSError):
+            for path in Path(self.session.temporary).glob("nsys-report-*"):
+                path.unlink()
+
+    def _run(self, arguments: Sequence[str], seconds: float) -> str:
+        environment = {**agent_environment(os.environ), "TMPDIR": self.session.temporary}
+        return run_nsys([self.session.nsys, *arguments], seconds, environment, self._interrupted)
+
+
+def run_nsys(
+    command: Sequence[str],
+    seconds: float,
+    environment: dict[str, str],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> str:
+    """Run an nsys command to its end; returns what it printed.
+
+    Raises:
+        NsysError: it cannot be started, failed, or took longer than ``seconds``.
+        Interrupted: ``interrupted`` became true; the command was ended.
+    """
+    what = f"nsys {command[1]}"
+    with tempfile.TemporaryFile() as output:
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise NsysError(f"{command[0]} cannot be started: {os.strerror(error.errno or 0)}") from None
+        try:
+            code = _wait(child, seconds, interrupted, what)
+        finally:
+            if child.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        output.seek(max(0, output.seek(0, os.SEEK_END) - (64 << 10)))
+        said = output.read().decode(errors="replace")
+    if code != 0:
+        raise NsysError(f"{what} failed ({_status(code)}): {last_words(said) or 'it said nothing'}")
+    return said
+
+
+def _wait(child: subprocess.Popen[bytes], seconds: float, interrupted: Callable[[], bool], what: str) -> int:
+    until = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(_POLL_SECONDS)
+        if interrupted():
+            raise Interrupted(what)
+        if time.monotonic() > until:
+            raise NsysError(f"{what} did not end within {seconds:g} s and was killed")
+
+
+def _status(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def last_words(output: str) -> str:
+    """The last lines of what nsys said, without its progress bars, on one line."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", output)]
+    said = [line for line in lines if line and not _PROGRESS.search(line)]
+    return " / ".join(said[-4:])[-_LAST_WORDS:]

@@ -1,0 +1,323 @@
+"""Takes one capture from where it stands to its end, on a thread of its own.
+
+Every step can be done again: an agent that is killed is followed by one that reads the state from disk and
+goes on from there, so each state is entered on disk before what belongs to it begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmprobe.capture.compare import compare
+from llmprobe.capture.condition import Live, Watch, parse
+from llmprobe.capture.nsys import (
+    IDLE,
+    RECORDING,
+    Interrupted,
+    Nsys,
+    NsysError,
+    Session,
+    last_words,
+    session_of,
+)
+from llmprobe.capture.session import Capture, State
+from llmprobe.capture.store import (
+    LIVE,
+    RAW,
+    REPORT_JSON,
+    STATE_NAME,
+    STOP_FREE_BYTES,
+    Store,
+    write_json,
+)
+from llmprobe.record.agent_launch import agent_environment
+
+log = logging.getLogger("llmprobe.capture")
+
+_LOOK_SECONDS = 0.1
+_KEEP_SECONDS = 1.0
+#: How long a server may be out of sight before it counts as gone.
+_GONE_SECONDS = 5.0
+#: How much longer than asked for a recording may last before `llmprobe run` ends it itself.
+_GRACE_SECONDS = 30.0
+_WORK_SECONDS = 1800.0
+_WRITING_SECONDS = 900.0
+#: What one recording may take of all that may be kept.
+_SHARE_OF_BYTES = 0.5
+
+
+class Failed(Exception):
+    """The capture cannot go on; the message says why."""
+
+
+class Server(Protocol):
+    """What a capture asks the agent about servers, by group id."""
+
+    def live(self, group: str) -> Live | None:
+        """What conditions look at; None if there is no such server."""
+
+    def figures(self, group: str) -> dict[str, Any] | None:
+        """The server's entry in ``/api/status``."""
+
+
+class Run:
+    """One capture on its way."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        store: Store,
+        directory: Path,
+        server: Server,
+        *,
+        max_seconds: float,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """
+        Args:
+            capture: as read from disk, in any state that is not final.
+            directory: the agent's shared directory, in which sessions are noted.
+            max_seconds: ``LLMPROBE_CAPTURE_MAX_SECONDS``.
+        """
+        self.capture = capture
+        self.cancelled = threading.Event()
+        self.leaving = threading.Event()
+        self._store = store
+        self._directory = directory
+        self._server = server
+        self._max_seconds = max_seconds
+        self._wall = wall
+        self._folder = store.folder(capture.id)
+        self._seen_at = time.monotonic()
+        self._kept_at = 0.0
+
+    def go(self) -> None:
+        """Take it to its end, or leave it where it is once ``leaving`` is set. Raises nothing."""
+        steps: dict[State, Callable[[Nsys], None]] = {
+            "pending": self._wait_and_start,
+            "recording": self._record,
+            "importing": self._import,
+            "analysing": self._analyse,
+        }
+        nsys: Nsys | None = None
+        try:
+            while self.capture.live:
+                if self._interrupted():
+                    raise Interrupted(self.capture.state)
+                # An agent that leaves lets nsys finish what it was told; the next one finds the outcome.
+                nsys = nsys or Nsys(self._session(), self.cancelled.is_set)
+                steps[self.capture.state](nsys)
+        except Interrupted:
+            if not self.cancelled.is_set():
+                return  # the agent leaves; the next one goes on from what is on disk
+            self._end("cancelled", "it was cancelled", nsys)
+        except (Failed, NsysError) as error:
+            self._end("failed", str(error), nsys)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            self._end("failed", f"{os.strerror(error.errno or 0)}{where}", nsys)
+        except Exception as error:
+            log.exception("capture %s: an error of ours", self.capture.id)
+            self._end("failed", f"an error in llmprobe: {type(error).__name__}; see agent.log", nsys)
+
+    def _session(self) -> Session:
+        session = session_of(self._directory, self.capture.group)
+        if session is None:
+            raise Failed("the server's nsys session is gone: the server, or its `llmprobe run`, ended")
+        return session
+
+    def _wait_and_start(self, nsys: Nsys) -> None:
+        request = self.capture.request
+        watch = Watch(parse(request.when))
+        until = self._wall() + request.wait_seconds  # from its turn on, where it was queued
+        while not watch.come(self._look() or Live(), time.monotonic()):
+            if self._wall() > until:
+                raise Failed(f"{request.when!r} did not come true within {request.wait_seconds:g} s")
+            self._pause()
+        nsys.check_idle()  # while pending: a recording that is not ours must not be ended as ours
+        self._keep_live("before")
+        self._deadline(nsys, self._longest() + _GRACE_SECONDS)
+        self._enter("recording")
+        nsys.start(self._folder)
+
+    def _record(self, nsys: Nsys) -> None:
+        if not nsys.recording():
+            # Also after a restart between entering this state and nsys's own start.
+            raise Failed("nsys does not record any more: it was ended, or the agent died before it began")
+        request, begun = self.capture.request, self.capture.times["recording"]
+        self._keep(self.capture.at(0.0))
+        first = self._look()
+        seconds = self._longest()
+        while (elapsed := self._wall() - begun) < seconds:
+            live = self._look()
+            progress = elapsed / seconds
+            if request.steps is not None and live is not None and first is not None:
+                progress = (live.total_steps() - first.total_steps()) / request.steps
+                if progress >= 1:
+                    break
+            self._keep(self.capture.at(progress))
+            if self._too_large(nsys):
+                break
+            self._pause()
+        else:
+            if request.steps is not None:
+                self.capture = self.capture.noting(f"fewer than {request.steps} steps in {seconds:g} s")
+        self._keep_live("during")
+        self._enter("importing")
+
+    def _longest(self) -> float:
+        return min(self.capture.request.seconds or self._max_seconds, self._max_seconds)
+
+    def _too_large(self, nsys: Nsys) -> bool:
+        """Whether to stop before the time: the recording must not fill the disk."""
+        free, taken = self._store.free_bytes(), nsys.recorded_bytes()
+        if free < STOP_FREE_BYTES:
+            note = f"ended early: {free >> 20} MiB free in {self._store.root}"
+        elif taken > self._store.max_bytes * _SHARE_OF_BYTES:
+            note = f"ended early: {taken >> 20} MiB, half of LLMPROBE_CAPTURE_MAX_BYTES"
+        else:
+            return False
+        self.capture = self.capture.noting(note)
+        return True
+
+    def _import(self, nsys: Nsys) -> None:
+        # After a restart nsys may still be writing what the agent before this one told it to.
+        until = time.monotonic() + _WRITING_SECONDS
+        while (state := nsys.state()) not in (None, IDLE, RECORDING) and time.monotonic() < until:
+            self._pause()
+        if state == RECORDING:
+            nsys.stop(self._folder)
+        elif not (self._folder / RAW).is_file():
+            raise Failed(f"nsys stopped by itself and left no {RAW}: it was killed, or the server ended")
+        self._deadline(nsys, None)
+        nsys.export(self._folder)
+        self._enter("analysing")
+
+    def _analyse(self, nsys: Nsys) -> None:
+        command = [sys.executable, "-m", "llmprobe.capture.work", str(self._folder)]
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=agent_environment(os.environ),
+            cwd="/",
+        ) as child:
+            try:
+                said = self._wait_for(child)
+            finally:
+                if child.poll() is None:
+                    child.kill()
+        if child.returncode != 0:
+            raise Failed(f"the capture cannot be analysed: {said or f'exit status {child.returncode}'}")
+        self._keep_live("after")
+        self._compare()
+        self._enter("done")
+        self._store.trim()
+        log.info("capture %s of %s is done", self.capture.id, self.capture.server)
+
+    def _wait_for(self, child: subprocess.Popen[bytes]) -> str:
+        assert child.stderr is not None
+        os.set_blocking(child.stderr.fileno(), False)
+        until, said = time.monotonic() + _WORK_SECONDS, b""
+        while True:
+            ended = child.poll() is not None
+            said = (said + (child.stderr.read() or b""))[-4096:]
+            if ended:
+                lines = said.decode(errors="replace").strip().splitlines()
+                return last_words(lines[-1]) if lines else ""
+            if time.monotonic() > until:
+                raise Failed(f"the analysis did not end within {_WORK_SECONDS:g} s")
+            self._pause()
+
+    def _compare(self) -> None:
+        live = _read_json(self._folder / LIVE)
+        report = _read_json(self._folder / REPORT_JSON)
+        live["comparison"] = compare(report, live.get("during") or {})
+        write_json(self._folder / LIVE, live)
+        if live["comparison"].get("disagree"):
+            self.capture = self.capture.noting(live["comparison"]["why"])
+
+    def _look(self) -> Live | None:
+        live = self._server.live(self.capture.group)
+        now = time.monotonic()
+        if live is not None:
+            self._seen_at = now
+        elif now - self._seen_at > _GONE_SECONDS:
+            raise Failed(f"the server {self.capture.server} is gone")
+        return live
+
+    def _pause(self) -> None:
+        if self._interrupted():
+            raise Interrupted("waiting")
+        self.cancelled.wait(_LOOK_SECONDS)
+
+    def _interrupted(self) -> bool:
+        return self.cancelled.is_set() or self.leaving.is_set()
+
+    def _deadline(self, nsys: Nsys, seconds: float | None) -> None:
+        path = nsys.session.dead_man(self._directory)
+        if seconds is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_json(path, {"until": self._wall() + seconds})
+
+    def _keep_live(self, when: str) -> None:
+        """Keep what the server shows now beside the capture, unless it was kept before a restart."""
+        path = self._folder / LIVE
+        live = _read_json(path)
+        if when not in live:
+            live[when] = {"time": self._wall(), "server": self._server.figures(self.capture.group)}
+            write_json(path, live)
+
+    def _enter(self, state: State, reason: str | None = None) -> None:
+        entered = self.capture.enter(state, self._wall(), reason=reason)
+        self._store.write(entered)
+        self.capture = entered
+
+    def _keep(self, capture: Capture) -> None:
+        self.capture = capture
+        now = time.monotonic()
+        if now - self._kept_at > _KEEP_SECONDS:
+            self._kept_at = now
+            self._store.write(capture)
+
+    def _end(self, state: State, reason: str, nsys: Nsys | None) -> None:
+        """Clean up, and keep why: of a capture that failed only that is left."""
+        if nsys is None and (session := session_of(self._directory, self.capture.group)):
+            nsys = Nsys(session)
+        if nsys is not None and self.capture.state in ("recording", "importing"):
+            nsys.abandon()
+        if nsys is not None:
+            with contextlib.suppress(OSError):
+                self._deadline(nsys, None)
+        with contextlib.suppress(OSError):
+            for path in self._folder.iterdir():
+                if path.name != STATE_NAME:
+                    path.unlink()
+        ended = self.capture.enter(state, self._wall(), reason=reason)
+        try:
+            self._store.write(ended)
+        except OSError as error:  # a full disk: at least as long as this agent lives it is known
+            log.error("capture %s: cannot write its state: %s", self.capture.id, error)
+        self.capture = ended
+        log.warning("capture %s of %s %s: %s", self.capture.id, self.capture.server, state, reason)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

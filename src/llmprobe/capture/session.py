@@ -1,0 +1,142 @@
+"""One capture as data: what was asked for, the state it is in, and which state may follow.
+
+Pure: no clock and no I/O. `llmprobe.capture.store` writes it to disk at every change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+SCHEMA = 1
+
+State = Literal["pending", "recording", "importing", "analysing", "done", "failed", "cancelled"]
+Tool = Literal["nsys", "torch", "kernels"]
+
+STATES: tuple[State, ...] = (
+    "pending",
+    "recording",
+    "importing",
+    "analysing",
+    "done",
+    "failed",
+    "cancelled",
+)
+#: In these nothing will change any more.
+FINAL: frozenset[State] = frozenset({"done", "failed", "cancelled"})
+_NEXT: dict[State, frozenset[State]] = {
+    "pending": frozenset({"recording", "failed", "cancelled"}),
+    "recording": frozenset({"importing", "failed", "cancelled"}),
+    "importing": frozenset({"analysing", "failed", "cancelled"}),
+    "analysing": frozenset({"done", "failed", "cancelled"}),
+    "done": frozenset(),
+    "failed": frozenset(),
+    "cancelled": frozenset(),
+}
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+
+
+class TransitionError(Exception):
+    """A state that may not follow the present one."""
+
+
+def is_id(text: str) -> bool:
+    """Whether ``text`` has the form of a capture's id, and so can be nothing else in a path."""
+    return _ID.fullmatch(text) is not None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. Exactly one of ``seconds`` and ``steps`` is given.
+
+    ``when`` is text for `llmprobe.capture.condition.parse`; ``wait_seconds`` is how long it may take to come.
+    """
+
+    tool: Tool
+    seconds: float | None
+    steps: int | None
+    when: str = "now"
+    wait_seconds: float = 300.0
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One capture. ``times`` holds when each state was entered, in Unix seconds.
+
+    ``owner`` is the shared directory of the agent that runs it, ``group`` and ``server`` what it looks at.
+    ``progress`` (0–1) is that of the present state, None where nobody knows. ``reason`` says why it failed or
+    was cancelled, in the tool's own last words where it had any; ``notes`` what else is worth knowing.
+    """
+
+    id: str
+    owner: str
+    server: str
+    group: str
+    request: Request
+    state: State = "pending"
+    times: Mapping[str, float] = field(default_factory=dict)
+    progress: float | None = None
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def live(self) -> bool:
+        """Whether it still goes on."""
+        return self.state not in FINAL
+
+    def enter(self, state: State, at: float, *, reason: str | None = None) -> Capture:
+        """This capture in the next state.
+
+        Raises:
+            TransitionError: ``state`` may not follow, or an end that needs a reason has none.
+        """
+        if state not in _NEXT[self.state]:
+            raise TransitionError(f"{self.id}: {state} cannot follow {self.state}")
+        if (state in ("failed", "cancelled")) != (reason is not None):
+            raise TransitionError(f"{self.id}: {state} {'without' if reason is None else 'with'} a reason")
+        return dataclasses.replace(
+            self, state=state, times={**self.times, state: at}, progress=None, reason=reason
+        )
+
+    def at(self, progress: float | None) -> Capture:
+        """This capture with another progress (cut to 0–1)."""
+        return dataclasses.replace(
+            self, progress=None if progress is None else round(min(max(progress, 0.0), 1.0), 3)
+        )
+
+    def noting(self, note: str) -> Capture:
+        """This capture with one more note."""
+        return self if note in self.notes else dataclasses.replace(self, notes=(*self.notes, note))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self), "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Capture:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            if data["schema"] != SCHEMA or not is_id(data["id"]) or data["state"] not in STATES:
+                raise ValueError("not a capture of this version")
+            return cls(
+                id=data["id"],
+                owner=str(data["owner"]),
+                server=str(data["server"]),
+                group=str(data["group"]),
+                request=Request(**data["request"]),
+                state=cast("State", data["state"]),
+                times={str(state): float(at) for state, at in data["times"].items()},
+                progress=data["progress"],
+                reason=data["reason"],
+                notes=tuple(map(str, data["notes"])),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a capture: {error}") from None

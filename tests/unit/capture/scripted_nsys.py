@@ -1,0 +1,83 @@
+"""A program that answers like nsys and fails on demand: what the real one cannot be made to do in a test.
+
+The way that succeeds is tested with the real one, in tests/integration/test_captures.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmprobe.capture.condition import Live
+from llmprobe.capture.nsys import Session
+
+_SCRIPT = """#!/bin/sh
+cd {folder}
+[ -e "fail-$1" ] && {{ echo "[1/1] [====  40%] x"; cat "fail-$1"; exit 1; }}
+echo "$*" >> calls
+for word; do
+  case "$word" in
+    --output=*) out="${{word#--output=}}";;
+    *) [ "$before" = -o ] && out="$word"; before="$word";;
+  esac
+done
+case "$1" in
+  sessions) echo "ID TIME STATE LAUNCH NAME"; [ -e gone ] || echo "1 00:01 $(cat state) 1 {name}";;
+  start) echo Collection > state; echo "$out" > out;;
+  stop) echo Launched > state; [ -e silent-stop ] || echo report > "$(cat out).nsys-rep";;
+  export) [ -e silent-export ] || echo "not a database" > "$out";;
+esac
+"""
+
+
+class ScriptedNsys:
+    """The program, the session that it pretends to have, and what it was called with."""
+
+    def __init__(self, folder: Path, directory: Path, group: str = "g") -> None:
+        folder.mkdir()
+        self._folder = folder
+        program = folder / "nsys"
+        self.session = Session(group, "llmprobe-0123456789ab", str(program), str(folder / "tmp"), ("nvtx",))
+        program.write_text(_SCRIPT.format(folder=folder, name=self.session.name))
+        program.chmod(0o700)
+        (folder / "tmp").mkdir()
+        self.set_state("Launched")
+        directory.mkdir(exist_ok=True)
+        self.session.write(directory)
+
+    def set_state(self, state: str) -> None:
+        """What ``sessions list`` says."""
+        (self._folder / "state").write_text(state)
+
+    def state(self) -> str:
+        """What ``sessions list`` says."""
+        return (self._folder / "state").read_text().strip()
+
+    def does(self, what: str, words: str = "") -> None:
+        """Such as ``fail-start`` with its last words, ``silent-stop`` or ``gone``."""
+        (self._folder / what).write_text(words)
+
+    def record_into(self, folder: Path) -> None:
+        """As if ``start`` had been called for this capture."""
+        self.set_state("Collection")
+        (self._folder / "out").write_text(str(folder / "capture"))
+
+    def calls(self) -> list[str]:
+        """The command lines so far, without those of ``sessions list``."""
+        path = self._folder / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if not line.startswith("sessions")]
+
+
+class PretendedServer:
+    """Servers as a capture sees them; ``live`` may be exchanged."""
+
+    def __init__(self) -> None:
+        self.now: Live | None = Live({"decode": 1})
+
+    def live(self, group: str) -> Live | None:
+        """What conditions look at."""
+        return self.now
+
+    def figures(self, group: str) -> dict[str, object] | None:
+        """The server's entry in ``/api/status``."""
+        return {"server": "s", "ranks": []}

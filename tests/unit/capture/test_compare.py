@@ -1,0 +1,52 @@
+"""Live and captured sync gaps beside each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llmprobe.capture.compare import compare
+
+
+def report(ratio: float | None, verdict: str = "trusted") -> dict[str, Any]:
+    row = {"name": "decode", "part": None, "seconds": 0.9, "gap_seconds": 0.1, "sync_gap_ratio": ratio}
+    part = {**row, "part": "sample", "sync_gap_ratio": 0.9}
+    return {"trust": {"verdict": verdict}, "phases": [row, part]}
+
+
+def live(*ratios: float | None) -> dict[str, Any]:
+    ranks = [{"figures": {"decode": {"sync_gap_ratio": ratio, "seconds": 10.0}}} for ratio in ratios]
+    return {"server": {"ranks": ranks}}
+
+
+def test_what_agrees_within_the_tolerance_is_shown_and_no_more() -> None:
+    found = compare(report(0.10), live(0.08, 0.10))
+    assert found["phases"]["decode"] == pytest.approx({"live": 0.09, "capture": 0.10, "difference": -0.01})
+    assert not found["disagree"]
+    assert "trusted" not in found
+
+
+def test_the_capture_is_trusted_where_they_disagree() -> None:
+    found = compare(report(0.30), live(0.10))
+    assert (found["disagree"], found["trusted"]) == (True, "capture")
+    assert "0.100 live, 0.300 captured" in found["why"]
+
+
+def test_a_capture_that_does_not_trust_itself_is_not_trusted() -> None:
+    assert compare(report(0.30, "untrusted"), live(0.10))["trusted"] == "live"
+
+
+@pytest.mark.parametrize(
+    ("seen", "shown"),
+    [
+        ({}, {}),
+        (report(None), live(0.1)),
+        (report(0.1), live(None)),
+        (report(0.1), {"server": None}),
+        ({}, live(0.1)),
+    ],
+)
+def test_what_one_side_does_not_know_is_not_compared(seen: dict[str, Any], shown: dict[str, Any]) -> None:
+    assert compare(seen, shown)["phases"] == {}
+    assert not compare(seen, shown)["disagree"]

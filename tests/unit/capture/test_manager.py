@@ -1,0 +1,387 @@
+"""Captures on their way: who may begin, what fails how, and that every state survives a restart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from llmprobe.capture import run
+from llmprobe.capture.manager import Manager, Refused, choose_tool, tools_of
+from llmprobe.capture.session import FINAL, Capture, Request
+from llmprobe.capture.store import RAW, Store
+
+from .scripted_nsys import PretendedServer, ScriptedNsys
+
+NEVER = "sync_gap_ratio > 9"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def nsys(tmp_path: Path, directory: Path) -> ScriptedNsys:
+    return ScriptedNsys(tmp_path / "nsys", directory)
+
+
+@pytest.fixture
+def server() -> PretendedServer:
+    return PretendedServer()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "captures", 1 << 20, least_free_bytes=0)
+
+
+@pytest.fixture
+def make(
+    store: Store, directory: Path, nsys: ScriptedNsys, server: PretendedServer
+) -> Iterator[Callable[[], Manager]]:
+    """Makes managers over the same disk; all are closed at the end."""
+    made: list[Manager] = []
+
+    def manager() -> Manager:
+        made.append(Manager(store, directory, server, max_seconds=60.0))
+        return made[-1]
+
+    yield manager
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def manager(make: Callable[[], Manager]) -> Manager:
+    return make()
+
+
+def ask(
+    when: str = "now", seconds: float | None = 0.1, steps: int | None = None, wait: float = 60.0
+) -> Request:
+    return Request("nsys", seconds, steps, when, wait)
+
+
+def until(manager: Manager, capture: Capture, *states: str) -> Capture:
+    deadline = time.monotonic() + 30
+    while (now := manager.get(capture.id)).state not in states:
+        assert now.state not in FINAL, now
+        assert time.monotonic() < deadline, now
+        time.sleep(0.01)
+    while now.state in FINAL and manager.busy():  # the end is noted a moment later
+        assert time.monotonic() < deadline, now
+        time.sleep(0.01)
+    return now
+
+
+def left(store: Store, capture: Capture) -> set[str]:
+    return {path.name for path in store.folder(capture.id).iterdir()}
+
+
+def test_one_at_a_time_and_the_refusal_names_the_other(manager: Manager) -> None:
+    first = manager.request("g", "s", ask(NEVER))
+    with pytest.raises(Refused) as caught:
+        manager.request("g", "s", ask())
+    assert (caught.value.kind, caught.value.other) == ("busy", first.id)
+    assert len(manager.all()) == 1
+
+
+def test_a_queued_one_waits_and_follows(manager: Manager) -> None:
+    first = manager.request("g", "s", ask(NEVER))
+    second = manager.request("g", "s", ask(NEVER), queue=True)
+    third = manager.request("g", "s", ask(), queue=True)
+    assert manager.delete(second.id)
+    assert {capture.id for capture in manager.all()} == {first.id, third.id}
+    assert manager.get(third.id).state == "pending"
+    assert manager.delete(first.id)
+    until(manager, third, "failed")  # what the script exports is no database
+
+
+def test_a_queue_has_an_end(manager: Manager) -> None:
+    for _ in range(9):
+        manager.request("g", "s", ask(NEVER), queue=True)
+    with pytest.raises(Refused) as caught:
+        manager.request("g", "s", ask(NEVER), queue=True)
+    assert caught.value.kind == "rate"
+
+
+def test_captures_may_not_begin_all_the_time(manager: Manager) -> None:
+    for _ in range(30):
+        assert manager.delete(manager.request("g", "s", ask(NEVER)).id)
+    with pytest.raises(Refused) as caught:
+        manager.request("g", "s", ask(NEVER))
+    assert caught.value.kind == "rate"
+
+
+@pytest.mark.parametrize("wrong", [ask("$(reboot)"), ask(seconds=61.0)])
+def test_what_is_not_allowed_leaves_nothing(manager: Manager, store: Store, wrong: Request) -> None:
+    with pytest.raises(Refused) as caught:
+        manager.request("g", "s", wrong)
+    assert caught.value.kind == "invalid"
+    assert not store.root.exists()
+
+
+def test_a_directory_that_cannot_be_used_is_refused_by_name(directory: Path, server: PretendedServer) -> None:
+    with pytest.raises(Refused, match="LLMPROBE_CAPTURE_DIR") as caught:
+        Manager(Store(Path("/sys/captures"), 1), directory, server, max_seconds=60).request("g", "s", ask())
+    assert caught.value.kind == "unavailable"
+
+
+def test_a_failed_start_ends_with_the_words_of_nsys(
+    manager: Manager, nsys: ScriptedNsys, store: Store
+) -> None:
+    nsys.does("fail-start", "The disk is on fire.\nSorry.\n")
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert failed.reason == "nsys start failed (exit status 1): The disk is on fire. / Sorry."
+    assert left(store, failed) == {"capture.json"}
+    assert manager.ended[("nsys", "failed")] == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "words", "reason"),
+    [
+        ("fail-stop", "Connection refused\n", "nsys stop failed (exit status 1): Connection refused"),
+        ("silent-stop", "", "wrote no capture.nsys-rep"),
+        ("fail-export", "Importer crashed\n", "Importer crashed"),
+        ("silent-export", "", "nsys exported nothing"),
+    ],
+)
+def test_whatever_fails_says_why_and_cleans_up(
+    manager: Manager, nsys: ScriptedNsys, store: Store, what: str, words: str, reason: str
+) -> None:
+    nsys.does(what, words)
+    (Path(nsys.session.temporary) / "nsys-report-1234.qdstrm").write_text("secrets")
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert reason in (failed.reason or "")
+    assert left(store, failed) == {"capture.json"}
+    assert not list(Path(nsys.session.temporary).iterdir())
+
+
+def test_a_file_that_is_no_database_is_one_line(manager: Manager, store: Store) -> None:
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert (failed.reason or "").startswith("the capture cannot be analysed: ")
+    assert "\n" not in (failed.reason or "")
+    assert "Traceback" not in (failed.reason or "")
+    assert left(store, failed) == {"capture.json"}
+
+
+def test_nsys_that_is_not_there_is_said(manager: Manager, nsys: ScriptedNsys) -> None:
+    Path(nsys.session.nsys).unlink()
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert "cannot be started: No such file" in (failed.reason or "")
+
+
+def test_a_session_that_is_gone_is_never_started(manager: Manager, nsys: ScriptedNsys) -> None:
+    nsys.does("gone")
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert "session is gone" in (failed.reason or "")
+    assert nsys.calls() == []  # `nsys start` would have made a new one
+
+
+def test_somebody_elses_recording_is_left_alone(manager: Manager, nsys: ScriptedNsys) -> None:
+    nsys.set_state("Collection")
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert "somebody else records" in (failed.reason or "")
+    assert nsys.state() == "Collection"
+
+
+def test_a_condition_that_never_comes_fails_in_time(manager: Manager, nsys: ScriptedNsys) -> None:
+    failed = until(manager, manager.request("g", "s", ask(NEVER, wait=0.2)), "failed")
+    assert NEVER in (failed.reason or "")
+    assert nsys.calls() == []
+
+
+def test_a_server_that_vanishes_ends_its_capture(
+    manager: Manager, server: PretendedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_GONE_SECONDS", 0.2)
+    capture = manager.request("g", "s", ask(NEVER))
+    server.now = None
+    assert until(manager, capture, "failed").reason == "the server s is gone"
+
+
+def test_a_disk_that_fills_ends_the_recording_early(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, nsys: ScriptedNsys
+) -> None:
+    monkeypatch.setattr(run, "STOP_FREE_BYTES", 1 << 60)
+    ended = until(manager, manager.request("g", "s", ask(seconds=60.0)), "failed")
+    assert "ended early" in ended.notes[0]
+    assert nsys.calls()[1].startswith("stop")
+
+
+def test_a_recording_that_grows_too_large_is_ended_early(manager: Manager, nsys: ScriptedNsys) -> None:
+    (Path(nsys.session.temporary) / "nsys-report-1.qdstrm").write_bytes(bytes(600 << 10))
+    ended = until(manager, manager.request("g", "s", ask(seconds=60.0)), "failed")
+    assert "LLMPROBE_CAPTURE_MAX_BYTES" in ended.notes[0]
+
+
+def test_cancelling_stops_the_recording_and_removes_everything(
+    manager: Manager, nsys: ScriptedNsys, store: Store
+) -> None:
+    capture = manager.request("g", "s", ask(seconds=60.0))
+    until(manager, capture, "recording")
+    while manager.get(capture.id).progress is None:
+        time.sleep(0.01)
+    assert manager.delete(capture.id, wait_seconds=30)
+    assert nsys.state() == "Launched"
+    assert not store.folder(capture.id).exists()
+    with pytest.raises(KeyError):
+        manager.get(capture.id)
+
+
+def test_nothing_from_a_request_is_on_a_command_line(manager: Manager, nsys: ScriptedNsys) -> None:
+    label = "--output=/etc/passwd; $(touch /tmp/x) `id`"
+    request = Request("nsys", 0.1, None, label=label)
+    capture = until(manager, manager.request("g", "s$(id)", request), "failed")
+    folder = manager.store.folder(capture.id)
+    assert nsys.calls()[:2] == [
+        "start --session=llmprobe-0123456789ab --sample=none --cpuctxsw=none --force-overwrite=true "
+        f"-o {folder}/capture",
+        "stop --session=llmprobe-0123456789ab",
+    ]
+
+
+def kept_in(store: Store, directory: Path, *states: str) -> Capture:
+    """A capture that an agent left on disk in the last of these states."""
+    capture = Capture(
+        id=store.new_id(),
+        owner=str(directory),
+        server="s",
+        group="g",
+        request=ask(NEVER, wait=0.3),
+        times={"pending": time.time()},
+    )
+    for state in states:
+        capture = capture.enter(state, time.time())  # type: ignore[arg-type]
+    store.create(capture)
+    return capture
+
+
+WAY = ("recording", "importing", "analysing")
+
+
+@pytest.mark.parametrize("reached", range(4))
+@pytest.mark.parametrize("recording", [True, False])
+def test_after_a_restart_every_live_state_comes_to_an_end(
+    make: Callable[[], Manager],
+    store: Store,
+    directory: Path,
+    nsys: ScriptedNsys,
+    reached: int,
+    recording: bool,
+) -> None:
+    capture = kept_in(store, directory, *WAY[:reached])
+    if recording:
+        nsys.record_into(store.folder(capture.id))
+    manager = make()
+    manager.resume()
+    ended = until(manager, capture, "failed")
+    assert ended.reason
+    assert left(store, ended) == {"capture.json"}
+    if reached in (1, 2):  # a recording of ours goes on for nobody
+        assert nsys.state() == "Launched"
+
+
+def test_a_recording_is_taken_up_where_it_was(
+    make: Callable[[], Manager], store: Store, directory: Path, nsys: ScriptedNsys
+) -> None:
+    capture = kept_in(store, directory, "recording")
+    nsys.record_into(store.folder(capture.id))
+    manager = make()
+    manager.resume()
+    until(manager, capture, "failed")
+    assert [call.split()[0] for call in nsys.calls()][:1] == ["stop"]
+
+
+def test_a_recording_that_is_being_written_is_waited_for(
+    make: Callable[[], Manager], store: Store, directory: Path, nsys: ScriptedNsys
+) -> None:
+    capture = kept_in(store, directory, "recording", "importing")
+    nsys.set_state("Generation")
+    manager = make()
+    manager.resume()
+    time.sleep(0.5)
+    assert manager.get(capture.id).state == "importing"
+    (store.folder(capture.id) / RAW).write_text("report")
+    nsys.set_state("Launched")
+    assert "cannot be analysed" in (until(manager, capture, "failed").reason or "")
+    assert [call.split()[0] for call in nsys.calls()] == ["export"]
+
+
+def test_leaving_leaves_a_capture_for_the_next_agent(
+    make: Callable[[], Manager], store: Store, server: PretendedServer
+) -> None:
+    first = make()
+    capture = first.request("g", "s", ask(NEVER))
+    first.close()
+    assert not first.busy()
+    assert store.read(capture.id).state == "pending"
+    second = make()
+    second.resume()
+    assert second.busy()
+    assert second.delete(capture.id)
+
+
+def test_ended_captures_and_those_of_living_agents_are_left_alone(
+    make: Callable[[], Manager], store: Store, directory: Path, tmp_path: Path
+) -> None:
+    done = kept_in(store, directory, *WAY, "done")
+    (tmp_path / "other").mkdir()
+    others = kept_in(store, tmp_path / "other", "recording")
+    orphan = kept_in(store, tmp_path / "removed", "recording")
+    manager = make()
+    manager.resume()
+    assert not manager.busy()
+    assert manager.get(done.id) == done
+    assert manager.get(others.id) == others
+    assert manager.get(orphan.id).reason == "its agent is gone"
+
+
+def test_tools_say_what_they_lack(directory: Path, nsys: ScriptedNsys) -> None:
+    assert tools_of(directory, "g")["nsys"] is None
+    assert choose_tool(directory, "g", "auto") == "nsys"
+    for wanted, said in (("torch", "not in this version"), ("kernels", "not in this version")):
+        with pytest.raises(Refused, match=said):
+            choose_tool(directory, "g", wanted)
+    for wanted in ("auto", "nsys"):
+        with pytest.raises(Refused, match="llmprobe run --nsys"):
+            choose_tool(directory, "another", wanted)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "x; reboot"),
+        ("name", "--help"),
+        ("nsys", "nsys"),
+        ("temporary", "tmp"),
+        ("group", "other"),
+        ("trace", 1),
+    ],
+)
+def test_a_note_that_is_not_ours_is_no_session(
+    directory: Path, nsys: ScriptedNsys, key: str, value: object
+) -> None:
+    import json
+
+    path = nsys.session.note(directory)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert tools_of(directory, "g")["nsys"] is not None
+
+
+def test_raw_files_are_readable_by_their_owner_only(
+    manager: Manager, store: Store, nsys: ScriptedNsys
+) -> None:
+    nsys.does("fail-export", "x")
+    seen: list[int] = []
+    capture = manager.request("g", "s", ask())
+    raw = store.folder(capture.id) / RAW
+    while manager.get(capture.id).live:
+        if raw.exists():
+            seen.append(raw.stat().st_mode & 0o777)
+        time.sleep(0.002)
+    assert store.folder(capture.id).stat().st_mode & 0o777 == 0o700
+    assert not raw.exists()

@@ -1,0 +1,188 @@
+"""Captures on disk: limits, and nothing outside their folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llmprobe.capture.session import Capture, Request
+from llmprobe.capture.store import LIVE, RAW, REPORT_JSON, Store, StoreError, write_json
+
+
+def store(root: Path, max_bytes: int = 10_000) -> Store:
+    made = Store(root / "captures", max_bytes, least_free_bytes=0)
+    made.prepare()
+    return made
+
+
+def add(kept: Store, number: int, state: str = "done", size: int = 0) -> Capture:
+    capture = Capture(
+        id=f"20261123-1015{number:02}-ab12cd",
+        owner="/o",
+        server="s",
+        group="g",
+        request=Request("nsys", 1.0, None),
+        times={"pending": 1.0},
+    )
+    for step in ("recording", "importing", "analysing", "done"):
+        if capture.state == state:
+            break
+        capture = capture.enter(step, 2.0)
+    kept.create(capture)
+    (kept.folder(capture.id) / REPORT_JSON).write_bytes(b"x" * size)
+    return capture
+
+
+def ids(kept: Store) -> list[str]:
+    return [capture.id for capture in kept.all()]
+
+
+def test_the_oldest_finished_go_first_and_what_runs_stays(tmp_path: Path) -> None:
+    kept = store(tmp_path, max_bytes=10_000)
+    running = add(kept, 0, "recording", 4000)
+    oldest, newer, newest = (add(kept, number, size=4000) for number in (1, 2, 3))
+    kept.trim()
+    assert oldest.id not in ids(kept)
+    assert {running.id, newest.id} <= set(ids(kept))
+    assert sum(kept.size(one) for one in ids(kept)) <= 10_000
+    assert newer.id not in ids(kept)
+
+
+def test_a_new_capture_makes_room_for_itself(tmp_path: Path) -> None:
+    kept = store(tmp_path, max_bytes=5000)
+    old = add(kept, 1, size=9000)
+    add(kept, 2)
+    assert old.id not in ids(kept)
+
+
+def test_captures_come_newest_first(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    made = [add(kept, number).id for number in (1, 3, 2)]
+    assert ids(kept) == sorted(made, reverse=True)
+
+
+def test_what_cannot_be_read_is_no_capture(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    capture = add(kept, 1)
+    (kept.folder(capture.id) / "capture.json").write_text('{"schema": 1')
+    assert ids(kept) == []
+    with pytest.raises(KeyError):
+        kept.read(capture.id)
+
+
+def test_a_full_disk_is_said_before_anything_begins(tmp_path: Path) -> None:
+    kept = Store(tmp_path, 1000, least_free_bytes=1 << 60)
+    with pytest.raises(StoreError, match=r"MiB free.*LLMPROBE_CAPTURE_DIR"):
+        kept.prepare()
+
+
+def test_a_directory_that_cannot_be_made_names_itself_and_the_variable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file/captures.*LLMPROBE_CAPTURE_DIR"):
+        store(tmp_path / "file")
+
+
+def test_a_read_only_directory_is_said() -> None:
+    with pytest.raises(StoreError, match="mount a writable volume at /sys/captures"):
+        store(Path("/sys"))
+
+
+def test_a_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "captures").mkdir()
+    (tmp_path / "captures").chmod(0o777)
+    with pytest.raises(StoreError, match="chmod 700"):
+        store(tmp_path)
+
+
+def test_everything_is_for_its_owner_only(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    folder = kept.folder(add(kept, 1).id)
+    assert kept.root.stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "capture.json").stat().st_mode & 0o777 == 0o600
+
+
+def read(kept: Store, capture_id: str, name: str) -> bytes:
+    with kept.open(capture_id, name) as fd:
+        return os.read(fd, 100)
+
+
+def test_a_file_of_a_capture_is_read(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    capture = add(kept, 1, size=3)
+    assert read(kept, capture.id, REPORT_JSON) == b"xxx"
+    assert kept.files(capture.id) == {REPORT_JSON: 3}
+
+
+@pytest.mark.parametrize(
+    "name", ["capture.json", "raw.sqlite", "../secret", "/etc/passwd", "", ".", "report.json\0"]
+)
+def test_only_names_on_the_list_are_read(tmp_path: Path, name: str) -> None:
+    kept = store(tmp_path)
+    capture = add(kept, 1)
+    (kept.root / "secret").write_text("secret")
+    with pytest.raises(KeyError):
+        read(kept, capture.id, name)
+
+
+@pytest.mark.parametrize(
+    "capture_id", ["..", ".", "", "../captures/20261123-101501-ab12cd", "20261123-101501-AB12CD"]
+)
+def test_only_ids_are_looked_for(tmp_path: Path, capture_id: str) -> None:
+    kept = store(tmp_path)
+    add(kept, 1)
+    for ask in (kept.read, kept.remove, kept.folder, lambda found: read(kept, found, REPORT_JSON)):
+        with pytest.raises(KeyError):
+            ask(capture_id)
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    capture = add(kept, 1)
+    folder = kept.folder(capture.id)
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (folder / LIVE).symlink_to(secret)
+    os.link(secret, folder / RAW)
+    os.mkfifo(folder / "report.txt")
+    for name in (LIVE, RAW, "report.txt"):
+        with pytest.raises(OSError, match=r"."):
+            read(kept, capture.id, name)
+    assert set(kept.files(capture.id)) == {REPORT_JSON}
+
+
+def test_a_folder_that_is_a_link_is_no_capture(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    capture = add(kept, 1)
+    elsewhere = tmp_path / "elsewhere"
+    kept.folder(capture.id).rename(elsewhere)
+    kept.folder(capture.id).symlink_to(elsewhere)
+    assert ids(kept) == []
+    with pytest.raises(KeyError):
+        kept.remove(capture.id)
+    assert elsewhere.is_dir()
+
+
+def test_what_was_removed_is_gone_also_if_a_crash_interrupted_it(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    capture = add(kept, 1)
+    kept.remove(capture.id)
+    (kept.root / ".removed-20261123-101502-ab12cd").mkdir()
+    kept.sweep()
+    assert list(kept.root.iterdir()) == []
+
+
+def test_a_json_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"state": "old"})
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"state": "new"})
+    assert path.read_text() == '{\n "state": "old"\n}\n'
+    assert [found.name for found in tmp_path.iterdir()] == ["state.json"]
