@@ -1,0 +1,125 @@
+"""When each GPU was busy, to the nanosecond: unions of everything that ran, and what lies between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmprobe.analysis.classes import COMMUNICATION, kernel_class
+from llmprobe.analysis.events import COPY, KERNEL, SET, UNKNOWN, Activities, Ints, Trace
+from llmprobe.compute.intervals import Intervals, subtract, union
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Idle times of one GPU, in order; row ``i`` ends when activity ``after[i]`` begins."""
+
+    begin_ns: Ints
+    end_ns: Ints
+    before: Ints  #: the activity that ended last before it, as an index into the GPU's activities
+    after: Ints  #: the activity that ended it
+    launched_late: (
+        Ints  #: nanoseconds of it in which the activity after it had not been launched; else `UNKNOWN`
+    )
+
+    @property
+    def length_ns(self) -> Ints:
+        """How long each lasted."""
+        return np.asarray(self.end_ns - self.begin_ns)
+
+
+@dataclass(frozen=True)
+class Occupation:
+    """One GPU over the window of the recording."""
+
+    device: int
+    activities: Activities
+    busy: Intervals
+    gaps: Gaps
+    window_ns: tuple[int, int]
+    exposed_communication: Intervals  #: communication kernels ran and nothing that computes
+    exposed_transfer: Intervals  #: copies or sets ran and no kernel did
+
+    @property
+    def seconds(self) -> float:
+        """The window's length."""
+        return (self.window_ns[1] - self.window_ns[0]) / 1e9
+
+    @property
+    def busy_ns(self) -> int:
+        """Time in which anything at all ran."""
+        return length_ns(self.busy)
+
+
+def classes_of(trace: Trace) -> list[str]:
+    """The class of each name of the trace, were it a kernel's."""
+    return [kernel_class(name) for name in trace.names]
+
+
+def window_of(trace: Trace) -> tuple[int, int]:
+    """From the first begin to the last end of anything on any GPU, in nanoseconds.
+
+    Not the time that the tool recorded: starting and stopping it takes time of its own, and how long the
+    device was silent before the first launch would depend on that.
+    """
+    if not len(trace.activities):
+        return 0, 0
+    return int(trace.activities.begin_ns.min()), int(trace.activities.end_ns.max())
+
+
+def occupations(trace: Trace) -> list[Occupation]:
+    """Each GPU of the trace, over the same window."""
+    window = window_of(trace)
+    communicates = np.array([label == COMMUNICATION for label in classes_of(trace)] or [False])
+    found = []
+    for device in range(len(trace.devices)):
+        mine = trace.activities
+        if len(trace.devices) > 1:
+            mine = mine.where(trace.activities.device == device)
+        role = np.where((mine.kind == KERNEL) & communicates[mine.name], _COMMUNICATION, _COMPUTE)
+        role[(mine.kind == COPY) | (mine.kind == SET)] = _TRANSFER
+        rows = np.stack((mine.begin_ns, mine.end_ns), axis=1)
+        busy = union(rows)
+        compute = busy if (role == _COMPUTE).all() else union(rows[role == _COMPUTE])
+        communication = subtract(union(rows[role == _COMMUNICATION]), compute)
+        transfer = union(rows[role == _TRANSFER])
+        if len(transfer):
+            transfer = subtract(transfer, union(rows[role != _TRANSFER]))
+        found.append(
+            Occupation(
+                device=device,
+                activities=mine,
+                busy=busy,
+                gaps=_gaps(mine, busy),
+                window_ns=window,
+                exposed_communication=communication,
+                exposed_transfer=transfer,
+            )
+        )
+    return found
+
+
+def length_ns(intervals: Intervals) -> int:
+    """All of their time."""
+    return int((intervals[:, 1] - intervals[:, 0]).sum())
+
+
+#: A kernel that copies or fills counts as computing: it holds the same execution units.
+_COMPUTE, _COMMUNICATION, _TRANSFER = range(3)
+
+
+def _gaps(activities: Activities, busy: Intervals) -> Gaps:
+    """Between the rows of ``busy``; ``activities`` are in order of begin."""
+    if len(busy) < 2:
+        nothing = np.empty(0, dtype=np.int64)
+        return Gaps(nothing, nothing, nothing, nothing, nothing)
+    begin, end = busy[:-1, 1], busy[1:, 0]
+    # Activities without length are no part of the union and must not seem to end a gap.
+    real = np.flatnonzero(activities.end_ns > activities.begin_ns)
+    after = real[np.searchsorted(activities.begin_ns[real], end, side="left")]
+    by_end = real[np.argsort(activities.end_ns[real], kind="stable")]
+    before = by_end[np.searchsorted(activities.end_ns[by_end], begin, side="right") - 1]
+    launched = activities.launched_ns[after]
+    late = np.where(launched == UNKNOWN, UNKNOWN, np.clip(launched, begin, end) - begin)
+    return Gaps(begin, end, before, after, late)

@@ -1,0 +1,138 @@
+"""What stands out in a recording, with the numbers that say so and the next step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmprobe.analysis.busy import Occupation, length_ns
+from llmprobe.analysis.events import KERNEL, UNKNOWN, Trace
+from llmprobe.analysis.phases import PhaseTimes
+from llmprobe.analysis.trust import UNTRUSTED, Trust
+
+#: Idle share of a GPU from which it is worth words; the verdict's own threshold for ``sync_bound``.
+IDLE_RATIO = 0.20
+#: Above it, what limits lies inside the kernels.
+BUSY_RATIO = 0.90
+_EXPOSED_COMMUNICATION_RATIO = 0.10
+_EXPOSED_TRANSFER_RATIO = 0.05
+_UNEVEN_RATIO = 0.10
+#: Most of the idle time has this cause.
+_MOST = 0.6
+_BUBBLE_NS = 50_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement; ``gain_ratio`` is the most that mending it can save of the recorded time."""
+
+    name: str
+    text: str
+    next_step: str
+    gain_ratio: float = 0.0
+
+
+def find(
+    trace: Trace, trust: Trust, occupations: list[Occupation], phases: list[PhaseTimes]
+) -> list[Finding]:
+    """The largest gain first; from an untrusted recording nothing is concluded."""
+    if trust.verdict == UNTRUSTED or not occupations:
+        return []
+    found = []
+    for occupation in occupations:
+        found += _about_gpu(trace, occupation, phases)
+    ratios = [one.busy_ns / 1e9 / one.seconds for one in occupations if one.seconds]
+    if len(ratios) > 1 and max(ratios) - min(ratios) > _UNEVEN_RATIO:
+        found.append(
+            Finding(
+                "uneven_gpus",
+                f"the GPUs are busy unevenly: {min(ratios):.0%} to {max(ratios):.0%}",
+                "compare their longest gaps: the least busy GPU waits for something that the others do not",
+            )
+        )
+    return sorted(found, key=lambda finding: -finding.gain_ratio)
+
+
+def _about_gpu(trace: Trace, occupation: Occupation, phases: list[PhaseTimes]) -> list[Finding]:
+    label = trace.devices[occupation.device]
+    window = occupation.window_ns[1] - occupation.window_ns[0]
+    if not window:
+        return []
+    found = []
+    idle = 1 - occupation.busy_ns / window
+    if idle >= IDLE_RATIO:
+        found.append(_idle(label, occupation, idle, phases))
+    elif 1 - idle >= BUSY_RATIO:
+        found.append(
+            Finding(
+                "busy",
+                f"{label} is busy {1 - idle:.1%} of the time: what limits it lies inside its kernels",
+                "look at the classes with the largest share; llmprobe status tells memory from compute",
+            )
+        )
+    communication = length_ns(occupation.exposed_communication) / window
+    if communication >= _EXPOSED_COMMUNICATION_RATIO:
+        found.append(
+            Finding(
+                "exposed_communication",
+                f"{label} only communicates {communication:.1%} of the time: nothing computes meanwhile",
+                "fewer GPUs a replica if the model fits, a faster link, or another all-reduce",
+                communication,
+            )
+        )
+    transfer = length_ns(occupation.exposed_transfer) / window
+    if transfer >= _EXPOSED_TRANSFER_RATIO:
+        found.append(
+            Finding(
+                "exposed_transfer",
+                f"{label} only copies or sets memory {transfer:.1%} of the time: no kernel runs meanwhile",
+                "see in the list which copies these are: KV offloading, or tensors made on the host",
+                transfer,
+            )
+        )
+    return found
+
+
+def _idle(label: str, occupation: Occupation, idle: float, phases: list[PhaseTimes]) -> Finding:
+    gaps = occupation.gaps
+    length = gaps.length_ns
+    text = f"{label} is idle {idle:.1%} of the time"
+    worst = max(
+        (one for one in phases if one.device == occupation.device and not one.part),
+        key=lambda one: one.span_ns + one.gap_ns - one.busy_ns,
+        default=None,
+    )
+    if worst is not None:
+        lost = (worst.span_ns + worst.gap_ns - worst.busy_ns) / 1e9
+        text += f", {lost:.3g} s of it in and before {worst.phase} steps"
+    known = gaps.launched_late != UNKNOWN
+    total = int(length[known].sum())
+    late = int(gaps.launched_late[known].sum())
+    if not total:
+        return Finding("idle", text, "record with CUDA API calls to see what the device waits for", idle)
+    text += f"; in {late / total:.0%} of that, the host had not launched the next kernel"
+    if late < _MOST * total:
+        return Finding(
+            "idle_launched",
+            text,
+            "work is launched in time and starts late: look for streams that wait, and small copies",
+            idle,
+        )
+    bubbles = int(length[length < _BUBBLE_NS].sum())
+    kernels = occupation.activities.kind == KERNEL
+    duration = (occupation.activities.end_ns - occupation.activities.begin_ns)[kernels]
+    mean = float(np.mean(duration)) / 1e3 if len(duration) else 0.0
+    if bubbles >= _MOST * total:
+        return Finding(
+            "launch_bubbles",
+            f"{text}; most are gaps below 50 µs between kernels of {mean:.3g} µs on average",
+            "let CUDA graphs cover these steps (vLLM: no --enforce-eager, capture sizes up to the batch)",
+            idle,
+        )
+    return Finding(
+        "host_bound",
+        f"{text}; most are gaps of 50 µs and more",
+        "the host prepares steps too slowly: async scheduling, less work per token, a faster or freer core",
+        idle,
+    )

@@ -1,0 +1,68 @@
+"""Operators of a framework on the host: how often, how long, and how long without what they call."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from llmprobe.analysis.events import HostOperator, Ints
+from llmprobe.analysis.names import NameTable
+
+
+class HostOperators:
+    """Nested operators of several threads; of one thread they lie inside or beside each other."""
+
+    def __init__(self) -> None:
+        self._names = NameTable()
+        self._rows = array("q")  # thread, begin, end, name
+
+    def add(self, thread: int, begin_ns: int, end_ns: int, name: str) -> None:
+        """One call of an operator, in any order."""
+        self._rows.extend((thread, begin_ns, end_ns, self._names.add(name)))
+
+    def result(self) -> list[HostOperator]:
+        """By name, the largest time of its own first.
+
+        An operator whose one call is of the same name again (another overload of it) counts once with it, as
+        in PyTorch's ``key_averages``.
+        """
+        if not self._rows:
+            return []
+        thread, begin, end, name = np.frombuffer(self._rows, dtype=np.int64).reshape(-1, 4).T
+        caller = _callers(thread, begin, end)
+        calls = caller >= 0
+        length = end - begin
+        called = np.bincount(caller[calls], weights=length[calls], minlength=len(length))
+        callees = np.bincount(caller[calls], minlength=len(length))
+        again = calls & (name[caller] == name) & (callees[caller] == 1)
+        size = len(self._names.names)
+        count = np.bincount(name[~again], minlength=size)
+        total = np.bincount(name[~again], weights=length[~again], minlength=size)
+        own = np.bincount(name, weights=np.maximum(length - called, 0), minlength=size)
+        return [
+            HostOperator(
+                name=self._names.names[index],
+                count=int(count[index]),
+                seconds=float(total[index]) / 1e9,
+                self_seconds=float(own[index]) / 1e9,
+            )
+            for index in np.argsort(-own, kind="stable").tolist()
+        ]
+
+
+def _callers(thread: Ints, begin: Ints, end: Ints) -> Ints:
+    """For each call the row of the innermost one of its thread in which it begins, or -1."""
+    order = np.lexsort((-end, begin, thread)).tolist()
+    threads, begins, ends = thread.tolist(), begin.tolist(), end.tolist()
+    caller = np.full(len(begins), -1, dtype=np.int64)
+    open_calls: list[int] = []
+    for row in order:
+        while open_calls:
+            last = open_calls[-1]
+            if threads[last] == threads[row] and begins[row] < ends[last]:
+                caller[row] = last
+                break
+            open_calls.pop()
+        open_calls.append(row)
+    return caller

@@ -1,0 +1,169 @@
+"""Prefill and decode on the device: what was launched inside a marked range belongs to it.
+
+A range is marked on the host, and the host runs ahead of the device. So a range is led to the device by what
+was launched in it: from the begin of its first activity to the end of its last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmprobe.analysis.busy import Occupation
+from llmprobe.analysis.events import UNKNOWN, Ints, Spans, Trace
+from llmprobe.compute.intervals import overlap_ns, union
+
+#: The ranges that are steps; any other range of ours is a part of one.
+PHASES = ("prefill", "decode", "mixed", "draft", "dummy", "encode")
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """All steps of one phase on one GPU; with ``part``, that part of each of them.
+
+    Where nothing that ran can be led back to a range, ``device`` is `UNKNOWN` and only the host's times are
+    known.
+    """
+
+    device: int
+    phase: str
+    part: str  #: "" for the whole step
+    steps: int
+    tokens: int  #: the steps' query tokens; `UNKNOWN` if the ranges do not tell
+    span_ns: int  #: the union of the steps' device spans
+    busy_ns: int  #: of it, time in which anything ran
+    stall_ns: int  #: of it, idle, or with communication or transfers that nothing hides
+    gap_ns: int  #: idle time before the steps, since the end of the step before; 0 for parts
+    host_ns: int  #: how long the ranges lasted on the host, together
+
+
+def phase_times(trace: Trace, occupations: list[Occupation]) -> list[PhaseTimes]:
+    """Every phase of every GPU, the longest first; empty if nothing is marked or can be led to a launch."""
+    names = np.array([name in PHASES for name in trace.names] or [False])
+    ranges = trace.ranges.where(trace.ranges.end_ns != UNKNOWN)
+    if not len(ranges):
+        return []
+    steps = ranges.where(names[ranges.name])
+    parts = ranges.where(~names[ranges.name])
+    step_of_part = owner(steps, parts.begin_ns, parts.thread)
+    found: list[PhaseTimes] = []
+    for occupation in occupations:
+        activities = occupation.activities
+        known = activities.launched_ns != UNKNOWN
+        step = np.full(len(activities), UNKNOWN, dtype=np.int64)
+        step[known] = owner(steps, activities.launched_ns[known], activities.thread[known])
+        found += _times(trace, occupation, step, steps, steps.name, "")
+        for name in np.unique(parts.name):
+            chosen = np.flatnonzero((parts.name == name) & (step_of_part != UNKNOWN))
+            some = parts.where(chosen)
+            part = np.full(len(activities), UNKNOWN, dtype=np.int64)
+            part[known] = owner(some, activities.launched_ns[known], activities.thread[known])
+            label = trace.names[int(name)]
+            phase_of = steps.name[step_of_part[chosen]]
+            found += _times(trace, occupation, part, some, phase_of, label)
+    if not found:
+        found = _host_times(trace, steps, steps.name, "")
+        for name in np.unique(parts.name):
+            chosen = np.flatnonzero((parts.name == name) & (step_of_part != UNKNOWN))
+            phase_of = steps.name[step_of_part[chosen]]
+            found += _host_times(trace, parts.where(chosen), phase_of, trace.names[int(name)])
+    return sorted(found, key=lambda times: (times.device, times.part, -times.span_ns, -times.host_ns))
+
+
+def owner(ranges: Spans, times: Ints, threads: Ints) -> Ints:
+    """For each (time, thread) the range of that thread that holds it, or `UNKNOWN`.
+
+    Ranges of one thread must not overlap (steps follow each other); of two that do, the later one holds.
+    """
+    found = np.full(len(times), UNKNOWN, dtype=np.int64)
+    for thread in np.unique(ranges.thread):
+        mine = np.flatnonzero(ranges.thread == thread)
+        mine = mine[np.argsort(ranges.begin_ns[mine], kind="stable")]
+        rows = np.flatnonzero(threads == thread)
+        if not len(rows):
+            continue
+        at = np.searchsorted(ranges.begin_ns[mine], times[rows], side="right") - 1
+        inside = (at >= 0) & (times[rows] < ranges.end_ns[mine[np.maximum(at, 0)]])
+        found[rows[inside]] = mine[at[inside]]
+    return found
+
+
+def _times(
+    trace: Trace, occupation: Occupation, step: Ints, steps: Spans, phase_name: Ints, part: str
+) -> list[PhaseTimes]:
+    activities = occupation.activities
+    used = np.flatnonzero(step != UNKNOWN)
+    if not len(used):
+        return []
+    order = used[np.argsort(step[used], kind="stable")]
+    first = np.flatnonzero(np.diff(step[order], prepend=UNKNOWN))
+    numbers = step[order][first]
+    begin = np.minimum.reduceat(activities.begin_ns[order], first)
+    end = np.maximum.reduceat(activities.end_ns[order], first)
+    gap = np.zeros(len(numbers), dtype=np.int64)
+    if not part:
+        gap = _idle_before(occupation, begin, end)
+    exposed = union(occupation.exposed_communication, occupation.exposed_transfer)
+    found = []
+    for name in np.unique(phase_name[numbers]):
+        mine = phase_name[numbers] == name
+        spans = union(np.stack((begin[mine], end[mine]), axis=1))
+        some = steps.where(numbers[mine])
+        span_ns = int((spans[:, 1] - spans[:, 0]).sum())
+        busy_ns = int(overlap_ns(occupation.busy, spans[:, 0], spans[:, 1]).sum())
+        exposed_ns = int(overlap_ns(exposed, spans[:, 0], spans[:, 1]).sum())
+        found.append(
+            PhaseTimes(
+                device=occupation.device,
+                phase=trace.names[int(name)],
+                part=part,
+                steps=int(mine.sum()),
+                tokens=_tokens(some.value),
+                span_ns=span_ns,
+                busy_ns=busy_ns,
+                stall_ns=span_ns - busy_ns + exposed_ns,
+                gap_ns=int(gap[mine].sum()),
+                host_ns=int((some.end_ns - some.begin_ns).sum(dtype=np.float64)),
+            )
+        )
+    return found
+
+
+def _host_times(trace: Trace, ranges: Spans, phase_name: Ints, part: str) -> list[PhaseTimes]:
+    found = []
+    for name in np.unique(phase_name):
+        some = ranges.where(phase_name == name)
+        found.append(
+            PhaseTimes(
+                device=UNKNOWN,
+                phase=trace.names[int(name)],
+                part=part,
+                steps=len(some),
+                tokens=_tokens(some.value),
+                span_ns=0,
+                busy_ns=0,
+                stall_ns=0,
+                gap_ns=0,
+                host_ns=int((some.end_ns - some.begin_ns).sum(dtype=np.float64)),
+            )
+        )
+    return found
+
+
+def _tokens(values: Ints) -> int:
+    return int(values.sum(dtype=np.float64)) if len(values) and (values >= 0).all() else UNKNOWN
+
+
+def _idle_before(occupation: Occupation, begin: Ints, end: Ints) -> Ints:
+    """Idle time between the end of all steps that began earlier and each step's begin.
+
+    What ran in between (the preparation of the next step) is no idle time.
+    """
+    order = np.argsort(begin, kind="stable")
+    reach = np.maximum.accumulate(end[order])
+    idle = np.zeros(len(order), dtype=np.int64)
+    since, until = reach[:-1], begin[order][1:]
+    apart = np.maximum(until - since, 0)
+    idle[order[1:]] = apart - overlap_ns(occupation.busy, since, since + apart)
+    return idle

@@ -1,0 +1,160 @@
+"""A report as plain text: the conclusion first, then the tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmprobe.analysis.report import Report
+
+_NAME_CHARS = 72
+_TOP = 15
+_TOP_GAPS = 8
+
+
+def render(report: Report) -> str:
+    """The report, at most 110 characters wide, without a line break at its end."""
+    lines = [f"{report.source.path}  ({report.source.tool} {report.source.version})".replace(" )", ")"), ""]
+    lines += _trust(report)
+    for finding in report.findings:
+        lines += [f"• {finding.text}", f"  next: {finding.next_step}"]
+    if report.findings:
+        lines.append("")
+    if report.gpus:
+        lines += _gpus(report)
+    if report.gpus or report.phases:
+        lines += _phases(report)
+    if report.gpus:
+        lines += _kernels(report)
+        lines += _gaps(report)
+    if report.host_operators:
+        lines += _host(report)
+    return "\n".join(lines).rstrip()
+
+
+def duration(seconds: float) -> str:
+    """``1.23 ms``."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
+        if seconds * factor >= 1:
+            return (
+                f"{seconds * factor:.3g} {unit}"
+                if seconds * factor < 1000
+                else f"{seconds * factor:.0f} {unit}"
+            )
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def short(name: str, limit: int = _NAME_CHARS) -> str:
+    """A kernel's name without its return type and arguments, cut in its middle where it is still too long."""
+    name = name.removeprefix("void ")
+    if len(name) > limit and "(" in name:
+        name = name.split("(", 1)[0] if not name.startswith("(") else name
+    if len(name) > limit:
+        name = f"{name[: limit * 2 // 3 - 1]}…{name[-(limit // 3) :]}"
+    return name
+
+
+def _trust(report: Report) -> list[str]:
+    words = {
+        "trusted": "",
+        "limited": "Trust this only in part:",
+        "untrusted": "DO NOT TRUST THIS RECORDING:",
+    }
+    lines = [words[report.trust.verdict]] if words[report.trust.verdict] else []
+    for reason in report.trust.reasons:
+        lines.append(f"  {'note: ' if reason.level == 'note' else '- '}{reason.text}")
+    return [*lines, ""] if lines else []
+
+
+def _gpus(report: Report) -> list[str]:
+    lines = []
+    for gpu in report.gpus:
+        idle = gpu.seconds - gpu.busy_seconds
+        line = (
+            f"{gpu.name}: busy {gpu.busy_ratio:.1%}, idle {gpu.idle_ratio:.1%} of {duration(gpu.seconds)}"
+            f" ({gpu.kernels} kernels, {gpu.copies} copies, {gpu.sets} sets"
+            f"{f', {gpu.graphs} whole graphs' if gpu.graphs else ''})"
+        )
+        lines.append(line)
+        parts = []
+        if gpu.unlaunched_idle_seconds is not None and idle > 0:
+            parts.append(
+                f"next work not launched in {gpu.unlaunched_idle_seconds / idle:.0%} of the idle time"
+            )
+        if gpu.exposed_communication_seconds:
+            parts.append(f"exposed communication {duration(gpu.exposed_communication_seconds)}")
+        if gpu.exposed_transfer_seconds:
+            parts.append(f"exposed transfers {duration(gpu.exposed_transfer_seconds)}")
+        if parts:
+            lines.append(f"  {', '.join(parts)}")
+    return [*lines, ""]
+
+
+def _phases(report: Report) -> list[str]:
+    if not report.phases:
+        return ["no phases marked (llmprobe marks them where LLMPROBE=1 and the profiler records NVTX)", ""]
+    lines = [
+        f"{'phase':<24}{'steps':>7}{'tokens':>9}{'host time':>11}{'device time':>13}{'busy':>8}"
+        f"{'gaps before':>13}{'sync gap':>10}"
+    ]
+    several = len(report.gpus) > 1
+    for row in report.phases:
+        name = f"  {row.name}/{row.part}" if row.part else row.name
+        if several and row.gpu:
+            name += f" · {row.gpu.split(' (')[0]}"
+        cells = (
+            (f"{row.steps}", 7),
+            ("" if row.tokens is None else f"{row.tokens}", 9),
+            (duration(row.host_seconds), 11),
+            ("" if row.seconds is None else duration(row.seconds), 13),
+            ("" if row.busy_ratio is None else f"{row.busy_ratio:.1%}", 8),
+            ("" if row.gap_seconds is None else duration(row.gap_seconds), 13),
+            ("" if row.sync_gap_ratio is None else f"{row.sync_gap_ratio:.1%}", 10),
+        )
+        lines.append(f"{name:<24}" + "".join(f"{text:>{width}}" for text, width in cells))
+    return [*lines, ""]
+
+
+def _kernels(report: Report) -> list[str]:
+    lines = [f"{'share':>7} {'time':>10} {'count':>9} {'mean':>10}  class"]
+    for row in report.operators:
+        lines.append(
+            f"{row.share:>7.1%} {duration(row.seconds):>10} {row.count:>9} "
+            f"{duration(row.mean_seconds):>10}  {row.name}"
+        )
+    lines += ["", f"{'share':>7} {'time':>10} {'count':>9} {'mean':>10}  kernel"]
+    for kernel in report.kernels[:_TOP]:
+        lines.append(
+            f"{kernel.share:>7.1%} {duration(kernel.seconds):>10} {kernel.count:>9} "
+            f"{duration(kernel.mean_seconds):>10}  {short(kernel.name)}"
+        )
+    return [*lines, ""]
+
+
+def _gaps(report: Report) -> list[str]:
+    if not report.gaps:
+        return []
+    lines = ["longest gaps"]
+    for gap in report.gaps[:_TOP_GAPS]:
+        late = ""
+        if gap.unlaunched_seconds is not None:
+            waited = gap.unlaunched_seconds
+            late = f", not launched for {duration(waited)}" if waited else ", launched in time"
+        where = f" before {gap.phase}" if gap.phase else ""
+        lines.append(
+            f"{duration(gap.seconds):>10}  at {gap.begin_seconds:.6f} s on {gap.gpu.split(' (')[0]}"
+            f"{where}{late}"
+        )
+        lines.append(f"{'':>12}{short(gap.before, 42)} → {short(gap.after, 42)}")
+    return [*lines, ""]
+
+
+def _host(report: Report) -> list[str]:
+    whole = sum(row.self_seconds for row in report.host_operators) or 1.0
+    lines = [f"{'share':>7} {'own time':>10} {'with calls':>11} {'count':>9}  operator on the host"]
+    for row in report.host_operators[:_TOP]:
+        lines.append(
+            f"{row.self_seconds / whole:>7.1%} {duration(row.self_seconds):>10} {duration(row.seconds):>11} "
+            f"{row.count:>9}  {short(row.name)}"
+        )
+    return [*lines, ""]

@@ -1,0 +1,176 @@
+"""Files that are cut, bent or made up: one line and nothing else, whatever they hold."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmprobe.analysis import AnalysisError, analyze
+
+from .kineto_file import decoding
+from .nsys_file import SCHEMA, NsysFile, serving
+
+DATA = Path(__file__).parents[2] / "data"
+_MANY = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Whole files of each kind."""
+    folder = tmp_path_factory.mktemp("good")
+    return {
+        "nsys": serving(folder / "a.sqlite", steps=4).read_bytes(),
+        "real nsys": (DATA / "nsys" / "transformers_cpu.sqlite").read_bytes(),
+        "kineto": decoding(4).write(folder / "a.json").read_bytes(),
+        "gzip": decoding(4).write(folder / "a.json.gz").read_bytes(),
+    }
+
+
+def only_one_line(path: Path) -> None:
+    """Analyse the file; it may be refused, in one line, and nothing else."""
+    try:
+        report = analyze(path)
+    except AnalysisError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 600
+        assert str(error).startswith(str(path))
+    else:
+        report.to_json()
+        report.to_text()
+        for gpu in report.gpus:
+            assert 0 <= gpu.busy_ratio <= 1
+
+
+KIND = st.sampled_from(["nsys", "real nsys", "kineto", "gzip"])
+
+
+@_MANY
+@given(kind=KIND, part=st.floats(0, 1))
+def test_a_file_that_was_cut_off(good: dict[str, bytes], tmp_path: Path, kind: str, part: float) -> None:
+    path = tmp_path / "cut"
+    path.write_bytes(good[kind][: int(len(good[kind]) * part)])
+    only_one_line(path)
+
+
+@_MANY
+@given(kind=KIND, edits=st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=30)), max_size=12))
+def test_a_file_with_other_bytes_in_it(
+    good: dict[str, bytes], tmp_path: Path, kind: str, edits: list[tuple[float, bytes]]
+) -> None:
+    raw = bytearray(good[kind])
+    for where, new in edits:
+        at = int(where * (len(raw) - 1))
+        raw[at : at + len(new)] = new
+    path = tmp_path / "bent"
+    path.write_bytes(raw)
+    only_one_line(path)
+
+
+@_MANY
+@given(
+    st.sampled_from([b"", b"SQLite format 3\0", b"{", b"[", b"\x1f\x8b", b'{"traceEvents": [']), st.binary()
+)
+def test_a_file_of_anything(tmp_path: Path, head: bytes, rest: bytes) -> None:
+    path = tmp_path / "any"
+    path.write_bytes(head + rest)
+    only_one_line(path)
+
+
+CELL = (
+    st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=8) | st.binary(max_size=8)
+)
+
+
+@_MANY
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(sorted(set(SCHEMA) - {"StringIds"})),
+            st.dictionaries(
+                st.sampled_from(
+                    [
+                        "start",
+                        "end",
+                        "deviceId",
+                        "globalPid",
+                        "globalTid",
+                        "correlationId",
+                        "demangledName",
+                        "nameId",
+                        "copyKind",
+                        "bytes",
+                        "text",
+                        "textId",
+                        "domainId",
+                        "eventType",
+                        "int64Value",
+                        "id",
+                        "name",
+                        "value",
+                        "startTime",
+                        "stopTime",
+                        "gpuId",
+                        "cudaId",
+                        "pid",
+                    ]
+                ),
+                CELL,
+            ),
+        ),
+        max_size=12,
+    )
+)
+def test_a_database_with_anything_in_its_cells(
+    tmp_path: Path, rows: list[tuple[str, dict[str, object]]]
+) -> None:
+    path = tmp_path / "cells.sqlite"
+    path.unlink(missing_ok=True)
+    file = NsysFile(path)
+    file.domain()
+    for table, values in rows:
+        try:
+            file.row(table, **values)
+        except (sqlite3.Error, UnicodeEncodeError):
+            continue  # not even SQLite takes it
+    only_one_line(file.close())
+
+
+@pytest.mark.parametrize("make", ["folder", "absent", "fifo", "socket path"])
+def test_what_is_no_file(tmp_path: Path, make: str) -> None:
+    import os
+
+    path = tmp_path / "x"
+    if make == "folder":
+        path.mkdir()
+    elif make == "fifo":
+        os.mkfifo(path)  # reading it would wait for ever
+    elif make == "socket path":
+        path = Path("/proc/self/mem\0")
+    with pytest.raises(AnalysisError):
+        analyze(path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"{}")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(AnalysisError, match="Permission denied"):
+        analyze(path)
+
+
+def test_sqlite_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "places.sqlite"
+    data = sqlite3.connect(path)
+    data.execute("CREATE TABLE moz_places (id INTEGER)")
+    data.commit()
+    data.close()
+    with pytest.raises(AnalysisError, match="not an nsys export"):
+        analyze(path)

@@ -1,0 +1,195 @@
+"""Torch profiler traces: read piece by piece, with the same sums as PyTorch's own."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprobe.analysis import AnalysisError, analyze, json_stream
+from llmprobe.analysis.json_stream import Document
+
+from .kineto_file import KinetoFile, decoding
+
+DATA = Path(__file__).parents[2] / "data" / "kineto"
+
+
+def test_host_operators_of_a_real_trace_are_those_of_key_averages() -> None:
+    report = analyze(DATA / "transformers_cpu.json.gz")
+    ours = {row.name: row for row in report.host_operators}
+    truth = json.loads((DATA / "transformers_cpu.key_averages.json").read_text())
+    assert len(truth) == len(ours) > 50
+    for name, count, total_us, own_us in truth:
+        assert ours[name].count == count, name
+        assert ours[name].seconds == pytest.approx(total_us / 1e6, rel=1e-3), name
+        assert ours[name].self_seconds == pytest.approx(own_us / 1e6, rel=1e-3, abs=1e-9), name
+    assert report.gpus == []
+    assert report.trust.verdict == "untrusted"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_trace_is_told_by_phase(tmp_path: Path, name: str) -> None:
+    report = analyze(decoding().write(tmp_path / name))
+    assert report.trust.verdict == "trusted"
+    (gpu,) = report.gpus
+    assert gpu.name == "GPU 0 (NVIDIA H100 80GB HBM3)"
+    assert gpu.busy_ratio == pytest.approx(300 / 350, rel=0.01)
+    assert gpu.exposed_communication_seconds == pytest.approx(60 * 100e-6)
+    (decode,) = report.phases
+    assert (decode.name, decode.steps, decode.tokens) == ("decode", 60, 120)
+    assert decode.seconds == pytest.approx(60 * 300e-6)
+    # 59 gaps of 50 µs and the time that only communicates
+    assert decode.sync_gap_ratio == pytest.approx((59 * 50 + 60 * 100) / (59 * 50 + 60 * 300))
+    assert {row.name: row.count for row in report.operators} == {
+        "attention": 60,
+        "gemm": 60,
+        "communication": 60,
+    }
+
+
+@pytest.mark.parametrize(
+    ("mark", "phase", "tokens"),
+    [
+        ("execute_context_2(600)_generation_0(0)", "prefill", 600),
+        ("execute_context_1(512)_generation_3(3)", "mixed", 515),
+        ("execute_context_0(0)_generation_4(4)", "decode", 4),
+        ("execute_4_context_0(sq0sk0sqsq0sqsk0)_generation_4(sq4sk99sqsq4sqsk99)", "decode", 4),
+        ("llmprobe:prefill", "prefill", None),
+    ],
+)
+def test_steps_marked_by_vllm_or_by_us_are_phases(
+    tmp_path: Path, mark: str, phase: str, tokens: int | None
+) -> None:
+    (row,) = analyze(decoding(2, mark).write(tmp_path / "a.json")).phases
+    assert row.name == phase
+    assert row.tokens == (None if tokens is None else 2 * tokens)
+
+
+def test_where_both_mark_our_own_ranges_count(tmp_path: Path) -> None:
+    file = decoding(3)
+    for event in [event for event in file.events if event["cat"] == "user_annotation"]:
+        file.events.append({**event, "name": "llmprobe:prefill"})
+    assert [row.name for row in analyze(file.write(tmp_path / "a.json")).phases] == ["prefill"]
+
+
+def test_nanoseconds_of_a_clock_that_runs_for_months_are_kept(tmp_path: Path) -> None:
+    file = KinetoFile(base=4572473136056.528)
+    file.kernel("k", 0.0, 1.001, None)
+    file.kernel("k", 2.003, 1.0, None)
+    report = analyze(file.write(tmp_path / "a.json"))
+    assert report.gpus[0].busy_seconds == pytest.approx(2.001e-6, abs=2e-9)
+
+
+def test_a_bare_list_of_events_is_a_trace_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(decoding(2).events))
+    assert analyze(path).gpus[0].kernels == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"hello", "not a trace"),
+        (b"{}", "no list traceEvents"),
+        (b'{"traceEvents": 3}', "no list traceEvents"),
+        (b'{"traceEvents": [{"ph": "X"', "damaged JSON, or cut off"),
+        (b'{"traceEvents": [1, 2', "damaged JSON, or cut off"),
+        (b'{"traceEvents": [}', "damaged JSON, or cut off"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 20_000 + b', "traceEvents": []}', "damaged"),
+        (gzip.compress(b'{"traceEvents": []}')[:-9], "cannot be read to its end"),
+        (b"\x1f\x8bnot gzip", "cannot be read to its end"),
+    ],
+)
+def test_what_is_no_trace_gets_one_line(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(AnalysisError, match=says) as raised:
+        analyze(path)
+    assert "\n" not in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+def test_events_that_make_no_sense_are_passed_over(tmp_path: Path) -> None:
+    good = decoding(2).events
+    kernel = next(event for event in good if event["cat"] == "kernel")
+    bad: list[Any] = [
+        None,
+        3,
+        "x",
+        [],
+        {},
+        {"ph": "X"},
+        {**kernel, "ts": "soon"},
+        {**kernel, "ts": 1e300},
+        {**kernel, "ts": True},
+        {**kernel, "dur": None},
+        {**kernel, "name": 7},
+        {**kernel, "cat": ["kernel"]},
+        {"ph": "X", "cat": "cpu_op", "name": "n", "ts": 1, "dur": 1, "pid": {}, "tid": []},
+    ]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"traceEvents": bad + good}))
+    text = path.read_text().replace("null", "NaN", 1)
+    path.write_text(text)
+    assert analyze(path).gpus[0].kernels == 6
+
+
+def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "MAX_BYTES", 4 << 20)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b'{"traceEvents": [' + b" " * (5 << 20)))
+    with pytest.raises(AnalysisError, match="unpacks to more than"):
+        analyze(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    before=st.dictionaries(st.text().filter("traceEvents".__ne__), JSON, max_size=3),
+    events=st.lists(JSON, max_size=6),
+    after=st.dictionaries(st.text().filter("traceEvents".__ne__), JSON, max_size=2),
+    chunk=st.integers(1, 64),
+    ascii_only=st.booleans(),
+)
+def test_any_document_is_read_as_a_json_parser_reads_it(
+    before: dict[str, Any], events: list[Any], after: dict[str, Any], chunk: int, ascii_only: bool
+) -> None:
+    document = {**before, "traceEvents": events}
+    document.update({key: value for key, value in after.items() if key not in document})
+    raw = json.dumps(document, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    others: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "_CHUNK_BYTES", chunk)  # every value is cut somewhere
+        found = list(Document(io.BytesIO(raw), Path("x"), others.__setitem__).events())
+    expected = json.loads(raw.decode("utf-8", "replace"))
+    assert found == expected.pop("traceEvents")
+    assert others == expected
+
+
+def test_memory_does_not_grow_with_the_document() -> None:
+    event = json.dumps({"ph": "i", "name": "x" * 2000, "args": {"a": [1, 2, 3]}}).encode()
+    raw = b'{"traceEvents": [' + b",".join([event] * 12_000) + b"]}"
+    stream = io.BytesIO(raw)
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in Document(stream, Path("x"), lambda key, value: None).events())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 12_000
+    assert len(raw) > 23 << 20
+    assert peak < 8 << 20

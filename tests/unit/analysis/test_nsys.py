@@ -1,0 +1,258 @@
+"""nsys exports: old and new schemas, what is read from them, and nsys's own sums on the same files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from llmprobe.analysis import AnalysisError, analyze, read_trace
+
+from .nsys_file import PROCESS, THREAD, NsysFile, serving
+from .oracle import find_nsys, nsys_report
+
+DATA = Path(__file__).parents[2] / "data" / "nsys"
+
+
+def test_a_server_that_decodes_is_told_by_phase(tmp_path: Path) -> None:
+    report = analyze(serving(tmp_path / "a.sqlite", steps=60, step_ns=1_000_000, gap_ns=100_000))
+    assert report.trust.verdict == "trusted"
+    (gpu,) = report.gpus
+    assert gpu.name == "GPU 0 (NVIDIA H100 80GB HBM3)"
+    assert gpu.kernels == 600
+    assert gpu.seconds == pytest.approx(0.0659)
+    assert gpu.busy_seconds == pytest.approx(0.06)
+    assert gpu.busy_ratio + gpu.idle_ratio == 1
+    phases = {(row.name, row.part): row for row in report.phases}
+    decode, prefill = phases["decode", None], phases["prefill", None]
+    assert (decode.steps, prefill.steps) == (57, 3)
+    assert (decode.tokens, prefill.tokens) == (57 * 4, 3 * 512)
+    assert decode.seconds == pytest.approx(0.057)
+    assert decode.gap_seconds == pytest.approx(0.0057)
+    assert decode.sync_gap_ratio == pytest.approx(0.0057 / 0.0627)
+    assert prefill.gap_seconds == pytest.approx(0.0002)  # the first has no step before it
+    assert phases["decode", "sample"].seconds == pytest.approx(0.0057)
+    assert phases["decode", "forward"].seconds == pytest.approx(0.0513)
+    assert {row.name: row.count for row in report.operators} == {
+        "gemm": 180,
+        "attention": 180,
+        "norm and elementwise": 180,
+        "sampling": 60,
+    }
+    assert sum(row.share for row in report.kernels) == pytest.approx(1)
+
+
+def test_kernels_under_a_graph_share_its_launch(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    file.range("decode", 900, 2000)
+    launch = file.call("cudaGraphLaunch_v10000", 1000)
+    for begin in range(5000, 65_000, 1000):
+        file.kernel("nvjet", begin, begin + 900, correlation=launch)
+    report = analyze(file.close())
+    (decode,) = report.phases
+    assert decode.seconds == pytest.approx(59_900e-9)
+    assert decode.busy_ratio == pytest.approx(54_000 / 59_900)
+    assert report.gpus[0].unlaunched_idle_seconds == 0
+
+
+def test_a_runtime_call_and_the_driver_call_below_it_are_one_launch(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    file.range("prefill", 900, 1100)  # ends before the driver call begins
+    correlation = file.call("cudaLaunchKernel_v7000", 1000, 1500)
+    file.row(
+        "CUPTI_ACTIVITY_KIND_RUNTIME",
+        start=1200,
+        end=1300,
+        globalTid=THREAD,
+        correlationId=correlation,
+        nameId=file.string("cuLaunchKernel"),
+    )
+    file.kernel("k", 5000, 6000, correlation=correlation)
+    trace = read_trace(file.close())
+    assert trace.activities.launched_ns.tolist() == [1000]
+
+
+def test_correlation_ids_are_those_of_their_process(tmp_path: Path) -> None:
+    other = (2 << 56) | (77 << 24)
+    file = NsysFile(tmp_path / "a.sqlite")
+    for process, begin in ((PROCESS, 100), (other, 200)):
+        file.row(
+            "CUPTI_ACTIVITY_KIND_RUNTIME", start=begin, end=begin + 10, globalTid=process | 1, correlationId=5
+        )
+    file.kernel("a", 1000, 1100, correlation=5, thread=PROCESS | 1)
+    file.kernel("b", 2000, 2100, correlation=5, thread=other | 1)
+    file.kernel("c", 3000, 3100, correlation=6, thread=other | 1)
+    trace = read_trace(file.close())
+    assert trace.activities.launched_ns.tolist() == [100, 200, -1]
+    assert trace.activities.thread.tolist() == [PROCESS | 1, other | 1, -1]
+
+
+def test_two_processes_that_each_see_one_gpu_are_two_gpus(tmp_path: Path) -> None:
+    other = (1 << 56) | (5000 << 24)
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.gpu(0, "NVIDIA L4")
+    file.gpu(3, "NVIDIA L40S")
+    file.row("TARGET_INFO_CUDA_DEVICE", gpuId=0, cudaId=0, pid=4321)
+    file.row("TARGET_INFO_CUDA_DEVICE", gpuId=3, cudaId=0, pid=5000)
+    file.kernel("a", 0, 600, launched=0)
+    file.kernel("b", 500, 1000, launched=0, thread=other | 1)
+    report = analyze(file.close())
+    assert [gpu.name for gpu in report.gpus] == ["GPU 0 (NVIDIA L4)", "GPU 3 (NVIDIA L40S)"]
+    assert [gpu.busy_ratio for gpu in report.gpus] == pytest.approx([0.6, 0.5])
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "CUPTI_ACTIVITY_KIND_KERNEL.globalPid",
+        "CUPTI_ACTIVITY_KIND_KERNEL.greenContextId",
+        "CUPTI_ACTIVITY_KIND_KERNEL.graphNodeId",
+        "CUPTI_ACTIVITY_KIND_KERNEL.demangledName",
+        "NVTX_EVENTS.int64Value",
+    ],
+)
+def test_columns_that_a_version_lacks_are_done_without(tmp_path: Path, missing: str) -> None:
+    file = NsysFile(tmp_path / "a.sqlite", without=(missing,))
+    file.domain()
+    file.range("decode", 0, 100, tokens=3)
+    file.kernel("nvjet<1>", 1000, 2000, launched=50)
+    report = analyze(file.close())
+    assert report.gpus[0].busy_seconds == pytest.approx(1e-6)
+    assert report.kernels[0].operator == "gemm"
+    assert [row.name for row in report.phases] == ["decode"]
+
+
+def test_a_missing_column_that_matters_is_said(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite", without=("CUPTI_ACTIVITY_KIND_KERNEL.end",))
+    file.kernel("k", 0, 1)
+    with pytest.raises(AnalysisError, match="no column end"):
+        analyze(file.close())
+
+
+def test_ranges_of_other_domains_are_no_phases(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain("somebody", number=2)
+    file.range("decode", 0, 100, domain=2)
+    file.range("decode", 0, 100, domain=0)
+    file.kernel("k", 1000, 2000, launched=50)
+    report = analyze(file.close())
+    assert report.phases == []
+    assert "no phases marked" in report.to_text()
+
+
+def test_names_in_the_row_and_registered_ones_are_the_same(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    file.range("decode", 0, 100, registered=True)
+    file.range("decode", 100, 200, registered=False)
+    file.kernel("k", 1000, 2000, launched=50)
+    file.kernel("k", 3000, 4000, launched=150)
+    (row,) = analyze(file.close()).phases
+    assert (row.name, row.steps) == ("decode", 2)
+
+
+def test_copies_and_sets_are_seen_by_kind(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.kernel("k", 0, 100)
+    file.copy(1, 200, 300, 4096)
+    file.copy(10, 50, 120, 4096)
+    file.copy(99, 400, 401, 1)
+    file.set(600, 700)
+    report = analyze(file.close())
+    (gpu,) = report.gpus
+    assert (gpu.kernels, gpu.copies, gpu.sets) == (1, 3, 1)
+    assert {row.name for row in report.kernels} == {"k", "memcpy HtoD", "memcpy PtoP", "memcpy", "memset"}
+    # 200..300, 400..401, 600..700 and what of 50..120 lies behind the kernel
+    assert gpu.exposed_transfer_seconds == pytest.approx(221e-9)
+
+
+def test_control_characters_in_names_do_not_reach_a_terminal(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.kernel("evil\x1b[2Jname\nx", 0, 100)
+    text = analyze(file.close()).to_text()
+    assert "\x1b" not in text
+    assert "evil" in text
+
+
+def test_a_view_that_pretends_to_be_a_table_is_not_read(tmp_path: Path) -> None:
+    import sqlite3
+
+    path = tmp_path / "a.sqlite"
+    data = sqlite3.connect(path)
+    data.execute("CREATE TABLE StringIds (id INTEGER PRIMARY KEY, value TEXT)")
+    data.execute(
+        "CREATE VIEW CUPTI_ACTIVITY_KIND_KERNEL AS WITH RECURSIVE n(start) AS "
+        "(SELECT 1 UNION ALL SELECT start + 1 FROM n) SELECT start, start AS end, 0 AS deviceId FROM n"
+    )
+    data.commit()
+    data.close()
+    assert analyze(path).gpus == []
+
+
+def test_the_file_is_not_written_to_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = serving(tmp_path / "a.sqlite", steps=2)
+    before = path.read_bytes()
+    path.chmod(0o400)
+    analyze(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_nsys_rep_without_nsys_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = tmp_path / "a.nsys-rep"
+    path.write_bytes(b"NVIDIA Tegra Profiler Report 2023@4")
+    with pytest.raises(AnalysisError, match="nsys export --type sqlite"):
+        analyze(path)
+    with pytest.raises(AnalysisError, match="cannot run"):
+        analyze(path, nsys=tmp_path / "absent")
+
+
+@pytest.mark.integration
+def test_a_damaged_nsys_rep_ends_with_nsys_own_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.nsys-rep"
+    path.write_bytes(b"NVIDIA Tegra Profiler Report 2023@4@4@54-234433681190v0.\n" + b"\0" * 1000)
+    with pytest.raises(AnalysisError, match="nsys export failed") as raised:
+        analyze(path, nsys=find_nsys())
+    assert "\n" not in str(raised.value)
+
+
+def test_a_real_capture_holds_the_phases_that_llmprobe_marked() -> None:
+    report = analyze(DATA / "transformers_cpu.sqlite")
+    with (DATA / "transformers_cpu.nvtx_sum.csv").open() as stream:
+        truth = {row["Range"]: row for row in csv.DictReader(stream)}
+    assert len(report.phases) == len(truth) == 2
+    for row in report.phases:
+        same = truth[f"llmprobe:{row.name}"]
+        assert row.steps == int(same["Instances"])
+        assert row.host_seconds == pytest.approx(int(same["Total Time:dur_ns"]) / 1e9, rel=1e-3)
+        assert row.seconds is None
+    assert {row.name: row.tokens for row in report.phases} == {"prefill": 2 * 7 + 2 * 23, "decode": 46 * 2}
+    assert report.source.version == "2023.4.4.54"
+    assert [reason.check for reason in report.trust.reasons] == ["cuda_not_traced"]
+
+
+@pytest.mark.integration
+def test_kernel_sums_are_those_of_nsys(tmp_path: Path) -> None:
+    path = serving(tmp_path / "a.sqlite", steps=40, step_ns=1_234_560, gap_ns=77_777)
+    report = analyze(path)
+    truth = {row["Name"]: row for row in nsys_report(path, "cuda_gpu_kern_sum", tmp_path)}
+    assert len(truth) == len(report.kernels) == 4
+    for row in report.kernels:
+        assert row.count == int(truth[row.name]["Instances"])
+        assert row.seconds == pytest.approx(int(truth[row.name]["Total Time"]) / 1e9, rel=1e-3)
+
+
+@pytest.mark.integration
+def test_phases_on_the_device_are_nsys_own_projection(tmp_path: Path) -> None:
+    path = serving(tmp_path / "a.sqlite", steps=40, step_ns=1_234_560, gap_ns=77_777)
+    phases = {row.name: row for row in analyze(path).phases if row.part is None}
+    truth = {row["Range"]: row for row in nsys_report(path, "nvtx_gpu_proj_sum", tmp_path)}
+    for name, row in phases.items():
+        same = truth[f"llmprobe:{name}"]
+        assert row.seconds == pytest.approx(int(same["Total Proj Time"]) / 1e9, rel=1e-3)
+        assert row.host_seconds == pytest.approx(int(same["Total Range Time"]) / 1e9, rel=1e-3)
+        assert row.steps == int(same["Range Instances"])

@@ -1,0 +1,104 @@
+"""Ranges of the host on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprobe.analysis import analyze
+from llmprobe.analysis.events import Spans
+from llmprobe.analysis.phases import owner
+
+from .nsys_file import THREAD, NsysFile
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), max_size=12),
+    times=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 2)), max_size=20),
+)
+def test_a_launch_belongs_to_the_range_of_its_thread_that_holds_it(
+    lengths: list[tuple[int, int]], times: list[tuple[int, int]]
+) -> None:
+    rows, clock = [], 0
+    for number, (space, length) in enumerate(lengths):
+        clock += space
+        rows.append((clock, clock + length, 0, number % 2, -1))
+        clock += length
+    ranges = Spans(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
+    when = np.array([time for time, _ in times], dtype=np.int64)
+    thread = np.array([number for _, number in times], dtype=np.int64)
+    found = owner(ranges, when, thread)
+    for time, of, row in zip(when, thread, found, strict=True):
+        holding = [i for i, (begin, end, _, mine, _) in enumerate(rows) if mine == of and begin <= time < end]
+        assert ([row] if row >= 0 else []) == holding
+
+
+def step(file: NsysFile, phase: str, host: int, device: list[tuple[int, int]], thread: int = THREAD) -> None:
+    """One marked step that launches kernels."""
+    file.range(phase, host, host + 100, thread=thread)
+    for number, (begin, end) in enumerate(device):
+        file.kernel("nvjet", begin, end, launched=host + 10 + number, thread=thread)
+
+
+def test_what_runs_between_steps_is_no_idle_time(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    step(file, "prefill", 0, [(1000, 2000)])
+    file.kernel("prepare", 2500, 2600, launched=150)
+    step(file, "decode", 200, [(3000, 3400), (3600, 4000)])
+    rows = {row.name: row for row in analyze(file.close()).phases}
+    decode = rows["decode"]
+    assert decode.gap_seconds == pytest.approx(900e-9)
+    assert decode.seconds == pytest.approx(1000e-9)
+    assert decode.idle_ratio == pytest.approx(0.2)
+    assert decode.sync_gap_ratio == pytest.approx((900 + 200) / 1900)
+    assert rows["prefill"].gap_seconds == 0
+
+
+def test_ranks_that_mark_the_same_time_are_told_apart_by_thread(tmp_path: Path) -> None:
+    other = (1 << 56) | (5000 << 24)
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    file.domain(thread=other | 1)
+    step(file, "decode", 0, [(1000, 2000)])
+    file.range("prefill", 0, 100, thread=other | 1)
+    file.kernel("nvjet", 1000, 5000, launched=50, device=1, thread=other | 1)
+    rows = {row.name: row for row in analyze(file.close()).phases}
+    assert (rows["decode"].gpu, rows["prefill"].gpu) == ("GPU 0", "GPU 1")
+    assert rows["prefill"].seconds == pytest.approx(4000e-9)
+
+
+def test_work_launched_outside_of_ranges_belongs_to_no_phase(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    step(file, "decode", 0, [(1000, 2000)])
+    file.kernel("late", 3000, 9000, launched=100)  # the range ends at 100
+    (row,) = analyze(file.close()).phases
+    assert row.seconds == pytest.approx(1000e-9)
+
+
+def test_parts_stand_below_their_phase(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    step(file, "decode", 0, [(1000, 2000), (2000, 2500)])
+    file.range("forward", 5, 11)
+    file.range("sample", 11, 99)
+    rows = {row.part: row for row in analyze(file.close()).phases}
+    assert rows[None].seconds == pytest.approx(1500e-9)
+    assert (rows["forward"].name, rows["forward"].seconds) == ("decode", pytest.approx(1000e-9))
+    assert rows["sample"].seconds == pytest.approx(500e-9)
+    assert rows["sample"].sync_gap_ratio is None
+
+
+def test_a_range_that_was_cut_off_is_left_out_and_said(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    step(file, "decode", 0, [(1000, 2000)])
+    file.range("decode", 500, None)
+    report = analyze(file.close())
+    assert report.phases[0].steps == 1
+    assert "cut_ranges" in [reason.check for reason in report.trust.reasons]

@@ -1,0 +1,143 @@
+"""What the report says: fixed keys for programs, the conclusion first for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmprobe.analysis import Report, analyze
+from llmprobe.analysis.text import duration, short
+
+from .kineto_file import decoding
+from .nsys_file import NsysFile, serving
+
+
+def test_the_keys_of_the_json_are_those_that_were_promised(tmp_path: Path) -> None:
+    document = json.loads(json.dumps(analyze(serving(tmp_path / "a.sqlite")).to_json()))
+    assert list(document) == [
+        "schema_version",
+        "source",
+        "trust",
+        "gpus",
+        "phases",
+        "operators",
+        "kernels",
+        "gaps",
+        "findings",
+        "host_operators",
+    ]
+    assert document["schema_version"] == 1
+    assert {"name", "seconds", "busy_ratio", "idle_ratio"} <= set(document["gpus"][0])
+    assert {"name", "share", "count", "seconds"} <= set(document["operators"][0])
+    assert {"name", "share", "count", "seconds", "mean_seconds", "operator"} <= set(document["kernels"][0])
+    assert {"name", "part", "steps", "seconds", "busy_ratio", "idle_ratio"} <= set(document["phases"][0])
+    assert document["source"] == {
+        "path": str(tmp_path / "a.sqlite"),
+        "tool": "nsys",
+        "format": "nsys-sqlite",
+        "version": "2025.3.1.90",
+    }
+
+
+def test_shares_add_up_and_classes_hold_their_kernels(tmp_path: Path) -> None:
+    report = analyze(decoding().write(tmp_path / "a.json"))
+    assert sum(row.share for row in report.operators) == pytest.approx(1)
+    for row in report.operators:
+        mine = [kernel for kernel in report.kernels if kernel.operator == row.name]
+        assert row.seconds == pytest.approx(sum(kernel.seconds for kernel in mine))
+        assert row.count == sum(kernel.count for kernel in mine)
+
+
+def test_the_longest_gap_comes_first_with_what_ended_it(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    file.range("decode", 2_000, 900_000)
+    file.kernel("first", 1_000, 2_000, launched=0)
+    file.kernel("second", 5_000, 6_000, launched=3_000)
+    file.kernel("third", 500_000, 501_000, launched=400_000)
+    gap = analyze(file.close()).gaps[0]
+    assert (gap.before, gap.after, gap.phase) == ("second", "third", "decode")
+    assert gap.seconds == pytest.approx(494e-6)
+    assert gap.begin_seconds == pytest.approx(5e-6)
+    assert gap.unlaunched_seconds == pytest.approx(394e-6)
+
+
+def build(path: Path, kernel_ns: int, gap_ns: int, lead_ns: int, count: int = 2000) -> Report:
+    """Kernels with idle time between, each launched ``lead_ns`` before it runs."""
+    file = NsysFile(path)
+    for number in range(count):
+        begin = 10_000_000 + number * (kernel_ns + gap_ns)
+        file.kernel("nvjet", begin, begin + kernel_ns, launched=begin - lead_ns)
+    return analyze(file.close())
+
+
+@pytest.mark.parametrize(
+    ("kernel_ns", "gap_ns", "lead_ns", "finding"),
+    [
+        (5_000, 15_000, 4_000, "launch_bubbles"),
+        (200_000, 400_000, 4_000, "host_bound"),
+        (200_000, 400_000, 9_000_000, "idle_launched"),
+        (200_000, 2_000, 4_000, "busy"),
+        (200_000, 30_000, 4_000, None),
+    ],
+)
+def test_the_finding_follows_from_the_gaps(
+    tmp_path: Path, kernel_ns: int, gap_ns: int, lead_ns: int, finding: str | None
+) -> None:
+    report = build(tmp_path / "a.sqlite", kernel_ns, gap_ns, lead_ns, count=400)
+    assert [one.name for one in report.findings] == ([finding] if finding else [])
+
+
+def test_exposed_communication_is_found(tmp_path: Path) -> None:
+    report = analyze(decoding().write(tmp_path / "a.json"))
+    assert [one.name for one in report.findings] == ["exposed_communication"]
+    assert report.findings[0].gain_ratio == pytest.approx(100 / 350, rel=0.01)
+
+
+def test_exposed_transfers_are_found(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number in range(100):
+        begin = number * 1_000_000
+        file.kernel("nvjet", begin, begin + 850_000, launched=begin)
+        file.copy(1, begin + 850_000, begin + 950_000, 1 << 20)
+    assert "exposed_transfer" in [one.name for one in analyze(file.close()).findings]
+
+
+def test_gpus_that_are_busy_unevenly_are_told(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number in range(100):
+        begin = number * 1_000_000
+        file.kernel("nvjet", begin, begin + 900_000, launched=begin)
+        file.kernel("nvjet", begin, begin + 600_000, launched=begin, device=1)
+    report = analyze(file.close())
+    assert "uneven_gpus" in [one.name for one in report.findings]
+    assert len(report.gpus) == 2
+    assert "GPU 1" in report.to_text()
+
+
+def test_the_text_fits_a_terminal(tmp_path: Path) -> None:
+    for path in (serving(tmp_path / "a.sqlite"), decoding().write(tmp_path / "a.json")):
+        text = analyze(path).to_text()
+        lines = text.split("\n")[1:]  # the first holds the path, however long
+        assert max(len(line) for line in lines if not line.startswith(("•", "  "))) <= 110
+        assert text == text.rstrip()
+
+
+def test_lengths_are_shown_in_their_unit() -> None:
+    assert [duration(seconds) for seconds in (2.5, 0.0123, 4.56e-6, 7e-9, 0.0)] == [
+        "2.5 s",
+        "12.3 ms",
+        "4.56 µs",
+        "7 ns",
+        "0 ns",
+    ]
+
+
+def test_long_names_lose_their_middle_not_their_ends() -> None:
+    name = "void flash::kernel_" + "x" * 200 + "_end"
+    assert short(name, 40).startswith("flash::kernel_")
+    assert short(name, 40).endswith("_end")
+    assert len(short(name, 40)) <= 40
+    assert short("void k(int, float)" + "y" * 99, 40) == "k"

@@ -1,0 +1,169 @@
+"""Recordings that mislead are told as such, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmprobe.analysis import Report, analyze
+
+from .kineto_file import KinetoFile
+from .nsys_file import NsysFile, serving
+
+Build = Callable[[NsysFile], None]
+
+
+def decode(file: NsysFile, steps: int = 100, begin: int = 1_000_000_000) -> None:
+    """Steps of one millisecond, each one kernel."""
+    for number in range(steps):
+        at = begin + number * 1_000_000
+        file.kernel("nvjet", at, at + 900_000, launched=at - 10_000)
+
+
+def nothing(file: NsysFile) -> None:
+    file.domain()
+
+
+def launches_only(file: NsysFile) -> None:
+    for number in range(20):
+        file.call("cudaLaunchKernel_v7000", number * 1000)
+
+
+def copies_only(file: NsysFile) -> None:
+    file.copy(1, 0, 100, 10)
+
+
+def lost(file: NsysFile) -> None:
+    decode(file)
+    file.row("DIAGNOSTIC_EVENT", text="CUPTI: 1234 events were dropped because of insufficient buffer space.")
+
+
+def starting(file: NsysFile) -> None:
+    decode(file)
+    for number in range(5):
+        file.call("cudaGraphInstantiateWithFlags_v11040", number)
+
+
+def loading(file: NsysFile) -> None:
+    decode(file)
+    file.copy(1, 1_000_000_000, 1_080_000_000, 16 << 30)
+
+
+def graphs_without_kernels(file: NsysFile) -> None:
+    decode(file)
+    for number in range(100):
+        file.call("cudaGraphLaunch_v10000", 1_000_000_000 + number * 1_000_000)
+
+
+def kernels_without_trace(file: NsysFile) -> None:
+    decode(file)
+    for number in range(30):
+        file.call("cuLaunchKernelEx", 1_000_000_000 + number * 1_000_000)
+
+
+def whole_graphs(file: NsysFile) -> None:
+    for number in range(100):
+        file.graph(1_000_000 + number * 1_000_000, 1_900_000 + number * 1_000_000, number * 1_000_000)
+
+
+def impossible_times(file: NsysFile) -> None:
+    decode(file)
+    for number in range(20):
+        file.kernel("nvjet", 1_000_000_000 + number, 0, launched=number)
+
+
+def short(file: NsysFile) -> None:
+    decode(file, steps=3)
+
+
+def marked_late(file: NsysFile) -> None:
+    decode(file)
+    file.domain()
+    file.range("decode", 1_080_000_000, 1_090_000_000)
+
+
+def one_gpu_late(file: NsysFile) -> None:
+    decode(file)
+    file.kernel("nvjet", 1_090_000_000, 1_091_000_000, launched=1_089_000_000, device=1)
+
+
+@pytest.mark.parametrize(
+    ("build", "verdict", "check"),
+    [
+        (nothing, "untrusted", "no_kernels"),
+        (launches_only, "untrusted", "no_kernels"),
+        (copies_only, "untrusted", "no_kernels"),
+        (lost, "untrusted", "lost_events"),
+        (starting, "untrusted", "startup"),
+        (loading, "untrusted", "model_loading"),
+        (graphs_without_kernels, "untrusted", "missing_graphs"),
+        (kernels_without_trace, "untrusted", "missing_kernels"),
+        (impossible_times, "untrusted", "implausible_times"),
+        (whole_graphs, "limited", "graphs_unseen"),
+        (short, "limited", "short"),
+        (marked_late, "limited", "unmarked_start"),
+        (one_gpu_late, "limited", "gpu_partly_seen"),
+    ],
+)
+def test_what_misleads_is_said(tmp_path: Path, build: Build, verdict: str, check: str) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    build(file)
+    report = analyze(file.close())
+    assert report.trust.verdict == verdict
+    assert check in [reason.check for reason in report.trust.reasons if reason.level == verdict]
+    text = report.to_text()
+    assert ("DO NOT TRUST" in text) == (verdict == "untrusted")
+    if verdict == "untrusted":
+        assert report.findings == []  # nothing is concluded from it
+
+
+def test_another_tool_that_held_cupti_is_named(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    launches_only(file)
+    assert "another tool held CUPTI" in analyze(file.close()).to_text()
+
+
+def test_a_sane_recording_is_trusted_without_a_word(tmp_path: Path) -> None:
+    report = analyze(serving(tmp_path / "a.sqlite"))
+    assert report.trust.verdict == "trusted"
+    assert report.trust.reasons == []
+
+
+def test_a_few_launches_whose_work_lies_behind_the_end_are_normal(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    decode(file, steps=200)
+    for number in range(6):
+        file.call("cudaLaunchKernel_v7000", 1_200_000_000 + number)
+    assert analyze(file.close()).trust.verdict == "trusted"
+
+
+def test_work_launched_before_the_recording_is_noted(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number in range(20):
+        file.kernel("nvjet", number * 1_000_000, number * 1_000_000 + 900_000, correlation=10_000 + number)
+    decode(file)
+    report = analyze(file.close())
+    assert [reason.check for reason in report.trust.reasons] == ["unknown_launches"]
+    assert report.trust.verdict == "trusted"
+
+
+def of_torch(tmp_path: Path, calls: int, kernels: int) -> Report:
+    file = KinetoFile()
+    for number in range(calls):
+        file.launch("cudaLaunchKernel", number * 100.0)
+    for number in range(kernels):
+        file.kernel("nvjet", 50_000.0 + number * 1000.0, 900.0, 49_000.0 + number * 1000.0)
+    return analyze(file.write(tmp_path / "a.json"))
+
+
+def test_a_torch_profile_under_nsys_without_kernels_is_told(tmp_path: Path) -> None:
+    report = of_torch(tmp_path, calls=50, kernels=0)
+    assert report.trust.reasons[0].check == "no_kernels"
+    assert "50 launches and not one kernel" in report.trust.reasons[0].text
+
+
+def test_a_torch_profile_that_lost_kernels_is_told(tmp_path: Path) -> None:
+    report = of_torch(tmp_path, calls=50, kernels=100)
+    assert report.trust.reasons[0].check == "missing_kernels"
