@@ -63,6 +63,7 @@ class Settings:
     capture_max_bytes: int
     vllm_metrics: bool
     thresholds: Path | None
+    snapshot_dir: Path | None
     log_level: str
 
     @property
@@ -114,6 +115,7 @@ class Settings:
             thresholds=_read(
                 env, "LLMPROBE_THRESHOLDS", "", _optional_path, "an absolute path to a TOML file"
             ),
+            snapshot_dir=_read(env, "LLMPROBE_SNAPSHOT_DIR", "", _optional_path, "an absolute path"),
             log_level=_read(
                 env, "LLMPROBE_LOG_LEVEL", "INFO", _log_level, "DEBUG, INFO, WARNING, ERROR or CRITICAL"
             ),

@@ -19,6 +19,7 @@ WRONG = {
     "LLMPROBE_CAPTURE_MAX_BYTES": "a lot",
     "LLMPROBE_VLLM_METRICS": "perhaps",
     "LLMPROBE_THRESHOLDS": "limits.toml",
+    "LLMPROBE_SNAPSHOT_DIR": "snapshots",
     "LLMPROBE_LOG_LEVEL": "LOUD",
 }
 

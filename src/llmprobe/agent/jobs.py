@@ -16,7 +16,7 @@ log = logging.getLogger("llmprobe.agent")
 class _Job:
     name: str
     period: float
-    run: Callable[[], None]
+    run: Callable[[], object]
     due: float
 
 
@@ -31,7 +31,7 @@ class Jobs:
         #: When the job of each name last ended well.
         self.succeeded: dict[str, float] = {}
 
-    def add(self, name: str, period_seconds: float, run: Callable[[], None]) -> None:
+    def add(self, name: str, period_seconds: float, run: Callable[[], object]) -> None:
         """Run ``run`` now and every ``period_seconds``. Jobs that are due together run in this order."""
         self._jobs.append(_Job(name, period_seconds, run, self._clock()))
 
@@ -45,7 +45,7 @@ class Jobs:
             job.due = max(job.due + job.period, self._clock() + job.period / 2)
         return max(min((job.due for job in self._jobs), default=1.0) - self._clock(), 0.0)
 
-    def attempt(self, name: str, run: Callable[[], None]) -> None:
+    def attempt(self, name: str, run: Callable[[], object]) -> None:
         """Run something once, under the same protection."""
         try:
             run()

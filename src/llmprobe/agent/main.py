@@ -50,6 +50,7 @@ def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | N
     parser.add_argument("--capture-max-seconds", metavar="SECONDS", help="as LLMPROBE_CAPTURE_MAX_SECONDS")
     parser.add_argument("--capture-max-bytes", metavar="SIZE", help="as LLMPROBE_CAPTURE_MAX_BYTES")
     parser.add_argument("--thresholds", metavar="PATH", help="as LLMPROBE_THRESHOLDS")
+    parser.add_argument("--snapshot-dir", metavar="PATH", help="as LLMPROBE_SNAPSHOT_DIR")
     parser.add_argument("--log-level", metavar="LEVEL", help="as LLMPROBE_LOG_LEVEL")
     parser.add_argument("--external", action="store_true", help="stay, also without any engine")
     parser.add_argument("--foreground", action="store_true", help="stay attached to the terminal")
@@ -64,6 +65,7 @@ def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | N
         "LLMPROBE_CAPTURE_MAX_SECONDS": given.capture_max_seconds,
         "LLMPROBE_CAPTURE_MAX_BYTES": given.capture_max_bytes,
         "LLMPROBE_THRESHOLDS": given.thresholds,
+        "LLMPROBE_SNAPSHOT_DIR": given.snapshot_dir,
         "LLMPROBE_LOG_LEVEL": given.log_level,
     }.items():
         if value is not None:

@@ -22,6 +22,7 @@ from llmprobe.agent.files import Token
 from llmprobe.agent.jobs import Jobs
 from llmprobe.agent.main import Options
 from llmprobe.agent.service import State, create_app
+from llmprobe.agent.snapshot_on_change import SnapshotOnChange
 from llmprobe.capture.manager import Manager
 from llmprobe.capture.store import Store, default_directory
 from llmprobe.collect.collector import Collector
@@ -67,16 +68,30 @@ def serve(options: Options, lock: daemon.Lock) -> None:
         max_seconds=settings.capture_max_seconds,
     )
     exposition = ExpositionFiles(directory)
+    snapshots = SnapshotOnChange(directory, settings.snapshot_dir) if settings.snapshot_dir else None
+    if snapshots is not None:
+        jobs.add("snapshot", 1.0, lambda: snapshots.look(_classes(collector), state.status))
     try:
         jobs.attempt("exposition", exposition.start)
         asyncio.run(_Agent(options, lock, collector, jobs, state, exposition).run())
     finally:
+        if snapshots is not None:
+            jobs.attempt("snapshot", snapshots.close)
         jobs.attempt("captures", captures.close)
         jobs.attempt("checkpoint", collector.save)
         jobs.attempt("exposition", exposition.remove)
         if lock.in_place():
             listen.unpublish(directory)
         collector.close()
+
+
+def _classes(collector: Collector) -> dict[tuple[str, str], str]:
+    """What each phase of each server is bound by, as of the last look."""
+    return {
+        (view.server, phase): verdict.bottleneck
+        for view in collector.views()
+        for phase, verdict in view.verdicts.items()
+    }
 
 
 class _Agent:

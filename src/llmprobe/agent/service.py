@@ -74,6 +74,14 @@ class State:
     #: What runs captures; None: no capture can be asked for.
     captures: Manager | None = None
 
+    def status(self) -> dict[str, Any]:
+        """What ``GET /api/status`` answers."""
+        agent = {**self.info, "errors": self.errors(), "switch": files.read_switch(self.directory)}
+        views = self.reader.views()
+        if self.captures is not None:
+            agent["captures"] = captures.overview(self.captures, views, self.directory)
+        return {**summarize(views), "time": time.time(), "agent": agent}
+
 
 class Switch(BaseModel):
     """What ``POST /api/probe`` takes."""
@@ -136,11 +144,7 @@ def _add_reading(app: FastAPI, state: State) -> None:
 
     @app.get("/api/status", summary="Every server's figures")
     async def status() -> dict[str, Any]:
-        agent = {**state.info, "errors": state.errors(), "switch": files.read_switch(state.directory)}
-        views = state.reader.views()
-        if state.captures is not None:
-            agent["captures"] = captures.overview(state.captures, views, state.directory)
-        return {**summarize(views), "time": time.time(), "agent": agent}
+        return state.status()
 
     @app.get("/api/steps", summary="The newest steps of all ranks, newest last")
     async def steps(last: Annotated[int, Query(ge=1, le=_MOST_STEPS)] = 100) -> dict[str, Any]:

@@ -152,6 +152,8 @@ def agent_command(settings: Settings) -> list[str]:
     command += ["--capture-max-bytes", str(settings.capture_max_bytes)]
     if settings.thresholds is not None:
         command += ["--thresholds", str(settings.thresholds)]
+    if settings.snapshot_dir is not None:
+        command += ["--snapshot-dir", str(settings.snapshot_dir)]
     return [*command, "--log-level", settings.log_level]
 
 
