@@ -5,8 +5,8 @@
 
 The file has the tables and columns of a real export and made-up content: kernels of 300 names in steps of 32,
 each launched by a call of its own (eager mode) or several by one (CUDA graphs traced by node), and llmprobe's
-NVTX ranges around each step. It is written to a temporary folder, which takes about 200 MB for a million. Exit status 1
-if a bar is missed; the figures are those of the run in the middle of three.
+NVTX ranges around each step. It is written to a temporary folder, which takes about 200 MB for a million. The
+figures are those of the run in the middle of three. Exit status 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def build(path: Path, kernels: int, per_launch: int) -> None:
     )
     data.executemany("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?,?,?,?,?,?,?,?)", calls)
     data.execute(
-        "INSERT INTO NVTX_EVENTS (start, eventType, text, globalTid, domainId) VALUES (1, 75, 'llmprobe', ?, 1)",
+        "INSERT INTO NVTX_EVENTS (start, eventType, text, globalTid, domainId) "
+        "VALUES (1, 75, 'llmprobe', ?, 1)",
         (_THREAD,),
     )
     ranges = (

@@ -60,12 +60,13 @@ OTHER = "other"
 #: Classes whose time counts as moving data between devices, or to and from the host, not as computing.
 NOT_COMPUTE = frozenset({COMMUNICATION, COPY, SET})
 
+_LONGEST = 1000
 _COMPILED = tuple((label, re.compile(pattern)) for label, pattern in PATTERNS)
 
 
 def kernel_class(name: str) -> str:
     """The class of a kernel of that name; `OTHER` if nothing tells."""
-    lowered = name.lower()
+    lowered = name[:_LONGEST].lower()
     for label, pattern in _COMPILED:
         if pattern.search(lowered):
             return label

@@ -29,7 +29,7 @@ class Database:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
-        self._path = path
+        self.path = path
         self.columns: dict[str, frozenset[str]] = {}
         # Only plain tables: a view or virtual table of a crafted file would run what it likes.
         rows = connection.execute(
@@ -56,7 +56,7 @@ class Database:
         count = self.count(table)
         if count > MAX_ROWS:
             raise AnalysisError(
-                f"{self._path}: table {table} has {count} rows, more than the {MAX_ROWS} that are read: "
+                f"{self.path}: table {table} has {count} rows, more than the {MAX_ROWS} that are read: "
                 "capture for less long"
             )
         try:
@@ -87,7 +87,7 @@ class Database:
         """The columns without which a table that is there cannot be read."""
         missing = [name for name in columns if name not in self.columns[table]]
         if missing:
-            raise AnalysisError(f"{self._path}: table {table} has no column {missing[0]}: an unknown schema")
+            raise AnalysisError(f"{self.path}: table {table} has no column {missing[0]}: an unknown schema")
 
     def _column(self, table: str, names: str) -> str | None:
         return next((name for name in names.split("|") if name in self.columns[table]), None)

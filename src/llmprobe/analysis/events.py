@@ -7,6 +7,7 @@ indices into `Trace.names`, devices into `Trace.devices`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ UNKNOWN = -1
 
 #: What a sane file stays below: the year 2096, a month, a step's tokens, a copy. Sums then fit their type.
 LATEST_NS, LONGEST_NS, MOST_TOKENS, MOST_BYTES = 4 * 10**18, 26 * 10**14, 1 << 40, 1 << 50
+
+#: No machine has more.
+MAX_GPUS = 1024
 
 
 class AnalysisError(Exception):
@@ -66,7 +70,7 @@ class Spans:
     """Named times of host threads: marked ranges, or calls into CUDA."""
 
     begin_ns: Ints
-    end_ns: Ints  #: `UNKNOWN` where the recording ended before the range did
+    end_ns: Ints  #: `UNKNOWN` where the recording ended before the range did, and for calls of nsys files
     name: Ints
     thread: Ints
     value: Ints  #: a range's payload, or `UNKNOWN`
@@ -145,6 +149,15 @@ def by_begin(activities: Activities) -> Activities:
     if len(activities) and (np.diff(activities.begin_ns) < 0).any():
         return activities.where(np.lexsort((activities.end_ns, activities.begin_ns)))
     return activities
+
+
+def label_devices(number: Ints, names: dict[int, str], path: Path) -> tuple[Ints, list[str]]:
+    """Each activity's GPU as an index, and how each GPU is shown; too many for any machine are damage."""
+    distinct, index = np.unique(number, return_inverse=True)
+    if len(distinct) > MAX_GPUS:
+        raise AnalysisError(f"{path}: damaged: activities on {len(distinct)} different GPUs")
+    labels = [f"GPU {one} ({names[one]})" if names.get(one) else f"GPU {one}" for one in distinct.tolist()]
+    return index.astype(np.int64), labels
 
 
 def printable(text: str) -> str:

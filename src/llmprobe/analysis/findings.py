@@ -9,6 +9,7 @@ import numpy as np
 from llmprobe.analysis.busy import Occupation, length_ns
 from llmprobe.analysis.events import KERNEL, UNKNOWN, Trace
 from llmprobe.analysis.phases import PhaseTimes
+from llmprobe.analysis.text import duration
 from llmprobe.analysis.trust import UNTRUSTED, Trust
 
 #: Idle share of a GPU from which it is worth words; the verdict's own threshold for ``sync_bound``.
@@ -105,13 +106,13 @@ def _idle(label: str, occupation: Occupation, idle: float, phases: list[PhaseTim
     )
     if worst is not None:
         lost = (worst.span_ns + worst.gap_ns - worst.busy_ns) / 1e9
-        text += f", {lost:.3g} s of it in and before {worst.phase} steps"
+        text += f", {duration(lost)} of it in and before {worst.phase} steps"
     known = gaps.launched_late != UNKNOWN
     total = int(length[known].sum())
     late = int(gaps.launched_late[known].sum())
     if not total:
         return Finding("idle", text, "record with CUDA API calls to see what the device waits for", idle)
-    text += f"; in {late / total:.0%} of that, the host had not launched the next kernel"
+    text += f"; in {late / total:.0%} of its gaps' time, the host had not launched what ran next"
     if late < _MOST * total:
         return Finding(
             "idle_launched",
@@ -121,8 +122,8 @@ def _idle(label: str, occupation: Occupation, idle: float, phases: list[PhaseTim
         )
     bubbles = int(length[length < _BUBBLE_NS].sum())
     kernels = occupation.activities.kind == KERNEL
-    duration = (occupation.activities.end_ns - occupation.activities.begin_ns)[kernels]
-    mean = float(np.mean(duration)) / 1e3 if len(duration) else 0.0
+    lasted = (occupation.activities.end_ns - occupation.activities.begin_ns)[kernels]
+    mean = float(np.mean(lasted)) / 1e3 if len(lasted) else 0.0
     if bubbles >= _MOST * total:
         return Finding(
             "launch_bubbles",

@@ -30,6 +30,7 @@ from llmprobe.analysis.events import (
     Spans,
     Trace,
     by_begin,
+    label_devices,
     plausible,
     plausible_spans,
     printable,
@@ -37,6 +38,7 @@ from llmprobe.analysis.events import (
 from llmprobe.analysis.host_operators import HostOperators
 from llmprobe.analysis.json_stream import Document, opened
 from llmprobe.analysis.names import NameTable
+from llmprobe.compute.steps import Bools
 
 MAX_EVENTS = 40_000_000
 
@@ -178,18 +180,11 @@ class _Reader:
         """What was taken, as one trace."""
         begin, end, kind, device, name, correlation, size = self._activities.arrays()
         call_begin, call_end, call_name, call_thread, call_correlation = self._calls.arrays()
-        launched, thread = _launches(correlation, call_begin, call_thread, call_correlation)
-        distinct, index = np.unique(device, return_inverse=True)
-        labels = [
-            f"GPU {int(number)} ({self._device_names[int(number)]})"
-            if self._device_names.get(int(number))
-            else f"GPU {int(number)}"
-            for number in distinct
-        ]
-        activities, implausible = plausible(
-            Activities(begin, end, kind, index.astype(np.int64), name, launched, thread, size)
-        )
+        launched, thread, outer = _launches(correlation, call_begin, call_thread, call_correlation)
+        index, labels = label_devices(device, self._device_names, self._path)
+        activities, implausible = plausible(Activities(begin, end, kind, index, name, launched, thread, size))
         calls = Spans(call_begin, call_end, call_name, call_thread, np.full(len(call_begin), UNKNOWN))
+        calls = calls.where(outer)
         return Trace(
             source=Source(str(self._path), tool="torch", format="kineto-json", version=self._version),
             names=self._names.names,
@@ -213,20 +208,25 @@ def _activity_name(name: str, kind: int) -> str:
     return "memset" if kind == SET else name
 
 
-def _launches(correlation: Ints, begin: Ints, thread: Ints, known: Ints) -> tuple[Ints, Ints]:
-    """When and where each correlation id was launched: by the outermost call that carries it."""
+def _launches(correlation: Ints, begin: Ints, thread: Ints, known: Ints) -> tuple[Ints, Ints, Bools]:
+    """When and where each correlation id was launched: by the outermost call that carries it.
+
+    And which calls are no calls below another one.
+    """
     launched = np.full(len(correlation), UNKNOWN, dtype=np.int64)
     launcher = launched.copy()
     order = np.lexsort((begin, known))
+    outer = known <= 0
     order = order[known[order] > 0]
-    if not len(order) or not len(correlation):
-        return launched, launcher
     ids, first = np.unique(known[order], return_index=True)
+    outer[order[first]] = True
+    if not len(order) or not len(correlation):
+        return launched, launcher, outer
     at = np.minimum(np.searchsorted(ids, correlation), len(ids) - 1)
     hit = (ids[at] == correlation) & (correlation > 0)
     launched[hit] = begin[order][first][at[hit]]
     launcher[hit] = thread[order][first][at[hit]]
-    return launched, launcher
+    return launched, launcher, outer
 
 
 def _ns(microseconds: Any) -> int | None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmprobe.analysis.busy import Occupation
-from llmprobe.analysis.events import UNKNOWN, Ints, Spans, Trace
+from llmprobe.analysis.events import LATEST_NS, LONGEST_NS, UNKNOWN, Ints, Spans, Trace
 from llmprobe.compute.intervals import overlap_ns, union
 
+#: More threads than these mark no ranges.
+MOST_THREADS = 4096
 #: The ranges that are steps; any other range of ours is a part of one.
 PHASES = ("prefill", "decode", "mixed", "draft", "dummy", "encode")
 
@@ -72,21 +74,45 @@ def phase_times(trace: Trace, occupations: list[Occupation]) -> list[PhaseTimes]
 
 
 def owner(ranges: Spans, times: Ints, threads: Ints) -> Ints:
-    """For each (time, thread) the range of that thread that holds it, or `UNKNOWN`.
-
-    Ranges of one thread must not overlap (steps follow each other); of two that do, the later one holds.
-    """
+    """For each (time, thread) the innermost range of that thread that holds it, or `UNKNOWN`."""
     found = np.full(len(times), UNKNOWN, dtype=np.int64)
-    for thread in np.unique(ranges.thread):
-        mine = np.flatnonzero(ranges.thread == thread)
-        mine = mine[np.argsort(ranges.begin_ns[mine], kind="stable")]
+    for thread in np.unique(ranges.thread)[:MOST_THREADS]:
         rows = np.flatnonzero(threads == thread)
         if not len(rows):
             continue
-        at = np.searchsorted(ranges.begin_ns[mine], times[rows], side="right") - 1
-        inside = (at >= 0) & (times[rows] < ranges.end_ns[mine[np.maximum(at, 0)]])
-        found[rows[inside]] = mine[at[inside]]
+        mine = np.flatnonzero(ranges.thread == thread)
+        mine = mine[np.lexsort((-ranges.end_ns[mine], ranges.begin_ns[mine]))]
+        since, holder = _innermost(ranges.begin_ns[mine], ranges.end_ns[mine])
+        at = holder[np.searchsorted(since, times[rows], side="right")]
+        found[rows] = np.where(at == UNKNOWN, UNKNOWN, mine[at])
     return found
+
+
+def _innermost(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Which of the ranges, sorted by begin, holds from which time on.
+
+    ``holder[searchsorted(since, time, side="right")]`` is the one that holds at ``time``, or `UNKNOWN`.
+    """
+    since: list[int] = []
+    holder = [UNKNOWN]
+    inside: list[int] = []
+    ends = end.tolist()
+
+    def leave(until: int) -> None:
+        while inside and ends[inside[-1]] <= until:
+            left = ends[inside.pop()]
+            while inside and ends[inside[-1]] <= left:
+                inside.pop()
+            since.append(left)
+            holder.append(inside[-1] if inside else UNKNOWN)
+
+    for row, time in enumerate(begin.tolist()):
+        leave(time)
+        since.append(time)
+        holder.append(row)
+        inside.append(row)
+    leave(LATEST_NS + LONGEST_NS)
+    return np.array(since, dtype=np.int64), np.array(holder, dtype=np.int64)
 
 
 def _times(

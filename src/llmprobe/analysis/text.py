@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llmprobe.analysis.report import Report
 
-_NAME_CHARS = 72
+_WIDTH = 110
+_NAME_CHARS = 68
 _TOP = 15
 _TOP_GAPS = 8
 
@@ -17,7 +19,7 @@ def render(report: Report) -> str:
     lines = [f"{report.source.path}  ({report.source.tool} {report.source.version})".replace(" )", ")"), ""]
     lines += _trust(report)
     for finding in report.findings:
-        lines += [f"• {finding.text}", f"  next: {finding.next_step}"]
+        lines += [*_wrapped("• ", finding.text), *_wrapped("  next: ", finding.next_step)]
     if report.findings:
         lines.append("")
     if report.gpus:
@@ -54,6 +56,12 @@ def short(name: str, limit: int = _NAME_CHARS) -> str:
     return name
 
 
+def _wrapped(mark: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark), break_long_words=False
+    )
+
+
 def _trust(report: Report) -> list[str]:
     words = {
         "trusted": "",
@@ -62,7 +70,7 @@ def _trust(report: Report) -> list[str]:
     }
     lines = [words[report.trust.verdict]] if words[report.trust.verdict] else []
     for reason in report.trust.reasons:
-        lines.append(f"  {'note: ' if reason.level == 'note' else '- '}{reason.text}")
+        lines += _wrapped("  note: " if reason.level == "note" else "  - ", reason.text)
     return [*lines, ""] if lines else []
 
 

@@ -55,11 +55,16 @@ def _live(server: Mapping[str, Any]) -> dict[str, float]:
 
 def _captured(report: Mapping[str, Any]) -> dict[str, float]:
     rows = (
-        (phase["name"], phase.get("sync_gap_ratio"), (phase.get("gap_seconds") or 0.0) + phase["seconds"])
+        (phase["name"], phase.get("sync_gap_ratio"), _seconds(phase))
         for phase in report.get("phases") or ()
         if phase.get("part") is None
     )
     return _means(rows)
+
+
+def _seconds(phase: Mapping[str, Any]) -> float:
+    """Of a captured phase, its gaps included; 0 where no device work could be tied to it."""
+    return (phase.get("gap_seconds") or 0.0) + (phase.get("seconds") or 0.0)
 
 
 def _means(rows: Iterable[tuple[str, float | None, float | None]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ not outlive the agent that reads its result.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import sys
 import threading
@@ -35,12 +35,13 @@ def finish(folder: Path) -> None:
             made.unlink(missing_ok=True)
         raw.unlink()
     report = analyze(folder / SCRUBBED)
+    # Who downloads the report need not learn where this machine keeps it.
+    report = dataclasses.replace(report, source=dataclasses.replace(report.source, path=SCRUBBED))
     text = folder / f".{REPORT_TEXT}.{os.getpid()}"
     text.write_text(report.to_text() + "\n")
     text.chmod(0o600)
     text.replace(folder / REPORT_TEXT)
-    data = report.to_json()
-    write_json(folder / REPORT_JSON, json.loads(data) if isinstance(data, str) else data)
+    write_json(folder / REPORT_JSON, report.to_json())
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprobe.analysis.busy import length_ns, occupations
@@ -28,6 +28,7 @@ def trace_of(rows: list[tuple[int, int, int, int]], launched: list[int] | None =
     return Trace(source, NAMES, ["GPU 0", "GPU 1"], activities, no_spans(), no_spans())
 
 
+@settings(deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=25))
 def test_busy_and_exposed_time_are_what_counting_gives(rows: list[tuple[int, int, int, int]]) -> None:
     begin, end = min(row[0] for row in rows), max(row[0] + row[1] for row in rows)
@@ -50,6 +51,7 @@ def test_busy_and_exposed_time_are_what_counting_gives(rows: list[tuple[int, int
         )
 
 
+@settings(deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=25))
 def test_gaps_are_the_idle_time_between_activities(rows: list[tuple[int, int, int, int]]) -> None:
     for one in occupations(trace_of(rows)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmprobe.analysis import AnalysisError, analyze
+from llmprobe.capture.scrub import scrub
 
 from .kineto_file import decoding
 from .nsys_file import SCHEMA, NsysFile, serving
@@ -137,6 +139,59 @@ def test_a_database_with_anything_in_its_cells(
         except (sqlite3.Error, UnicodeEncodeError):
             continue  # not even SQLite takes it
     only_one_line(file.close())
+
+
+VALUE = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.lists(st.integers(), max_size=3)
+)
+CATEGORY = st.sampled_from(
+    [
+        "kernel",
+        "gpu_memcpy",
+        "gpu_memset",
+        "cuda_runtime",
+        "cuda_driver",
+        "user_annotation",
+        "cpu_op",
+        "Trace",
+    ]
+)
+NAME = st.sampled_from(
+    ["nvjet", "Memcpy", "cudaGraphLaunch", "llmprobe:decode", "execute_context_1(9)_generation_2(2)", ""]
+)
+EVENT = st.fixed_dictionaries(
+    {"ph": st.just("X"), "cat": CATEGORY, "name": NAME | VALUE},
+    optional={
+        "ts": st.floats(0, 1e6) | VALUE,
+        "dur": st.floats(0, 1e5) | VALUE,
+        "pid": VALUE,
+        "tid": VALUE,
+        "args": st.dictionaries(
+            st.sampled_from(["device", "correlation", "bytes", "stream"]), st.integers(0, 3) | VALUE
+        )
+        | VALUE,
+    },
+)
+
+
+@_MANY
+@given(st.lists(EVENT, max_size=10), st.dictionaries(st.sampled_from(["deviceProperties"]), VALUE))
+def test_a_trace_with_anything_in_its_events(
+    tmp_path: Path, events: list[dict[str, object]], beside: dict[str, object]
+) -> None:
+    path = tmp_path / "events.json"
+    path.write_text(json.dumps({**beside, "traceEvents": events}))
+    only_one_line(path)
+    copy = tmp_path / "copy.json"
+    copy.unlink(missing_ok=True)
+    scrub(path, copy)
+    json.loads(copy.read_text(), parse_constant=pytest.fail)  # what was written is JSON without NaN
+    only_one_line(copy)
 
 
 @pytest.mark.parametrize("make", ["folder", "absent", "fifo", "socket path"])

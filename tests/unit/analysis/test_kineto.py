@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprobe.analysis import AnalysisError, analyze, json_stream
@@ -158,6 +158,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     before=st.dictionaries(st.text().filter("traceEvents".__ne__), JSON, max_size=3),
     events=st.lists(JSON, max_size=6),

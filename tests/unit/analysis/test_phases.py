@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprobe.analysis import analyze
@@ -15,26 +15,25 @@ from llmprobe.analysis.phases import owner
 
 from .nsys_file import THREAD, NsysFile
 
+RANGE = st.tuples(st.integers(0, 40), st.integers(1, 30), st.integers(0, 1))
 
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), max_size=12),
-    times=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 2)), max_size=20),
-)
-def test_a_launch_belongs_to_the_range_of_its_thread_that_holds_it(
-    lengths: list[tuple[int, int]], times: list[tuple[int, int]]
+
+@settings(deadline=None)
+@given(rows=st.lists(RANGE, max_size=12), times=st.lists(st.tuples(st.integers(0, 80), st.integers(0, 2))))
+def test_a_launch_belongs_to_the_innermost_range_of_its_thread(
+    rows: list[tuple[int, int, int]], times: list[tuple[int, int]]
 ) -> None:
-    rows, clock = [], 0
-    for number, (space, length) in enumerate(lengths):
-        clock += space
-        rows.append((clock, clock + length, 0, number % 2, -1))
-        clock += length
-    ranges = Spans(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
+    columns = [(begin, begin + length, 0, thread, -1) for begin, length, thread in rows]
+    ranges = Spans(*np.array(columns, dtype=np.int64).reshape(-1, 5).T)
     when = np.array([time for time, _ in times], dtype=np.int64)
     thread = np.array([number for _, number in times], dtype=np.int64)
-    found = owner(ranges, when, thread)
-    for time, of, row in zip(when, thread, found, strict=True):
-        holding = [i for i, (begin, end, _, mine, _) in enumerate(rows) if mine == of and begin <= time < end]
-        assert ([row] if row >= 0 else []) == holding
+    for time, of, row in zip(when, thread, owner(ranges, when, thread), strict=True):
+        holding = [(begin, -end) for begin, end, _, mine, _ in columns if mine == of and begin <= time < end]
+        if row < 0:
+            assert not holding
+        else:
+            assert columns[row][3] == of
+            assert (columns[row][0], -columns[row][1]) == max(holding)
 
 
 def step(file: NsysFile, phase: str, host: int, device: list[tuple[int, int]], thread: int = THREAD) -> None:
@@ -102,3 +101,15 @@ def test_a_range_that_was_cut_off_is_left_out_and_said(tmp_path: Path) -> None:
     report = analyze(file.close())
     assert report.phases[0].steps == 1
     assert "cut_ranges" in [reason.check for reason in report.trust.reasons]
+
+
+def test_a_draft_inside_of_a_step_is_a_phase_of_its_own(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    file.range("decode", 0, 1000)
+    file.range("draft", 100, 200)
+    for launched, begin in ((50, 5000), (150, 6000), (500, 7000)):
+        file.kernel("nvjet", begin, begin + 1000, launched=launched)
+    rows = {row.name: row for row in analyze(file.close()).phases}
+    assert rows["draft"].seconds == pytest.approx(1000e-9)
+    assert rows["decode"].seconds == pytest.approx(3000e-9)

@@ -10,7 +10,7 @@ import pytest
 from llmprobe.analysis import Report, analyze
 
 from .kineto_file import KinetoFile
-from .nsys_file import NsysFile, serving
+from .nsys_file import THREAD, NsysFile, serving
 
 Build = Callable[[NsysFile], None]
 
@@ -136,6 +136,23 @@ def test_a_few_launches_whose_work_lies_behind_the_end_are_normal(tmp_path: Path
     decode(file, steps=200)
     for number in range(6):
         file.call("cudaLaunchKernel_v7000", 1_200_000_000 + number)
+    assert analyze(file.close()).trust.verdict == "trusted"
+
+
+def test_driver_calls_below_runtime_calls_are_not_missing(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number in range(100):
+        at = 1_000_000_000 + number * 1_000_000
+        correlation = file.call("cudaLaunchKernel_v7000", at - 10_000)
+        file.row(
+            "CUPTI_ACTIVITY_KIND_RUNTIME",
+            start=at - 9_000,
+            end=at - 8_000,
+            globalTid=THREAD,
+            correlationId=correlation,
+            nameId=file.string("cuLaunchKernel"),
+        )
+        file.kernel("nvjet", at, at + 900_000, correlation=correlation)
     assert analyze(file.close()).trust.verdict == "trusted"
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmprobe.analysis import analyze
 from llmprobe.capture.compare import compare
+
+DATA = Path(__file__).parents[2] / "data"
 
 
 def report(ratio: float | None, verdict: str = "trusted") -> dict[str, Any]:
@@ -50,3 +54,10 @@ def test_a_capture_that_does_not_trust_itself_is_not_trusted() -> None:
 def test_what_one_side_does_not_know_is_not_compared(seen: dict[str, Any], shown: dict[str, Any]) -> None:
     assert compare(seen, shown)["phases"] == {}
     assert not compare(seen, shown)["disagree"]
+
+
+def test_a_real_capture_without_a_gpu_is_not_compared() -> None:
+    """Its phases took no device time that is known."""
+    seen = analyze(DATA / "nsys" / "transformers_cpu.sqlite").to_json()
+    assert seen["phases"]
+    assert compare(seen, live(0.1))["phases"] == {}
