@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llmprobe.record.journal import JournalError, JournalReader
+from llmprobe.record.journal import JournalError
+from llmprobe.record.journal_reader import JournalReader
 
 _POLL_SECONDS = 0.5
 

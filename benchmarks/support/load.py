@@ -35,7 +35,13 @@ class Load:
     """A steady load on one server, from entering the ``with`` block to leaving it."""
 
     def __init__(
-        self, port: int, model: str, concurrency: int, prompt_tokens: int, output_tokens: int
+        self,
+        port: int,
+        model: str,
+        concurrency: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        pause_seconds: float = 0.0,
     ) -> None:
         options = {
             "--port": port,
@@ -43,6 +49,7 @@ class Load:
             "--concurrency": concurrency,
             "--prompt-tokens": prompt_tokens,
             "--output-tokens": output_tokens,
+            "--pause-seconds": pause_seconds,
         }
         self._command = [sys.executable, str(Path(streaming_client.__file__))]
         self._command += [str(part) for option in options.items() for part in option]
@@ -76,9 +83,13 @@ class Load:
         if self._short:
             raise LoadFailed(f"{self._short} requests did not get all their tokens")
 
+    def requests(self) -> np.ndarray:
+        """Those that are over: when each was ``sent``, and its ``first`` and ``last`` token came (ns)."""
+        return np.array(list(self._rows), dtype=_FIELDS)
+
     def seen(self, begin_ns: int, end_ns: int) -> Seen:
         """Requests wholly between two times; of the others, their tokens count. Raises LoadFailed."""
-        rows = np.array(list(self._rows), dtype=_FIELDS)
+        rows = self.requests()
         whole = rows[(rows["sent"] >= begin_ns) & (rows["last"] <= end_ns)]
         if not len(whole):
             raise LoadFailed("no request began and ended within a block: make --block-seconds longer")

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llmprobe.collect.peaks import peaks_path
@@ -33,16 +33,19 @@ def tiny_model() -> Path:
 
 
 @contextlib.contextmanager
-def running_server(model: Path | None, flags: Sequence[str]) -> Iterator[VllmServer]:
+def running_server(
+    model: Path | None, flags: Sequence[str], env: Mapping[str, str] | None = None
+) -> Iterator[VllmServer]:
     """A ``vllm serve`` with llmprobe that answers, and its agent too; stopped at the end.
 
     Args:
         model: None for `tiny_model`.
         flags: go behind the ones that make a quick start on the CPU.
+        env: variables of the server and its agent beside those of this process.
     """
     folder = Path(tempfile.mkdtemp(prefix="llmprobe-benchmark-"))
     server = VllmServer.start(
-        model or tiny_model(), new_directory(), folder / "vllm.log", [*_flags(model), *flags]
+        model or tiny_model(), new_directory(), folder / "vllm.log", [*_flags(model), *flags], env
     )
     try:
         print(f"starting vllm serve (log: {server.log})", file=sys.stderr, flush=True)

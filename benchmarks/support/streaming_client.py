@@ -38,6 +38,8 @@ async def _stream(options: argparse.Namespace, numbers: object, lane: int) -> No
             "temperature": 0,
         }
         print(json.dumps(await _request(reader, writer, json.dumps(body).encode())), flush=True)
+        if options.pause_seconds:
+            await asyncio.sleep(options.pause_seconds)
 
 
 async def _request(
@@ -73,6 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--pause-seconds", type=float, default=0.0)
     return parser.parse_args()
 
 

@@ -117,7 +117,7 @@ def measure(plan: Plan) -> TransformersCost:
 
 
 def _compare(plan: Plan, directory: Path, probe: Any, program: _Program) -> TransformersCost:
-    from llmprobe.record.journal import JournalReader
+    from llmprobe.record.journal_reader import JournalReader
 
     writer = probe.recorder.writer
     log = StepLog(JournalReader(writer.path, writer))

@@ -69,7 +69,8 @@ def measure() -> Iterator[Measurement]:
 
 def _collector(probe: Any) -> Collector:
     from llmprobe.collect.collector import Collector
-    from llmprobe.collect.peaks import peaks_for
+    from llmprobe.collect.peaks import attainable_for, peaks_for
+    from llmprobe.collect.thresholds import load_thresholds
 
     def own() -> dict[Any, Any]:
         return {recorder.writer.path: recorder.writer for recorder in probe.recorders()}
@@ -77,6 +78,8 @@ def _collector(probe: Any) -> Collector:
     return Collector(
         probe.settings.directory,
         peaks=peaks_for,
+        attainable=attainable_for,
+        thresholds=load_thresholds(probe.settings.thresholds)[0],
         only_group=os.environ.get(session.GROUP_VARIABLE, ""),
         own_writers=own,
         keep_dead=True,

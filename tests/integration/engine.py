@@ -13,7 +13,8 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmprobe.demo.server import VllmServer
-from llmprobe.record.journal import JournalError, JournalReader
+from llmprobe.record.journal import JournalError
+from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import PHASES
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import llmprobe
-from llmprobe.record.journal import JournalReader
+from llmprobe.record.journal_reader import JournalReader
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.integration

@@ -28,7 +28,8 @@ import llmprobe
 from llmprobe.collect.host import HostWatch, lock_holder
 from llmprobe.export.summary import plain
 from llmprobe.record import layout
-from llmprobe.record.journal import JournalError, JournalReader
+from llmprobe.record.journal import JournalError
+from llmprobe.record.journal_reader import JournalReader
 
 SCHEMA_VERSION = 1
 KIND = "llmprobe-snapshot"

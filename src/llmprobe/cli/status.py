@@ -15,7 +15,7 @@ from llmprobe.record.agent_launch import agent_info
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print what /api/status says.")] = False,
 ) -> None:
-    """Show what is measured right now, a table a server."""
+    """Show what each server is bound by right now, headline first, and its figures."""
     directory = settings_or_fail().directory
     try:
         code, answer = request(directory, "GET", "/api/status")
@@ -29,9 +29,11 @@ def status(
     from rich.console import Console
 
     from llmprobe.cli.live import server_panel
+    from llmprobe.cli.verdict_view import verdict_view
 
     console = Console()
     for server in answer["servers"]:
+        console.print(verdict_view(server))
         console.print(server_panel(server))
     if not answer["servers"]:
         console.print("No server is running with LLMPROBE=1.")

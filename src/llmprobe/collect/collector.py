@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import json
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmprobe.collect.process import Latencies, PeaksOf, Pending, Process, Rank, monotonic_to_unix
-from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
+from llmprobe.collect import checkpoint as checkpoints
+from llmprobe.collect.front_ends import FrontEnds
+from llmprobe.collect.grouping import Grouping
+from llmprobe.collect.judge import Judge
+from llmprobe.collect.process import PeaksOf, Pending, Process, Rank, no_peaks
+from llmprobe.collect.stalls import find_stall
+from llmprobe.collect.step_json import step_json
+from llmprobe.collect.views import EngineView, RankView, ServerView
+from llmprobe.collect.watches import Watches
 from llmprobe.compute import intervals
 from llmprobe.compute.figures import summarise
-from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.thresholds import Thresholds
 from llmprobe.record import layout
-from llmprobe.record.journal import JournalError, JournalReader, JournalWriter
+from llmprobe.record.journal import JournalError, JournalWriter
+from llmprobe.record.journal_reader import JournalReader
 
 WINDOW_NS = 30 * 10**9
 _VIEW_EVERY_NS = 10**9
 _FACTS_EVERY_NS = 2 * 10**9
 _DEAD_KEEP_NS = 30 * 10**9
-_LATENCIES = (
-    "time_to_first_token",
-    "time_per_output_token",
-    "inter_token_latency",
-    "request_duration",
-    "request_queue",
-)
-_CHECKPOINT_SCHEMA = 1
-_JUST_BEGAN_SECONDS = 5.0
-
-
-def _no_peaks(facts: dict[str, Any]) -> Peaks | None:
-    return None
 
 
 class Collector:
@@ -50,7 +44,10 @@ class Collector:
         *,
         clock: Callable[[], int] = time.monotonic_ns,
         checkpoint: Path | None = None,
-        peaks: PeaksOf = _no_peaks,
+        peaks: PeaksOf = no_peaks,
+        attainable: PeaksOf = no_peaks,
+        thresholds: Thresholds | None = None,
+        notes: Sequence[str] = (),
         only_group: str | None = None,
         own_writers: Callable[[], dict[Path, JournalWriter]] = dict,
         remove_dead: bool = False,
@@ -62,6 +59,9 @@ class Collector:
             clock: nanoseconds of CLOCK_MONOTONIC.
             checkpoint: file that carries derived counters over a restart.
             peaks: peak rates for a worker's facts, None where unknown.
+            attainable: likewise, what its device was measured to attain.
+            thresholds: of verdicts; the defaults if None.
+            notes: what every server's view says too.
             only_group: look at one server or program only.
             own_writers: gives the journals that this very process writes; see `JournalReader`.
             remove_dead: delete the journals of processes that died more than 30 s ago.
@@ -71,6 +71,8 @@ class Collector:
         self._clock = clock
         self._checkpoint = checkpoint
         self._peaks = peaks
+        self._attainable = attainable
+        self._notes = notes
         self._only_group = only_group
         self._own_writers = own_writers
         self._remove_dead = remove_dead
@@ -79,21 +81,21 @@ class Collector:
         self._processes: dict[Path, Process] = {}
         self._ranks: dict[Path, Rank] = {}
         self._pending: dict[Path, Pending] = {}
-        self._latencies: dict[tuple[str, int], Latencies] = {}
-        self._left: dict[tuple[str, int], _FrontTotals] = {}  # of front ends no longer read
-        self._keys: dict[Path, str] = {}
-        self._split: set[str] = set()  # groups told apart by label, for their life
-        self._alone: set[Path] = set()  # ranks that are a view of their own
-        self._labels: dict[str, str] = {}
+        self._grouping = Grouping()
+        self._front_ends = FrontEnds()
+        self._thresholds = thresholds or Thresholds()
+        self._judge = Judge(self._thresholds)
+        self._watches = Watches()
         self._ignored: set[Path] = set()
         self._views: list[ServerView] = []
         self._views_at = 0
         self._facts_at = 0
-        saved = _load_checkpoint(checkpoint)
+        saved = checkpoints.load(checkpoint)
         self._saved: dict[str, Any] = saved.get("ranks", {})
         self._saved_pending: dict[str, Any] = saved.get("pending", {})
-        for key, engine, totals in saved.get("left", ()):
-            self._left[key, engine] = _FrontTotals.restore(totals)
+        self._front_ends.restore(saved.get("left", ()))
+        self._judge.restore(saved.get("verdicts", {}))
+        self._watches.restore(saved.get("hosts", {}))
 
     def tick(self, final: bool = False) -> None:
         """Find journals, read what is new, account for it. ``final`` brings `views` up to date too."""
@@ -112,7 +114,8 @@ class Collector:
                     self._facts_at = now
                     for rank in self._ranks.values():
                         rank.refresh()
-                self._keys = self._group()
+                self._grouping.update(self._processes)
+                self._watches.sample(self._processes.values(), now)
                 for path, rank in self._ranks.items():
                     rank.fold(self._pending_of(path), now)
                 self._forget(now)
@@ -142,7 +145,10 @@ class Collector:
                 for row in list(rank.recent)[-last:]
             ]
         rows.sort(key=lambda item: item[0])
-        return [_step_json(rank.process, self._label(rank.process), row) for _, rank, row in rows[-last:]]
+        return [
+            step_json(rank.process, self._grouping.label_of(rank.process), row)
+            for _, rank, row in rows[-last:]
+        ]
 
     def save(self) -> None:
         """Write the checkpoint, if there is one to write."""
@@ -157,11 +163,10 @@ class Collector:
                 for path, told in self._pending.items()
                 if self._processes[path].alive
             }
-            left = [[*at, totals.save()] for at, totals in self._left.items()]
-        text = json.dumps({"schema": _CHECKPOINT_SCHEMA, "ranks": ranks, "pending": pending, "left": left})
-        temporary = self._checkpoint.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self._checkpoint)
+            left, verdicts = self._front_ends.save(), self._judge.save()
+            hosts = self._watches.save(self._processes.values())
+            text = checkpoints.dump(ranks=ranks, pending=pending, left=left, verdicts=verdicts, hosts=hosts)
+        checkpoints.write(self._checkpoint, text)
 
     def close(self) -> None:
         """Stop reading every journal."""
@@ -195,46 +200,16 @@ class Collector:
                 if spans := self._saved_pending.pop(process.identity, None):
                     self._pending[path].restore(spans)
             if process.role in ("worker", "program"):
-                rank = Rank(process, self._peaks)
+                rank = Rank(process, self._peaks, self._attainable)
                 if saved := self._saved.pop(process.identity, None):
                     rank.restore(saved)
                 self._ranks[path] = rank
 
-    def _group(self) -> dict[Path, str]:
-        """Which view each process belongs to. One server is one group, except that a group may be inherited:
-
-        Every program is a view of its own, as are servers of one group that have the same ranks: told apart
-        by their labels, or else rank by rank, so that no two ranks of a view are the same.
-        """
-        keys: dict[Path, str] = {}
-        for attempt in ("group", "label"):
-            taken: dict[tuple[str, int, int], Path] = {}
-            for path, process in self._processes.items():
-                key = process.group
-                if process.role == "program":
-                    keys[path] = f"{key}/{process.identity}"
-                    continue
-                if process.group in self._split:
-                    key = f"{key}/{process.facts.get('server', '')}"
-                if process.role == "worker" and process.alive:
-                    rank = (key, process.engine, int(process.facts.get("rank", 0)))
-                    if path in self._alone or taken.setdefault(rank, path) != path:
-                        if attempt == "group":
-                            self._split.add(process.group)
-                        else:
-                            self._alone.add(path)
-                        key = f"{key}/{process.identity}"
-                keys[path] = key
-        return keys
-
-    def _label(self, process: Process) -> str:
-        return self._labels.get(self._keys.get(process.path, ""), str(process.facts.get("server", "")))
-
     def _pending_of(self, path: Path) -> intervals.Intervals | None:
         """When the server had unfinished requests, by its front ends; None if it has none."""
-        told = []
+        told, keys = [], self._grouping.keys
         for other, pending in self._pending.items():
-            if self._keys[other] == self._keys[path]:
+            if keys[other] == keys[path]:
                 process, spans = self._processes[other], pending.spans()
                 # What a dead front end left open ended with it.
                 told.append(spans if process.alive else np.minimum(spans, process.died_ns))
@@ -247,12 +222,10 @@ class Collector:
             if process.alive or self._keep_dead or now - process.died_ns < _DEAD_KEEP_NS:
                 continue
             if process.role == "frontend":
-                left = self._left.get((self._keys[path], process.engine))
-                self._left[self._keys[path], process.engine] = _FrontTotals.of([process], left)
+                self._front_ends.leave(self._grouping.keys[path], process)
             process.close()
             self._processes.pop(path)
-            self._keys.pop(path)
-            self._alone.discard(path)
+            self._grouping.forget(path)
             self._ranks.pop(path, None)
             self._pending.pop(path, None)
             self._ignored.add(path)
@@ -260,29 +233,26 @@ class Collector:
                 with contextlib.suppress(OSError):
                     path.unlink()
         self._ignored = {path for path in self._ignored if path.exists()}
-        living = set(self._keys.values())
-        self._left = {at: left for at, left in self._left.items() if at[0] in living}
-        self._latencies = {at: seen for at, seen in self._latencies.items() if at[0] in living}
-        self._labels = {key: label for key, label in self._labels.items() if key in living}
+        living = self._grouping.living()
+        self._front_ends.keep(living)
+        self._judge.keep(living)
 
     def _build_views(self, now: int, keep_dead: bool) -> list[ServerView]:
         groups: dict[str, list[Process]] = {}
         for path, process in self._processes.items():
             if process.alive or keep_dead:
-                groups.setdefault(self._keys[path], []).append(process)
+                groups.setdefault(self._grouping.keys[path], []).append(process)
         views = {key: self._server(key, processes, now) for key, processes in groups.items()}
         in_order = sorted(views.items(), key=lambda item: item[1].started)
         for key, view in in_order:
-            view.server = self._tell_apart(key, view.server)
+            view.server = self._grouping.label(key, view.server)
+            self._judge.judge(key, view, self._ranks_of(view, groups[key]), now)
         return [view for _, view in in_order]
 
-    def _tell_apart(self, key: str, server: str) -> str:
-        """A label that no other server has: its name, with a number if that is taken. Stays for its life."""
-        if key not in self._labels:
-            taken = set(self._labels.values())
-            numbered = (f"{server}-{number}" for number in range(2, len(taken) + 3))
-            self._labels[key] = next(label for label in (server, *numbered) if label not in taken)
-        return self._labels[key]
+    def _ranks_of(self, view: ServerView, processes: list[Process]) -> list[tuple[RankView, Rank]]:
+        """The view of each rank and where it comes from."""
+        ranks = [self._ranks[process.path] for process in processes if process.path in self._ranks]
+        return [(shown, rank) for shown in view.ranks for rank in ranks if rank.process.facts is shown.facts]
 
     def _server(self, key: str, processes: list[Process], now: int) -> ServerView:
         first = min(
@@ -296,11 +266,18 @@ class Collector:
         for rank in ranks:
             if rank.kv_capacity_bytes is not None:
                 capacity[rank.engine] = capacity.get(rank.engine, 0) + rank.kv_capacity_bytes
-        engines = self._engines(key, [p for p in processes if p.role != "worker"], capacity, now)
+        fronts = [process for process in processes if process.role != "worker"]
+        dead = [
+            process
+            for path, process in self._processes.items()
+            if process.role == "frontend" and self._grouping.keys[path] == key and process not in fronts
+        ]
+        engines = self._front_ends.engines(key, fronts, dead, capacity, now, self._program_kv)
         if not engines:
             ranks = [_without_gaps(rank) for rank in ranks]
         missing = self._missing(processes, ranks, engines)
         notes = sorted({note for process in processes for note in process.facts.get("notes", ())})
+        notes += self._notes
         loads = [process.load for process in processes if process.load is not None]
         return ServerView(
             server=str(facts.get("server", "")),
@@ -316,6 +293,7 @@ class Collector:
             ranks=sorted(ranks, key=lambda rank: (rank.engine, rank.rank)),
             missing=missing,
             notes=notes,
+            thresholds=self._thresholds,
         )
 
     def _rank(self, rank: Rank, now: int) -> RankView:
@@ -326,6 +304,7 @@ class Collector:
         figures = summarise(rank.accounts, since_ns=since_ns, now_ns=now, peaks=rank.peaks)
         model = facts.get("model") or {}
         since = rank.running_since()
+        armed = bool(process.load.armed) if process.load is not None else True
         steps = {phase: counters[f"steps_{phase}"] for phase in layout.PHASES if counters[f"steps_{phase}"]}
         return RankView(
             engine=process.engine,
@@ -333,7 +312,7 @@ class Collector:
             facts=facts,
             clock=str(facts.get("clock", "")),
             runner=str(facts.get("runner", "")),
-            armed=bool(process.load.armed) if process.load is not None else True,
+            armed=armed,
             inert=bool(process.load.inert) if process.load is not None else False,
             device_time={phase: dict(parts) for phase, parts in rank.device_time.items()},
             bytes={phase: dict(parts) for phase, parts in rank.bytes.items()},
@@ -353,57 +332,12 @@ class Collector:
             errors=counters["errors"],
             dropped=counters["dropped"],
             lost=process.lost,
+            attainable=rank.attainable,
+            operator_floors=copy.deepcopy(rank.operator_floors),
+            host=self._watches.signals(process),
+            host_totals=self._watches.totals(process),
+            stall=find_stall(rank, self._pending_of(process.path), now) if armed else None,
         )
-
-    def _engines(
-        self, key: str, fronts: list[Process], capacity: dict[int, int], now: int
-    ) -> list[EngineView]:
-        # Totals never fall while the server lives: front ends that died keep their part in them.
-        dead = [
-            process
-            for path, process in self._processes.items()
-            if process.role == "frontend" and self._keys[path] == key and process not in fronts
-        ]
-        engines: list[EngineView] = []
-        for engine in sorted({front.engine for front in fronts}):
-            of = [front for front in fronts if front.engine == engine]
-            all_of = of + [front for front in dead if front.engine == engine]
-            known = _FrontTotals.of(all_of, self._left.get((key, engine)))
-            totals, latency = known.counters, known.latency
-            began = min(float(front.facts.get("started", 0.0)) for front in all_of)
-            recent = self._latencies.setdefault((key, engine), Latencies()).update(
-                now,
-                {name: view.counts for name, view in latency.items()},
-                began_now=0 <= time.time() - began < _JUST_BEGAN_SECONDS,
-            )
-            # Every front end hears of the whole engine's load; the one that heard last knows best.
-            load = max((front.load for front in of if front.load), key=lambda seen: seen.time, default=None)
-            usage = load.kv_usage if load is not None and load.kv_usage == load.kv_usage else None
-            used = None
-            if usage is not None and engine in capacity:
-                used = round(usage * capacity[engine])
-            elif of[0].role == "program":
-                used = self._program_kv(of[0])
-            engines.append(
-                EngineView(
-                    engine=engine,
-                    requests_running=load.running if load is not None else None,
-                    requests_waiting=load.waiting if load is not None else None,
-                    kv_usage=usage,
-                    kv_used_bytes=used,
-                    prompt_tokens=totals["prompt_tokens"],
-                    generated_tokens=totals["generated_tokens"],
-                    cached_tokens=totals["cached_tokens"],
-                    preemptions=totals["preemptions"],
-                    requests=totals["requests"],
-                    requests_aborted=totals["requests_aborted"],
-                    latency=latency,
-                    recent_latency=recent,
-                    own_seconds=totals["own_ns_request"] / 1e9,
-                    errors=totals["errors"] if of[0].role == "frontend" else 0,
-                )
-            )
-        return engines
 
     def _program_kv(self, process: Process) -> int | None:
         """A program's cache as of its last step; nothing while nothing runs."""
@@ -436,43 +370,6 @@ class Collector:
         return missing
 
 
-def _merge(views: list[HistogramView]) -> HistogramView:
-    counts = np.stack([view.counts for view in views]).sum(axis=0)
-    return HistogramView(counts, sum(view.sum for view in views))
-
-
-@dataclass(frozen=True)
-class _FrontTotals:
-    """Cumulative totals of several front ends of one engine."""
-
-    counters: dict[str, int]
-    latency: dict[str, HistogramView]
-
-    @classmethod
-    def of(cls, fronts: Iterable[Process], more: _FrontTotals | None) -> _FrontTotals:
-        parts = [
-            cls(front.counters, {name: front.histogram(name) for name in _LATENCIES}) for front in fronts
-        ]
-        if more is not None:
-            parts.append(more)
-        return cls(
-            {name: sum(part.counters[name] for part in parts) for name in layout.COUNTERS},
-            {name: _merge([part.latency[name] for part in parts]) for name in _LATENCIES},
-        )
-
-    def save(self) -> dict[str, Any]:
-        latency = {name: [view.counts.tolist(), view.sum] for name, view in self.latency.items()}
-        return {"counters": self.counters, "latency": latency}
-
-    @classmethod
-    def restore(cls, saved: dict[str, Any]) -> _FrontTotals:
-        latency = {
-            name: HistogramView(np.array(counts, dtype=np.uint64), total)
-            for name, (counts, total) in saved["latency"].items()
-        }
-        return cls(saved["counters"], latency)
-
-
 def _without_gaps(rank: RankView) -> RankView:
     """``rank`` without what only a front end can tell: which idle time was a wait for the host."""
 
@@ -487,48 +384,3 @@ def _without_gaps(rank: RankView) -> RankView:
             for phase, found in rank.figures.items()
         },
     )
-
-
-def _step_json(process: Process, server: str, row: np.void) -> dict[str, Any]:
-    times = [int(row[name]) for name in ("e0", "e1", "e2", "e3")]
-    # A vLLM worker records neither; 0 would be a figure.
-    unknown = {name for name in ("new_tokens", "kv_used_bytes") if process.role == "worker" and not row[name]}
-    return {
-        "server": server,
-        "engine": process.engine,
-        "rank": int(process.facts.get("rank", 0)),
-        "step": int(row["step"]),
-        "phase": layout.PHASES[int(row["phase"])],
-        "clock": layout.Clock(int(row["clock"])).name.lower(),
-        "begin_unix_seconds": monotonic_to_unix(times[0]),
-        "span_seconds": (times[3] - times[0]) / 1e9,
-        "forward_seconds": (times[1] - times[0]) / 1e9,
-        "sample_gap_seconds": (times[2] - times[1]) / 1e9,
-        "sample_seconds": (times[3] - times[2]) / 1e9,
-        "own_seconds": int(row["own_ns"]) / 1e9,
-        **{
-            name: int(row[name])
-            for name in (
-                "requests",
-                "prefill_requests",
-                "prompt_tokens",
-                "decode_tokens",
-                "draft_tokens",
-                "sampled",
-                "new_tokens",
-                "kv_used_bytes",
-            )
-            if name not in unknown
-        },
-        "context_tokens": int(row["context_prefill"][0]) + int(row["context_decode"][0]),
-    }
-
-
-def _load_checkpoint(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return saved if isinstance(saved, dict) and saved.get("schema") == _CHECKPOINT_SCHEMA else {}

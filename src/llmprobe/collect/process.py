@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from llmprobe.collect.views import HistogramView
-from llmprobe.compute import accounting, histogram, intervals, traffic
-from llmprobe.compute.facts import FactsError, ModelFacts
+from llmprobe.compute import accounting, intervals, traffic
+from llmprobe.compute.facts import OPERATORS, FactsError, ModelFacts
 from llmprobe.compute.hardware import Peaks
 from llmprobe.record import layout
-from llmprobe.record.journal import JournalReader, Records
+from llmprobe.record.journal_reader import JournalReader, Records
 
 KEEP_NS = 60 * 10**9  #: how long accounts of single steps are kept
 RECENT_STEPS = 4096
@@ -26,6 +26,11 @@ _SETTLE_NS = 500_000_000
 
 
 PeaksOf = Callable[[dict[str, Any]], "Peaks | None"]
+
+
+def no_peaks(facts: dict[str, Any]) -> Peaks | None:
+    """Of a device about which nothing is known."""
+    return None
 
 
 class Process:
@@ -128,43 +133,15 @@ class Pending:
         self.known = bool(saved["known"])
 
 
-class Latencies:
-    """Quantiles over the last 30 s, from the difference of cumulative histograms."""
-
-    def __init__(self, window_ns: int = 30 * 10**9) -> None:
-        self._window_ns = window_ns
-        self._snapshots: deque[tuple[int, dict[str, np.ndarray]]] = deque()
-
-    def update(
-        self, now_ns: int, counts: dict[str, np.ndarray], began_now: bool = False
-    ) -> dict[str, dict[str, float]]:
-        """Take in the counts as they are now; returns name → p50, p99 (seconds) and count.
-
-        The first counts are the past of a process found late, and not recent, unless it ``began_now``.
-        """
-        if not self._snapshots and began_now:
-            self._snapshots.append((now_ns, {name: np.zeros_like(value) for name, value in counts.items()}))
-        self._snapshots.append((now_ns, counts))
-        while len(self._snapshots) > 2 and self._snapshots[1][0] <= now_ns - self._window_ns:
-            self._snapshots.popleft()
-        base = self._snapshots[0][1]
-        recent: dict[str, dict[str, float]] = {}
-        for name, value in counts.items():
-            delta = np.where(value > base[name], value - base[name], 0)
-            total = int(delta.sum())
-            p50, p99 = (histogram.quantile(delta, _BOUNDS, q) for q in (0.5, 0.99))
-            if total and p50 is not None and p99 is not None:
-                recent[name] = {"p50": p50, "p99": p99, "count": total}
-        return recent
-
-
 class Rank:
     """The steps of one worker process, accounted for."""
 
-    def __init__(self, process: Process, peaks_of: PeaksOf) -> None:
+    def __init__(self, process: Process, peaks_of: PeaksOf, attainable_of: PeaksOf = no_peaks) -> None:
         self.process = process
         self._peaks_of = peaks_of
+        self._attainable_of = attainable_of
         self.peaks: Peaks | None = None
+        self.attainable: Peaks | None = None
         self.model: ModelFacts | None = None
         self.model_problem = ""
         self._said: Any = _NOTHING_YET
@@ -175,6 +152,8 @@ class Rank:
         self.device_time: dict[str, dict[str, float]] = {}
         self.bytes: dict[str, dict[str, float]] = {}
         self.flops: dict[str, float] = {}
+        #: Cumulative: phase → operator → seconds of floor by memory, by compute.
+        self.operator_floors: dict[str, dict[str, list[float]]] = {}
         self.accounts = accounting.StepAccounts.none()
         self.recent: deque[np.void] = deque(maxlen=RECENT_STEPS)
         self._waiting: list[np.ndarray] = []
@@ -188,6 +167,8 @@ class Rank:
             self.model, self.model_problem = _model(self.process.facts)
         if changed or self.peaks is None:
             self.peaks = self._peaks_of(self.process.facts)
+        if changed or self.attainable is None:
+            self.attainable = self._attainable_of(self.process.facts)
 
     def take(self, steps: np.ndarray) -> None:
         """Keep new steps for the next `fold`: accounting for many at once costs little more than for one."""
@@ -253,9 +234,21 @@ class Rank:
                 label = layout.PHASES[phase]
                 done = float(flops[steps["phase"] == phase].sum())
                 self.flops[label] = self.flops.get(label, 0.0) + done
+            self._add_floors(rows)
         kept = accounting.StepAccounts.concat([self.accounts, rows])
         newest = int(rows.end_ns[-1])
         self.accounts = kept.between(newest - KEEP_NS, newest)
+
+    def _add_floors(self, rows: accounting.StepAccounts) -> None:
+        if self.peaks is None:
+            return
+        memory, compute = accounting.operator_floors(rows, self.peaks)
+        for phase in np.unique(rows.phase):
+            of_phase = self.operator_floors.setdefault(layout.PHASES[phase], {})
+            for index, name in enumerate(OPERATORS):
+                sums = of_phase.setdefault(name, [0.0, 0.0])
+                sums[0] += float(memory[rows.phase == phase, index].sum())
+                sums[1] += float(compute[rows.phase == phase, index].sum())
 
     def _add(self, phase: str, components: np.ndarray) -> None:
         if not components.any():
@@ -283,6 +276,7 @@ class Rank:
             "device_time": self.device_time,
             "bytes": self.bytes,
             "flops": self.flops,
+            "operator_floors": self.operator_floors,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -294,6 +288,7 @@ class Rank:
         self.device_time = saved["device_time"]
         self.bytes = saved["bytes"]
         self.flops = saved["flops"]
+        self.operator_floors = saved.get("operator_floors", {})
 
 
 def _model(facts: dict[str, Any]) -> tuple[ModelFacts | None, str]:

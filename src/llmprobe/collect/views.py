@@ -11,8 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from llmprobe.collect.host import HostTotals
+from llmprobe.compute.advice import Advice
+from llmprobe.compute.attribution import Attribution
+from llmprobe.compute.evidence import CounterEvidence, KernelEvidence
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.host import HostSignals
+from llmprobe.compute.pressure import Pressure
+from llmprobe.compute.stall import Stall
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import Verdict
 
 
 @dataclass
@@ -66,6 +75,22 @@ class RankView:
     lost: int
     #: Last steps, newest last, as JSON-ready dicts (see Collector.recent_steps).
     recent: list[dict[str, Any]] = field(default_factory=list)
+    #: What the device was measured to attain; None where it was not.
+    attainable: Peaks | None = None
+    #: Cumulative, as `device_time`: phase → operator → seconds of floor by memory, by compute.
+    operator_floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    #: Over the last 10 s, by phase; mixed steps are split between prefill and decode.
+    attribution: dict[str, Attribution] = field(default_factory=dict)
+    #: What kernel windows saw, by phase; empty while there are none.
+    kernels: dict[str, KernelEvidence] = field(default_factory=dict)
+    #: Hardware counters over the last 10 s; None where they are not read.
+    counters: CounterEvidence | None = None
+    #: Of the worker's process; None while nobody watches it.
+    host: HostSignals | None = None
+    #: Cumulative, likewise.
+    host_totals: HostTotals | None = None
+    #: What it hangs in; None while it gets on, or has nothing to do.
+    stall: Stall | None = None
 
 
 @dataclass
@@ -85,10 +110,12 @@ class EngineView:
     requests_aborted: int
     #: name (as in `llmprobe.record.layout.HISTOGRAMS`, not those of steps) → cumulative histogram
     latency: dict[str, HistogramView]
-    #: quantiles over the last 30 s: name → {"p50": seconds, "p99": seconds, "count": n}
+    #: over the last 30 s: name → {"p50": seconds, "p99": seconds, "mean": seconds, "count": n}
     recent_latency: dict[str, dict[str, float]]
     own_seconds: float
     errors: int
+    #: over the same time: `llmprobe.collect.recent.COUNTS`, and "seconds", how long that is
+    recent_counts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,3 +136,15 @@ class ServerView:
     #: figure → why it is not available, e.g. {"mbu_ratio": "no peak bandwidth: run `llmprobe calibrate`"}
     missing: dict[str, str]
     notes: list[str]
+    #: Those that verdicts and pressure were judged by.
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    #: The one line to read first.
+    headline: str = ""
+    #: What each phase that was ever seen is bound by, over the last 10 s. Empty while the probe is off.
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    #: By kind (`llmprobe.compute.pressure.KINDS`), of the engine under most of it; unknown kinds are missing.
+    pressure: dict[str, Pressure] = field(default_factory=dict)
+    #: By phase, and by kind of pressure where that is active; likeliest first.
+    advice: dict[str, tuple[Advice, ...]] = field(default_factory=dict)
+    #: Cumulative seconds for which each verdict stood: phase → class → cause ("" if it has none) → seconds.
+    bottleneck_seconds: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)

@@ -234,10 +234,28 @@ def floors(traffic_bytes: Floats, flops: Floats, peaks: Peaks | None) -> tuple[F
     """
     if peaks is None:
         return np.zeros(len(traffic_bytes)), np.zeros(len(flops))
+    memory, compute = _floors(traffic_bytes, flops, peaks)
+    return memory.sum(axis=1), compute.sum(axis=1)
+
+
+def operator_floors(rows: StepAccounts, peaks: Peaks) -> tuple[Floats, Floats]:
+    """The seconds that ``floor_memory`` and ``floor_compute`` of each row consist of.
+
+    Returns:
+        (N, 4) each, by `OPERATORS`; a row of the first sums to its ``floor_memory``.
+    """
+    memory, compute = _floors(rows.traffic_bytes, rows.flops, peaks)
+    raw = memory.sum(axis=1) + compute.sum(axis=1)
+    kept = rows.components[:, _INDEX["floor_memory"]] + rows.components[:, _INDEX["floor_compute"]]
+    scale = np.divide(kept, raw, out=np.zeros(len(rows)), where=raw > 0)[:, np.newaxis]
+    return memory * scale, compute * scale
+
+
+def _floors(traffic_bytes: Floats, flops: Floats, peaks: Peaks) -> tuple[Floats, Floats]:
     memory = traffic_bytes / peaks.bandwidth_bytes_per_second
     compute = flops / peaks.flops_per_second
     by_memory = memory >= compute
-    return np.where(by_memory, memory, 0).sum(axis=1), np.where(by_memory, 0, compute).sum(axis=1)
+    return np.where(by_memory, memory, 0), np.where(by_memory, 0, compute)
 
 
 def idle(

@@ -86,6 +86,48 @@ SECTIONS = (
         ),
     ),
     Section(
+        "The verdict",
+        "What each phase of a server is bound by over the last 10 s, and what presses on its requests; the "
+        "classes, causes and thresholds stand in [verdicts.md](verdicts.md). Absent while the probe is off.",
+        (
+            Family(
+                "llmprobe_bottleneck",
+                "gauge",
+                "bool",
+                (*SERVER, "phase", "bottleneck"),
+                ("measured", "sampled", "counter", "modelled"),
+                "1 for the class that the phase is in, 0 for the others: idle, unknown, sync_bound, "
+                "balanced, memory_bound, compute_bound, inefficient_kernels.",
+            ),
+            Family(
+                "llmprobe_bottleneck_confidence_ratio",
+                "gauge",
+                "ratio",
+                (*SERVER, "phase"),
+                ("modelled",),
+                "How sure the class is, from how much independent evidence agrees. 0 for unknown.",
+            ),
+            Family(
+                "llmprobe_bottleneck_seconds_total",
+                "counter",
+                "seconds",
+                (*SERVER, "phase", "bottleneck", "cause"),
+                ("measured",),
+                "Wall time for which this was the verdict. `cause` says what a sync_bound phase waits for, "
+                "or why an unknown one is not known; empty for the others.",
+            ),
+            Family(
+                "llmprobe_pressure",
+                "gauge",
+                "bool",
+                (*SERVER, "kind"),
+                ("reported", "measured"),
+                "1 where an engine of the server is beyond the threshold: kv_cache, queue, preemption, "
+                "token_budget, sequence_limit. Absent where it is not known.",
+            ),
+        ),
+    ),
+    Section(
         "Distance from the hardware's limits",
         "Over the last 30 s, one series a rank and phase. Absent while the phase had no steps and where no "
         "peak is known. Basis `step` counts the gaps before a step, basis `busy` does not.",
@@ -153,6 +195,54 @@ SECTIONS = (
                 RANK,
                 ("reported",),
                 "Intensity at which memory and compute limit alike: peak FLOP rate ÷ peak bandwidth.",
+            ),
+        ),
+    ),
+    Section(
+        "Host of the engine",
+        "Of each worker's process, read from /proc and cgroups once a second, at no cost to the engine. "
+        "Absent where this kernel or container does not tell, or shows another namespace.",
+        (
+            Family(
+                "llmprobe_step_stalled",
+                "gauge",
+                "bool",
+                RANK,
+                ("measured",),
+                "1 while the rank has been in one step, or without one, for longer than its own recent steps "
+                "explain, with work pending; /api/status says in which.",
+            ),
+            Family(
+                "llmprobe_engine_cpu_seconds_total",
+                "counter",
+                "seconds",
+                (*RANK, "thread"),
+                ("measured",),
+                "CPU time by thread: main, at most two names, and other for all the rest.",
+            ),
+            Family(
+                "llmprobe_engine_run_queue_seconds_total",
+                "counter",
+                "seconds",
+                RANK,
+                ("measured",),
+                "Time in which a thread could have run but waited for a core, all threads together.",
+            ),
+            Family(
+                "llmprobe_engine_context_switches_total",
+                "counter",
+                "switches",
+                (*RANK, "kind"),
+                ("measured",),
+                "Context switches: voluntary (it waited for something) or involuntary (its core was taken).",
+            ),
+            Family(
+                "llmprobe_engine_page_faults_total",
+                "counter",
+                "faults",
+                (*RANK, "kind"),
+                ("measured",),
+                "Page faults: minor (mapped from memory) or major (read from disk).",
             ),
         ),
     ),

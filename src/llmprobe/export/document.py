@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from llmprobe.compute.thresholds import Thresholds
 from llmprobe.export.catalogue import ENGINE, FAMILIES, RANK, SECTIONS, SOURCES, Family
 
 
@@ -77,9 +78,20 @@ def _sizes() -> Iterator[str]:
     yield ""
     yield (
         f"An engine's latencies come to {engine} series, a rank's step durations to {rank} (prefill, decode "
-        "and mixed all seen); all that is not a histogram to 7 an engine, at most 85 a rank with those "
-        "three phases, and a few a server."
+        "and mixed all seen); all that is not a histogram to 7 an engine, at most 100 a rank with those "
+        "three phases, and about 50 a server."
     )
+
+
+def thresholds() -> str:
+    """The table of thresholds in docs/verdicts.md."""
+    head = ["| name | default | allowed | decides | source |", "|---|---|---|---|---|"]
+    rows = [
+        f"| `{row.name}` | {row.default:g} | {row.lowest:g} … {row.highest:g} "
+        f"| {row.meaning} | {row.source} |"
+        for row in Thresholds.rows()
+    ]
+    return "\n".join(head + rows)
 
 
 def _series(family: Family) -> int:

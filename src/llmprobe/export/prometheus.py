@@ -14,15 +14,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from llmprobe.collect.host_threads import OTHER
 from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
 from llmprobe.compute.accounting import IDLE_COMPONENTS, NO_PHASE
 from llmprobe.compute.histogram import rebucket
+from llmprobe.compute.verdict import BOTTLENECKS
 from llmprobe.export.catalogue import FAMILIES, LATENCIES, Family
 from llmprobe.record.layout import bucket_bounds_seconds
 
 _FINE = bucket_bounds_seconds()
 #: Components that nobody has measured while they are 0: only kernels tell most of them apart.
 _MAYBE_UNMEASURED = frozenset({"inefficiency", "launch_gap", "communication", "transfer", "blocked"})
+_MOST_THREADS = 3  # of the CPU time of a process, besides all others together
 #: Figures that every server should have; `ServerView.missing` says which it lacks.
 EXPECTED_FIGURES = (
     "device_time_seconds",
@@ -121,11 +124,26 @@ def _server(samples: _Samples, view: ServerView) -> None:
         labels = (*server, str(rank.engine), str(rank.rank))
         _time(samples, labels, rank)
         _limits(samples, labels, rank)
+        _host(samples, labels, rank)
         alone = sum(other.engine == rank.engine for other in view.ranks) == 1
         _memory(samples, labels, rank, engines.get(rank.engine), alone)
         _health(samples, labels, rank, view)
+    _verdicts(samples, server, view)
     for figure in sorted(figures_of(view)):
         samples.add("llmprobe_figure_available", (*server, figure), float(figure not in view.missing))
+
+
+def _verdicts(samples: _Samples, server: tuple[str, ...], view: ServerView) -> None:
+    for phase, verdict in view.verdicts.items():
+        for name in BOTTLENECKS:
+            samples.add("llmprobe_bottleneck", (*server, phase, name), float(verdict.bottleneck == name))
+        samples.add("llmprobe_bottleneck_confidence_ratio", (*server, phase), verdict.confidence)
+    for phase, classes in view.bottleneck_seconds.items():
+        for name, causes in classes.items():
+            for cause, seconds in causes.items():
+                samples.add("llmprobe_bottleneck_seconds_total", (*server, phase, name, cause), seconds)
+    for kind, pressure in view.pressure.items():
+        samples.add("llmprobe_pressure", (*server, kind), float(pressure.active))
 
 
 def figures_of(view: ServerView) -> set[str]:
@@ -177,6 +195,25 @@ def _limits(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
         samples.add("llmprobe_peak_bandwidth_bytes_per_second", labels, peaks.bandwidth_bytes_per_second)
         samples.add("llmprobe_peak_flops_per_second", (*labels, peaks.dtype), peaks.flops_per_second)
         samples.add("llmprobe_ridge_flops_per_byte", labels, peaks.ridge_flops_per_byte)
+
+
+def _host(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+    if rank.armed and not rank.inert:
+        samples.add("llmprobe_step_stalled", labels, float(rank.stall is not None))
+    totals = rank.host_totals
+    if totals is None:
+        return
+    named = [item for item in totals.cpu_seconds.items() if item[0] != OTHER]
+    for thread, seconds in named[:_MOST_THREADS]:
+        samples.add("llmprobe_engine_cpu_seconds_total", (*labels, thread), seconds)
+    # Names keep their places for life, so what is summed up here never runs backwards.
+    rest = totals.cpu_seconds.get(OTHER, 0.0) + sum(seconds for _, seconds in named[_MOST_THREADS:])
+    samples.add("llmprobe_engine_cpu_seconds_total", (*labels, OTHER), rest)
+    samples.add("llmprobe_engine_run_queue_seconds_total", labels, totals.run_queue_seconds)
+    for kind, switches in totals.context_switches.items():
+        samples.add("llmprobe_engine_context_switches_total", (*labels, kind), switches)
+    for kind, faults in totals.page_faults.items():
+        samples.add("llmprobe_engine_page_faults_total", (*labels, kind), faults)
 
 
 def _memory(

@@ -15,6 +15,8 @@ import llmprobe
 from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
 from llmprobe.compute import histogram
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
+from llmprobe.compute.verdict import IDLE
+from llmprobe.export.run_verdict import run_verdict
 from llmprobe.record.layout import bucket_bounds_seconds
 
 SCHEMA_VERSION = 1
@@ -42,14 +44,17 @@ def report(views: Iterable[ServerView], since: Iterable[ServerView] = ()) -> dic
 def _server(view: ServerView, before: ServerView | None) -> dict[str, Any]:
     engines = {engine.engine: engine for engine in before.engines} if before else {}
     ranks = {_process(rank): rank for rank in before.ranks} if before else {}
+    told_engines = [_engine(engine, engines.get(engine.engine)) for engine in view.engines]
+    told_ranks = [_rank(rank, ranks.get(_process(rank)), bool(view.engines)) for rank in view.ranks]
     return {
         "server": view.server,
         "model_name": view.model_name,
         "framework": view.framework,
         "framework_version": view.framework_version,
         "flags": view.flags,
-        "engines": [_engine(engine, engines.get(engine.engine)) for engine in view.engines],
-        "ranks": [_rank(rank, ranks.get(_process(rank)), bool(view.engines)) for rank in view.ranks],
+        **run_verdict(view, told_ranks, told_engines, before),
+        "engines": told_engines,
+        "ranks": told_ranks,
         "not_measured": view.missing,
         "notes": view.notes,
     }
@@ -181,6 +186,14 @@ def _print_server(console: Any, server: Mapping[str, Any]) -> None:
         f"[bold]{server['server']}[/bold]  {server['model_name']}  "
         f"({server['framework']} {server['framework_version']})"
     )
+    console.print(f"  {server['headline']}", style="bold", markup=False)
+    judged = {
+        about: found
+        for about, found in server["advice"].items()
+        if server["verdicts"].get(about, {}).get("bottleneck") != IDLE
+    }
+    for line in advice_lines(judged):
+        console.print(f"  {line}", markup=False)
     for engine in server["engines"]:
         console.print(f"  {_engine_line(engine)}")
     for rank in server["ranks"]:
@@ -194,6 +207,26 @@ def _print_server(console: Any, server: Mapping[str, Any]) -> None:
         console.print(f"  not measured: {figure} ({why})")
     for note in server["notes"]:
         console.print(f"  note: {note}")
+
+
+def advice_lines(advice: Mapping[str, Any], most: int = 2) -> list[str]:
+    """What to do, a few lines a phase or kind of pressure: from the JSON of `run_verdict` or a status."""
+    lines: list[str] = []
+    said: set[str] = set()  # phases and kinds of pressure often call for the same change
+    for about, found in advice.items():
+        fresh = [item for item in found if item["finding"] not in said and item["change"] not in said]
+        for item in fresh[:most]:
+            said |= {item["finding"], item["change"]} - {""}
+            does = f"try {item['change']}" if item["change"] else item["reason"]
+            gain = f"; {item['gain']}" if item["gain"] and item["change"] else ""
+            lines.append(f"{about}: {does}{gain}")
+            if item["change"]:
+                risk = "" if item["risk"].startswith("None") else f" Risk: {item['risk']}"
+                lines.append(f"  {item['reason']}{risk}")
+        if fresh and fresh[0]["look"] not in said:
+            said.add(fresh[0]["look"])
+            lines.append(f"  next look: {fresh[0]['look']}")
+    return lines
 
 
 def _engine_line(engine: Mapping[str, Any]) -> str:

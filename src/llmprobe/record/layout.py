@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from enum import IntEnum, IntFlag
 
 import numpy as np
@@ -213,6 +214,7 @@ _PER_LOG = 1 / math.log(BUCKET_STEP)
 
 CELL = struct.Struct("<QI4x")  # value, CRC of (index, value)
 CELL_PAIR = 2 * CELL.size
+_POSITION_VALUE = struct.Struct("<QQ")
 
 PROGRESS = struct.Struct("<QqQII")  # step begun last, when, step ended last, phase, tokens
 #: update number, time, running, waiting, KV use (ratio of capacity), unfinished, armed, inert
@@ -243,3 +245,8 @@ def bucket_bounds_seconds() -> np.ndarray:
     bounds = BUCKET_LOW_NS / 1e9 * np.power(BUCKET_STEP, np.arange(BUCKETS, dtype=np.float64))
     bounds[-1] = np.inf
     return bounds
+
+
+def cell_crc(position: int, value: int) -> int:
+    """Of a histogram's cell at ``position``; never 0, so that a cell nobody wrote is told from one of 0."""
+    return zlib.crc32(_POSITION_VALUE.pack(position, value)) or 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.record.journal import JournalReader, Load, Records
+from llmprobe.record.journal_reader import JournalReader, Load, Records
 from llmprobe.record.layout import Phase
 from llmprobe.settings import Settings
 

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from llmprobe.collect.collector import Collector
-from llmprobe.collect.process import Latencies, Pending
-from llmprobe.collect.views import ServerView
+from llmprobe.collect.process import Pending
+from llmprobe.collect.recent import Recent
+from llmprobe.collect.views import HistogramView, ServerView
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.intervals import OPEN
 from llmprobe.export.prometheus import expose
 from llmprobe.export.report import report, text
 from llmprobe.record import layout
-from llmprobe.record.journal import JournalReader
+from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import Flag, Phase
 from llmprobe.record.recorder import Recorder
 
@@ -469,10 +470,32 @@ def test_a_server_that_just_began_is_recent_from_its_first_token(
 
 
 def test_counts_that_fall_are_no_latencies() -> None:
-    latencies = Latencies()
+    recent = Recent()
     counts = np.zeros(layout.BUCKETS, np.uint64)
-    latencies.update(0, {"request_queue": counts + np.uint64(5)})
-    assert latencies.update(SECOND, {"request_queue": counts}) == {}
+    recent.update(0, {"requests": 5}, {"request_queue": HistogramView(counts + np.uint64(5), 1.0)})
+    recent.update(SECOND, {"requests": 4}, {"request_queue": HistogramView(counts, 0.0)})
+    assert recent.latency == {}
+    assert recent.counts["requests"] == 0
+
+
+def test_recent_means_are_of_the_last_thirty_seconds_alone() -> None:
+    recent = Recent()
+    counts = np.zeros(layout.BUCKETS, np.uint64)
+    for second in range(60):
+        counts = counts.copy()
+        counts[layout.bucket_of(10**9)] += 1
+        recent.update(
+            second * SECOND, {"preemptions": second}, {"request_queue": HistogramView(counts, second)}
+        )
+    assert recent.latency["request_queue"]["count"] == 30
+    assert recent.latency["request_queue"]["mean"] == pytest.approx(1)
+    assert recent.counts == {
+        "requests": 0,
+        "preemptions": 30,
+        "prompt_tokens": 0,
+        "generated_tokens": 0,
+        "seconds": 30.0,
+    }
 
 
 def test_totals_keep_what_a_dead_front_end_counted_while_the_server_lives(

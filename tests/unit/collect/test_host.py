@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from llmprobe.collect import cgroup, procfs
 from llmprobe.collect.host import MAIN, MOST_LABELS, OTHER, HostTotals, HostWatch, lock_holder
 from llmprobe.collect.host_threads import thread_label
-from llmprobe.record.journal import JournalReader, JournalWriter
+from llmprobe.record.journal import JournalWriter
+from llmprobe.record.journal_reader import JournalReader
 
 DATA = Path(__file__).parents[2] / "data" / "host"
 PID = 10948
@@ -381,7 +382,7 @@ def test_it_watches_a_real_process_down_to_the_thread_that_works() -> None:
 def test_the_lock_tells_which_process_writes_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "worker.journal"
     code = (
-        "import sys; from pathlib import Path; from llmprobe.record.journal import JournalWriter\n"
+        "import sys; from pathlib import Path; from llmprobe.record.journal_reader import JournalWriter\n"
         "writer = JournalWriter.create(Path(sys.argv[1]), {})\n"
         "print(flush=True); sys.stdin.read()"
     )

@@ -12,6 +12,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmprobe.compute.stall import Bound, Stall
 from llmprobe.export.catalogue import FAMILIES
 from llmprobe.export.prometheus import ViewCollector, expose
 
@@ -162,3 +163,33 @@ def test_histograms_lose_nothing_and_count_nothing_too_low(seconds: list[float])
     assert buckets[-1] == len(seconds)
     for bound, count in ((le, shown[le]) for le in shown if le not in ("", "+Inf")):
         assert count <= np.count_nonzero(np.array(seconds) <= float(bound) * (1 + 1e-9))
+
+
+def test_cpu_time_of_threads_beyond_the_first_few_is_summed_up() -> None:
+    shown = samples(server())
+    name = "llmprobe_engine_cpu_seconds_total"
+    assert value(shown, name, thread="main") == 9
+    assert value(shown, name, thread="name1") == 1.5
+    assert value(shown, name, thread="other") == 0.5 + 4 * 1.5
+    assert sum(seconds for (metric, _), seconds in shown.items() if metric == name) == 9 + 6 * 1.5 + 0.5
+
+
+def test_the_class_a_phase_is_in_is_1_and_the_others_are_0() -> None:
+    shown = samples(server())
+    assert value(shown, "llmprobe_bottleneck", phase="decode", bottleneck="memory_bound") == 1
+    assert value(shown, "llmprobe_bottleneck", phase="decode", bottleneck="sync_bound") == 0
+    seconds = value(
+        shown, "llmprobe_bottleneck_seconds_total", phase="decode", bottleneck="unknown", cause="changing"
+    )
+    assert seconds == 3
+
+
+def test_a_server_that_is_off_has_no_verdict() -> None:
+    shown = names(server(verdicts={}, pressure={}, bottleneck_seconds={}))
+    assert not {name for name in shown if "bottleneck" in name or "pressure" in name}
+
+
+def test_a_stalled_rank_is_shown_as_1() -> None:
+    stall = Stall("step", 0, 40.0, Bound(10.0, "made up"), 7, "decode", 4, ())
+    assert value(samples(server(ranks=[rank(stall=stall)])), "llmprobe_step_stalled") == 1
+    assert value(samples(server()), "llmprobe_step_stalled") == 0

@@ -7,10 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from llmprobe.collect.host import MOST_LABELS, HostTotals
 from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
 from llmprobe.compute.accounting import COMPONENTS
+from llmprobe.compute.advice import Advice
+from llmprobe.compute.evidence import Evidence
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.pressure import KINDS, Pressure
+from llmprobe.compute.verdict import Verdict
 from llmprobe.export.catalogue import LATENCIES
 from llmprobe.record import layout
 
@@ -59,6 +64,12 @@ def rank(**changes: Any) -> RankView:
         errors=1,
         dropped=2,
         lost=3,
+        host_totals=HostTotals(
+            {"main": 9.0, **{f"name{number}": 1.5 for number in range(MOST_LABELS - 2)}, "other": 0.5},
+            {"minor": 100, "major": 0},
+            {"voluntary": 50, "involuntary": 5},
+            0.25,
+        ),
     )
     return dataclasses.replace(view, **changes)
 
@@ -84,6 +95,44 @@ def engine(**changes: Any) -> EngineView:
     return dataclasses.replace(view, **changes)
 
 
+def verdict(**changes: Any) -> Verdict:
+    found = Verdict(
+        phase="decode",
+        bottleneck="memory_bound",
+        cause=None,
+        confidence=0.72,
+        reason="MBU 0.50 of busy time",
+        bound_by_operator="linear",
+        headroom_seconds=0.002,
+        evidence=(Evidence("mbu_busy", 0.5, 0.5, "modelled"),),
+        steps_per_second=100.0,
+        share_ratio=0.6,
+        clock="cuda",
+        held_seconds=12.0,
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def pressure(**changes: Any) -> Pressure:
+    found = Pressure("queue", 0, True, False, 0.4, 0.2, "queueing is 40% of TTFT")
+    return dataclasses.replace(found, **changes)
+
+
+ADVICE = Advice(
+    finding="memory_bound.batch",
+    reason="Weights are read once a step for however many requests.",
+    flag="max_num_seqs",
+    current=16,
+    proposed=32,
+    change="--max-num-seqs 32 (now: 16)",
+    gain="at most 1.60 times the tokens per second, for twice the batch",
+    gain_seconds=None,
+    gain_throughput=1.6,
+    risk="TPOT of single requests rises.",
+    look="llmprobe status",
+)
+
+
 def server(name: str = "vllm-8000", **changes: Any) -> ServerView:
     view = ServerView(
         server=name,
@@ -97,6 +146,13 @@ def server(name: str = "vllm-8000", **changes: Any) -> ServerView:
         flags={"max_num_seqs": 16},
         engines=[engine()],
         ranks=[rank()],
+        headline="Decode memory-bound, confidence 0.72: MBU 0.50 of busy time.",
+        verdicts={phase: verdict(phase=phase) for phase in PHASES},
+        pressure={kind: pressure(kind=kind) for kind in KINDS},
+        advice={"decode": (ADVICE,)},
+        bottleneck_seconds={
+            phase: {"memory_bound": {"": 60.0}, "unknown": {"changing": 3.0}} for phase in PHASES
+        },
         missing={"launch_gap": "gaps inside a step need kernel windows; they are off"},
         notes=[],
     )

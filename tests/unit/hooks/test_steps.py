@@ -13,7 +13,7 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm.batch import note
 from llmprobe.hooks.vllm.steps import WorkerSteps
 from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock
-from llmprobe.record.journal import JournalReader
+from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import UNKNOWN_PHASE, Flag, Phase
 from llmprobe.settings import Settings
 

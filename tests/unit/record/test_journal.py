@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from llmprobe.record import journal as journal_module
 from llmprobe.record import layout
-from llmprobe.record.journal import JournalError, JournalReader, JournalWriter
+from llmprobe.record.journal import JournalError, JournalWriter
+from llmprobe.record.journal_reader import JournalReader
 
 SMALL = layout.RING_OFFSET + 8 * layout.RECORD_SIZE
 
@@ -276,7 +277,8 @@ def test_reading_ones_own_journal_does_not_drop_its_lock(path: Path) -> None:
     reader = JournalReader(path, writer)
     reader.read()
     reader.close()
-    probe = "import sys; from pathlib import Path; from llmprobe.record.journal import JournalReader;" + (
+    probe = (
+        "import sys; from pathlib import Path; from llmprobe.record.journal_reader import JournalReader;"
         "sys.exit(0 if JournalReader(Path(sys.argv[1])).alive() else 1)"
     )
     assert subprocess.run([sys.executable, "-c", probe, str(path)], check=False).returncode == 0

@@ -1,0 +1,156 @@
+"""Engines as their front ends see them: requests, tokens, latencies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmprobe.collect.process import Process
+from llmprobe.collect.recent import Recent
+from llmprobe.collect.views import EngineView, HistogramView
+from llmprobe.record import layout
+
+LATENCIES = (
+    "time_to_first_token",
+    "time_per_output_token",
+    "inter_token_latency",
+    "request_duration",
+    "request_queue",
+)
+_JUST_BEGAN_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class FrontTotals:
+    """Cumulative totals of several front ends of one engine."""
+
+    counters: dict[str, int]
+    latency: dict[str, HistogramView]
+
+    @classmethod
+    def of(cls, fronts: Iterable[Process], more: FrontTotals | None) -> FrontTotals:
+        """The sum over ``fronts``, and ``more``."""
+        parts = [cls(front.counters, {name: front.histogram(name) for name in LATENCIES}) for front in fronts]
+        if more is not None:
+            parts.append(more)
+        return cls(
+            {name: sum(part.counters[name] for part in parts) for name in layout.COUNTERS},
+            {name: _merge([part.latency[name] for part in parts]) for name in LATENCIES},
+        )
+
+    def save(self) -> dict[str, Any]:
+        """As JSON."""
+        latency = {name: [view.counts.tolist(), view.sum] for name, view in self.latency.items()}
+        return {"counters": self.counters, "latency": latency}
+
+    @classmethod
+    def restore(cls, saved: dict[str, Any]) -> FrontTotals:
+        """From `save`."""
+        latency = {
+            name: HistogramView(np.array(counts, dtype=np.uint64), total)
+            for name, (counts, total) in saved["latency"].items()
+        }
+        return cls(saved["counters"], latency)
+
+
+class FrontEnds:
+    """The engines of every view; keeps the totals of front ends that left, and the last 30 s."""
+
+    def __init__(self) -> None:
+        self._left: dict[tuple[str, int], FrontTotals] = {}  # of front ends no longer read
+        self._recent: dict[tuple[str, int], Recent] = {}
+
+    def leave(self, key: str, process: Process) -> None:
+        """A front end is no longer read: totals never fall while the server lives."""
+        at = key, process.engine
+        self._left[at] = FrontTotals.of([process], self._left.get(at))
+
+    def keep(self, living: set[str]) -> None:
+        """Forget the views that are gone."""
+        self._left = {at: left for at, left in self._left.items() if at[0] in living}
+        self._recent = {at: seen for at, seen in self._recent.items() if at[0] in living}
+
+    def save(self) -> list[Any]:
+        """As JSON."""
+        return [[*at, totals.save()] for at, totals in self._left.items()]
+
+    def restore(self, saved: Iterable[Any]) -> None:
+        """From `save`."""
+        for key, engine, totals in saved:
+            self._left[key, engine] = FrontTotals.restore(totals)
+
+    def engines(
+        self,
+        key: str,
+        fronts: list[Process],
+        dead: list[Process],
+        capacity: dict[int, int],
+        now: int,
+        program_kv: Callable[[Process], int | None],
+    ) -> list[EngineView]:
+        """The engines of one view.
+
+        Args:
+            fronts: its front ends, or its program.
+            dead: front ends that died and are still read: their part stays in the totals.
+            capacity: bytes of KV cache by engine, where known.
+            now: CLOCK_MONOTONIC nanoseconds.
+            program_kv: bytes in a program's cache.
+        """
+        engines: list[EngineView] = []
+        for engine in sorted({front.engine for front in fronts}):
+            of = [front for front in fronts if front.engine == engine]
+            all_of = of + [front for front in dead if front.engine == engine]
+            known = FrontTotals.of(all_of, self._left.get((key, engine)))
+            began = min(float(front.facts.get("started", 0.0)) for front in all_of)
+            recent = self._recent.setdefault((key, engine), Recent())
+            recent.update(now, known.counters, known.latency, 0 <= time.time() - began < _JUST_BEGAN_SECONDS)
+            # Every front end hears of the whole engine's load; the one that heard last knows best.
+            load = max((front.load for front in of if front.load), key=lambda seen: seen.time, default=None)
+            usage = load.kv_usage if load is not None and load.kv_usage == load.kv_usage else None
+            used = None
+            if usage is not None and engine in capacity:
+                used = round(usage * capacity[engine])
+            elif of[0].role == "program":
+                used = program_kv(of[0])
+            engines.append(_view(engine, known, recent, of[0].role == "frontend", load, usage, used))
+        return engines
+
+
+def _view(
+    engine: int,
+    known: FrontTotals,
+    recent: Recent,
+    frontend: bool,
+    load: Any,
+    usage: float | None,
+    used: int | None,
+) -> EngineView:
+    totals = known.counters
+    return EngineView(
+        engine=engine,
+        requests_running=load.running if load is not None else None,
+        requests_waiting=load.waiting if load is not None else None,
+        kv_usage=usage,
+        kv_used_bytes=used,
+        prompt_tokens=totals["prompt_tokens"],
+        generated_tokens=totals["generated_tokens"],
+        cached_tokens=totals["cached_tokens"],
+        preemptions=totals["preemptions"],
+        requests=totals["requests"],
+        requests_aborted=totals["requests_aborted"],
+        latency=known.latency,
+        recent_latency=recent.latency,
+        recent_counts=recent.counts,
+        own_seconds=totals["own_ns_request"] / 1e9,
+        errors=totals["errors"] if frontend else 0,
+    )
+
+
+def _merge(views: list[HistogramView]) -> HistogramView:
+    counts = np.stack([view.counts for view in views]).sum(axis=0)
+    return HistogramView(counts, sum(view.sum for view in views))

@@ -1,0 +1,229 @@
+"""Judges servers: what each phase is bound by, what presses, what to do, and the headline. Once a second.
+
+Keeps what hysteresis needs, and for how long each verdict stood.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llmprobe.collect.process import Rank
+from llmprobe.collect.views import EngineView, RankView, ServerView
+from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
+from llmprobe.compute.attribution import attribute
+from llmprobe.compute.classify import classify
+from llmprobe.compute.figures import PhaseFigures, summarise
+from llmprobe.compute.headline import headline, stalled
+from llmprobe.compute.pressure import EngineLoad, pressures, worst
+from llmprobe.compute.servers import combine
+from llmprobe.compute.steady import SHORT_SECONDS, WINDOW_SECONDS, Steady
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import Observation, Verdict
+from llmprobe.record import layout
+
+_WINDOW_NS, _SHORT_NS = round(WINDOW_SECONDS * 1e9), round(SHORT_SECONDS * 1e9)
+_LOAD_NS = 30 * 10**9
+#: Half of its share of the steps makes a short window worth judging: steps do not come evenly.
+_SHORT_STEPS = SHORT_SECONDS / WINDOW_SECONDS / 2
+_LONGEST_LOOK_SECONDS = 5.0  # between two looks; beyond it nobody knows what was so
+_NOT_JUDGED = ("dummy",)
+_PROMPT_PHASES = (layout.PHASES.index("prefill"), layout.PHASES.index("mixed"))
+
+
+class Judge:
+    """Fills in what `ServerView` says beyond figures. Not thread-safe.
+
+    Args:
+        limits: thresholds.
+    """
+
+    def __init__(self, limits: Thresholds) -> None:
+        self._limits = limits
+        self._states: dict[tuple[str, str], Steady] = {}
+        self._stood: dict[str, dict[str, dict[str, dict[str, float]]]] = {}  # view, phase, class, cause
+        self._looked: dict[str, int] = {}
+
+    def judge(self, key: str, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int) -> None:
+        """Judge one server.
+
+        Args:
+            key: the server's, for its life.
+            view: gets verdicts, pressure, advice and headline; its ranks get their attribution.
+            ranks: the view of each rank and where it comes from.
+            now_ns: CLOCK_MONOTONIC nanoseconds.
+        """
+        if not view.armed or view.inert:
+            self._states = {at: state for at, state in self._states.items() if at[0] != key}
+            why = "the probe gave up after internal errors" if view.inert else "the probe is switched off"
+            view.headline = f"OFF: {why}."
+        else:
+            figures = self._verdicts(key, view, ranks, now_ns)
+            self._press(view, ranks, now_ns)
+            self._advise(view, figures)
+            hanging = [rank for rank in view.ranks if rank.stall is not None]
+            if hanging:
+                longest = max(hanging, key=lambda rank: rank.stall.seconds if rank.stall else 0.0)
+                assert longest.stall is not None
+                view.headline = stalled(longest.rank, longest.stall)
+        self._count(key, view.verdicts, now_ns)
+        view.bottleneck_seconds = copy.deepcopy(self._stood.get(key, {}))  # views are read by other threads
+
+    def keep(self, living: set[str]) -> None:
+        """Forget the views that are gone."""
+        self._states = {at: state for at, state in self._states.items() if at[0] in living}
+        self._stood = {key: stood for key, stood in self._stood.items() if key in living}
+        self._looked = {key: at for key, at in self._looked.items() if key in living}
+
+    def save(self) -> dict[str, Any]:
+        """For how long each verdict stood, as JSON."""
+        return self._stood
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from `save`."""
+        self._stood = saved
+
+    def _verdicts(
+        self, key: str, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int
+    ) -> dict[str, PhaseFigures]:
+        """Judge every phase that was ever seen; returns its figures on the rank it took most time on."""
+        phases = {phase for shown, _ in ranks for phase in shown.steps if phase not in _NOT_JUDGED}
+        whole: dict[str, list[tuple[float, Verdict]]] = {phase: [] for phase in phases}
+        short: dict[str, list[tuple[float, Verdict]]] = {phase: [] for phase in phases}
+        largest: dict[str, PhaseFigures] = {}
+        known = bool(view.engines)
+        for shown, rank in ranks:
+            long_seconds, long = _figures(rank, now_ns, _WINDOW_NS, known)
+            brief_seconds, brief = _figures(rank, now_ns, _SHORT_NS, known)
+            since = now_ns - round(long_seconds * 1e9)
+            shown.attribution = attribute(rank.accounts.between(since, now_ns), rank.peaks, shown.kernels)
+            for phase in phases:
+                state = self._states.get((key, phase), Steady())
+                no_model = f"no model of the work: {rank.model_problem}" if rank.model is None else ""
+                seen = Observation(
+                    phase,
+                    long_seconds,
+                    long.get(phase),
+                    shown.clock,
+                    rank.peaks,
+                    rank.attainable,
+                    kernels=shown.kernels.get(phase),
+                    counters=shown.counters,
+                    host=shown.host,
+                    no_model=no_model,
+                )
+                lately = dataclasses.replace(seen, window_seconds=brief_seconds, figures=brief.get(phase))
+                least = self._limits.idle_steps * _SHORT_STEPS
+                found = long.get(phase)
+                weight = found.seconds if found else 0.0
+                whole[phase].append((weight, classify(seen, self._limits, state.standing)))
+                short[phase].append((weight, classify(lately, self._limits, state.standing, least)))
+                if found and (phase not in largest or found.seconds > largest[phase].seconds):
+                    largest[phase] = found
+        for phase in layout.PHASES:
+            if phase in phases:
+                state = self._states.get((key, phase), Steady())
+                state = state.observe(now_ns / 1e9, combine(whole[phase]), combine(short[phase]))
+                self._states[key, phase] = state
+                if state.shown is not None:
+                    view.verdicts[phase] = state.shown
+        return largest
+
+    def _press(self, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int) -> None:
+        full = {
+            engine.engine: self._full_steps(
+                [rank for shown, rank in ranks if shown.engine == engine.engine], view.flags, now_ns
+            )
+            for engine in view.engines
+        }
+        loads = {
+            engine.engine: _load(engine, full[engine.engine], view.flags.get("max_num_seqs"))
+            for engine in view.engines
+        }
+        view.pressure = worst(found for load in loads.values() for found in pressures(load, self._limits))
+        view.headline = headline(view.verdicts, view.pressure, loads)
+        target = _target(view)
+        for kind, pressure in view.pressure.items():
+            if pressure.active:
+                view.advice[kind] = advise_pressure(pressure, loads[pressure.engine], target)
+
+    def _full_steps(self, ranks: list[Rank], flags: Mapping[str, Any], now_ns: int) -> float | None:
+        """Share of steps with prompts that filled the scheduler's token budget; None if that is not known."""
+        budget = flags.get("max_num_batched_tokens")
+        if not ranks or not isinstance(budget, int) or isinstance(budget, bool):
+            return None
+        rows = ranks[0].accounts.between(now_ns - _LOAD_NS, now_ns)  # every rank runs the same steps
+        rows = rows.take(np.isin(rows.phase, _PROMPT_PHASES))
+        if not len(rows):
+            return None
+        full = rows.prompt_tokens + rows.decode_tokens >= self._limits.token_budget_ratio * budget
+        return float(full.mean())
+
+    def _advise(self, view: ServerView, figures: Mapping[str, PhaseFigures]) -> None:
+        target = _target(view)
+        found: dict[str, tuple[Advice, ...]] = {
+            phase: advise(verdict, figures.get(phase), target) for phase, verdict in view.verdicts.items()
+        }
+        view.advice = {**found, **view.advice}
+
+    def _count(self, key: str, verdicts: Mapping[str, Verdict], now_ns: int) -> None:
+        before = self._looked.get(key)
+        self._looked[key] = now_ns
+        if before is None:
+            return
+        seconds = min(max(now_ns - before, 0) / 1e9, _LONGEST_LOOK_SECONDS)
+        for phase, verdict in verdicts.items():
+            of_class = (
+                self._stood.setdefault(key, {}).setdefault(phase, {}).setdefault(verdict.bottleneck, {})
+            )
+            cause = verdict.cause or ""
+            of_class[cause] = of_class.get(cause, 0.0) + seconds
+
+
+def _figures(
+    rank: Rank, now_ns: int, window_ns: int, known_gaps: bool
+) -> tuple[float, dict[str, PhaseFigures]]:
+    """Length in seconds of a window that ends now, and its figures."""
+    # Time in which nobody looked is no window.
+    since = min(max(now_ns - window_ns, rank.first_ns or 0), now_ns - 1)
+    figures = summarise(
+        rank.accounts,
+        since_ns=since,
+        now_ns=now_ns,
+        peaks=rank.peaks,
+        operators=window_ns == _WINDOW_NS,
+    )
+    if not known_gaps:
+        figures = {phase: dataclasses.replace(found, sync_gap_ratio=None) for phase, found in figures.items()}
+    return (now_ns - since) / 1e9, figures
+
+
+def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> EngineLoad:
+    recent = engine.recent_latency
+
+    def mean(name: str) -> float | None:
+        return recent[name]["mean"] if name in recent else None
+
+    limit = max_num_seqs if isinstance(max_num_seqs, int) and not isinstance(max_num_seqs, bool) else None
+    return EngineLoad(
+        engine=engine.engine,
+        running=engine.requests_running,
+        waiting=engine.requests_waiting,
+        kv_usage=engine.kv_usage,
+        preemptions=round(engine.recent_counts.get("preemptions", 0)),
+        requests=round(engine.recent_counts.get("requests", 0)),
+        queue_seconds=mean("request_queue"),
+        first_token_seconds=mean("time_to_first_token"),
+        request_seconds=mean("request_duration"),
+        full_steps_ratio=full_steps,
+        max_num_seqs=limit,
+    )
+
+
+def _target(view: ServerView) -> Target:
+    pid = view.ranks[0].facts.get("pid") if view.ranks else None
+    return Target(view.server, view.framework, view.flags, pid if isinstance(pid, int) else None)

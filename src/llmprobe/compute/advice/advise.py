@@ -1,0 +1,135 @@
+"""Fits findings to one server: which apply, what to change, what it can gain."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmprobe.compute.advice.entry import CAPTURE, STATUS, Change, Entry
+from llmprobe.compute.advice.gain import GAINS
+from llmprobe.compute.advice.table import ENTRIES
+from llmprobe.compute.figures import PhaseFigures
+from llmprobe.compute.pressure import EngineLoad, Pressure
+from llmprobe.compute.verdict import Verdict
+
+#: What is still possible once a run has ended.
+_AFTERWARDS = {CAPTURE: "llmprobe run --nsys -- COMMAND", STATUS: "llmprobe run -- COMMAND"}
+MOST = 4  #: findings a phase: more is no advice
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is advised: a server, its engine's flags by their own names, and the process of its rank 0."""
+
+    server: str
+    framework: str
+    flags: Mapping[str, Any]
+    pid: int | None = None
+    running: bool = True  # else a finished run is advised upon
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One finding that applies. ``change`` is ready to be read out: what is set now and what to try."""
+
+    finding: str
+    reason: str
+    flag: str | None
+    current: Any
+    proposed: Any
+    change: str
+    gain: str
+    gain_seconds: float | None  # a step, at most
+    gain_throughput: float | None  # times as many tokens per second, at most
+    risk: str
+    look: str
+
+
+def advise(verdict: Verdict, figures: PhaseFigures | None, target: Target) -> tuple[Advice, ...]:
+    """What applies to one phase, likeliest first, at most `MOST`."""
+    facts = {
+        **target.flags,
+        "@framework": target.framework,
+        "@clock": verdict.clock,
+        "@phase": verdict.phase,
+        "@operator": verdict.bound_by_operator,
+        "@healthy": verdict.healthy,
+        **{f"@sign.{name}": True for name in verdict.signs},
+    }
+    found = (
+        _advice(entry, target, verdict, figures)
+        for entry in _applying(verdict.bottleneck, verdict.cause, facts)
+    )
+    return tuple(item for item in found if item is not None)[:MOST]
+
+
+def advise_pressure(pressure: Pressure, load: EngineLoad, target: Target) -> tuple[Advice, ...]:
+    """What applies to one kind of pressure that is active."""
+    facts = {
+        **target.flags,
+        "@framework": target.framework,
+        "@waiting": load.waiting,
+        "@kv_usage": load.kv_usage,
+    }
+    found = (_advice(entry, target, None, None) for entry in _applying("pressure", pressure.kind, facts))
+    return tuple(item for item in found if item is not None)[:MOST]
+
+
+def _applying(bottleneck: str, cause: str | None, facts: Mapping[str, Any]) -> Iterable[Entry]:
+    return (
+        entry
+        for entry in ENTRIES
+        if entry.bottleneck == bottleneck
+        and entry.cause in (None, cause)
+        and all(condition.holds(facts) for condition in entry.when)
+    )
+
+
+def _advice(
+    entry: Entry,
+    target: Target,
+    verdict: Verdict | None,
+    figures: PhaseFigures | None,
+) -> Advice | None:
+    current = proposed = None
+    change = ""
+    if entry.change is not None:
+        current = target.flags.get(entry.change.flag)
+        proposed = entry.change.proposed(current)
+        if proposed is None or proposed == current:
+            return None
+        change = _said(entry.change, current, proposed, target.framework)
+    look = entry.look if target.running else _AFTERWARDS.get(entry.look, entry.look)
+    gain = None
+    if entry.gain and verdict is not None and figures is not None and figures.steps:
+        gain = GAINS[entry.gain](verdict, figures)
+    return Advice(
+        finding=entry.finding,
+        reason=entry.reason,
+        flag=entry.change.flag if entry.change else None,
+        current=current,
+        proposed=proposed,
+        change=change,
+        gain=gain.text if gain else "",
+        gain_seconds=gain.seconds if gain else None,
+        gain_throughput=gain.throughput if gain else None,
+        risk=entry.risk,
+        look=look.format(server=shlex.quote(target.server), pid=target.pid or "PID"),
+    )
+
+
+def _said(change: Change, current: Any, proposed: Any, framework: str) -> str:
+    now = "not set" if current is None else str(current)
+    return f"{setting(change.flag, proposed, framework)} (now: {now})"
+
+
+def setting(flag: str, value: Any, framework: str) -> str:
+    """How a setting is written for this engine: vLLM's command line, or a keyword argument."""
+    if framework != "vllm":
+        return f"{flag}={value!r}"
+    option = flag.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {shlex.quote(str(value))}"

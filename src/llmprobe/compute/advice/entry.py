@@ -1,0 +1,86 @@
+"""The form of a finding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Operation = Literal["is", "is_not", "above", "at_most", "known"]
+
+
+@dataclass(frozen=True)
+class When:
+    """A condition on one fact: an engine flag by its own name, or one of these about the verdict:
+
+    ``@framework`` · ``@clock`` · ``@phase`` · ``@operator`` · ``@healthy`` · ``@sign.NAME``
+    (`llmprobe.compute.signs.SIGNS`). A fact that is not known fulfils ``is_not`` alone.
+    """
+
+    fact: str
+    operation: Operation = "is"
+    value: Any = True
+
+    def holds(self, facts: Mapping[str, Any]) -> bool:
+        """Whether ``facts`` fulfil it."""
+        known = facts.get(self.fact)
+        if self.operation == "is_not":
+            return bool(known != self.value)
+        if known is None:
+            return False
+        if self.operation == "is":
+            return bool(known == self.value)
+        if self.operation == "known":
+            return True
+        return bool(known > self.value) if self.operation == "above" else bool(known <= self.value)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting by the engine's own name, and what to make of it: a value, ``x2`` or ``/2``."""
+
+    flag: str
+    to: Any
+
+    def proposed(self, current: Any) -> Any:
+        """The value to try; None if it depends on a current one that is not known."""
+        if self.to not in ("x2", "/2"):
+            return self.to
+        if isinstance(current, bool) or not isinstance(current, (int, float)):
+            return None
+        return current * 2 if self.to == "x2" else max(current // 2, 1)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finding.
+
+    Attributes:
+        finding: its name, unique; begins with the class.
+        bottleneck: a class of `llmprobe.compute.verdict.BOTTLENECKS`, or ``pressure``.
+        cause: of that class (for pressure its kind); None for every one.
+        reason: what is likely so, in one sentence.
+        risk: what the change may cost.
+        gain: a formula of `llmprobe.compute.advice.gain`; "" where nothing can be said.
+        when: all must hold.
+        change: None where no setting helps.
+        look: the next thing to run; ``{server}`` and ``{pid}`` (of rank 0) are filled in.
+    """
+
+    finding: str
+    bottleneck: str
+    cause: str | None
+    reason: str
+    risk: str
+    look: str
+    gain: str = ""
+    when: tuple[When, ...] = ()
+    change: Change | None = None
+
+
+VLLM = When("@framework", "is", "vllm")
+TRANSFORMERS = When("@framework", "is", "transformers")
+GPU = When("@clock", "is_not", "host")
+CPU = When("@clock", "is", "host")
+CAPTURE = "llmprobe capture {server} --seconds 2"
+STATUS = "llmprobe status"

@@ -1,0 +1,337 @@
+"""From figures to a verdict: one phase of one rank over one window, by the rules in docs/verdicts.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llmprobe.compute import attributes
+from llmprobe.compute.confidence import CALIBRATED_FACTOR, HOST_CLOCK_LIMIT, Vote, confidence, margin
+from llmprobe.compute.evidence import CounterEvidence, Evidence, KernelEvidence, Source
+from llmprobe.compute.figures import PhaseFigures
+from llmprobe.compute.signs import Sign, signs
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import (
+    BALANCED,
+    CAUSES,
+    COMPUTE,
+    IDLE,
+    INEFFICIENT,
+    MEMORY,
+    SYNC,
+    UNKNOWN,
+    Observation,
+    Verdict,
+)
+
+_CAUSE_WORDS = {
+    "host_between_steps": "the host between steps",
+    "launch_bubbles": "launch bubbles inside steps",
+    "sampling": "the host before sampling",
+    "communication": "communication",
+    "transfers": "copies between host and device",
+}
+
+
+def classify(
+    seen: Observation, limits: Thresholds, current: str | None = None, idle_steps: float | None = None
+) -> Verdict:
+    """The verdict on what was seen.
+
+    Args:
+        seen: one window.
+        limits: thresholds.
+        current: the class that stands; thresholds move a little in its favour.
+        idle_steps: instead of ``limits.idle_steps``, for a shorter window.
+    """
+    figures = seen.figures
+    least = limits.idle_steps if idle_steps is None else idle_steps
+    if figures is None or _idle(figures, seen.window_seconds, least, limits):
+        steps = figures.steps if figures else 0
+        reason = f"{steps} steps in {seen.window_seconds:g} s"
+        return _with_load(Verdict(seen.phase, IDLE, None, 1.0, reason), seen)
+    case = _Case(seen, figures, limits, limits.favouring(current))
+    return _with_load(case.verdict(), seen)
+
+
+def _idle(figures: PhaseFigures, window_seconds: float, least: float, limits: Thresholds) -> bool:
+    share = figures.seconds / window_seconds if window_seconds > 0 else 0.0
+    return figures.steps == 0 or (figures.steps < least and share < limits.idle_share_ratio)
+
+
+def _with_load(verdict: Verdict, seen: Observation) -> Verdict:
+    figures = seen.figures
+    if figures is None:
+        return replace(verdict, clock=seen.clock)
+    return replace(
+        verdict,
+        clock=seen.clock,
+        steps_per_second=figures.steps_per_second,
+        share_ratio=min(figures.seconds / seen.window_seconds, 1.0) if seen.window_seconds > 0 else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class _Stall:
+    """Waiting in seconds, by cause."""
+
+    by_cause: dict[str, float]
+    ratio: float
+
+    @property
+    def cause(self) -> str:
+        return max(self.by_cause, key=lambda name: self.by_cause[name])
+
+
+class _Case:
+    """One phase with steps enough to be judged."""
+
+    def __init__(
+        self, seen: Observation, figures: PhaseFigures, limits: Thresholds, moved: Thresholds
+    ) -> None:
+        self._seen, self._figures, self._limits, self._moved = seen, figures, limits, moved
+        self._old_kernels = seen.kernels is not None and seen.kernels.age_seconds > limits.kernel_age_seconds
+        self._kernels: KernelEvidence | None = None if self._old_kernels else seen.kernels
+        self._counters = self._usable_counters()
+        self._signs: tuple[Sign, ...] = signs(seen.host, limits)
+        # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
+        self._device_queue = seen.clock != "host"
+        self._stall = self._waiting()
+        busy = figures.span_seconds - figures.components.get("sample_gap", 0.0)
+        hidden = figures.span_seconds * (self._kernels.stall_ratio if self._kernels else 0.0)
+        correction = busy / (busy - hidden) if busy > hidden else 1.0
+        self._mbu, self._mfu = _times(figures.mbu_busy, correction), _times(figures.mfu_busy, correction)
+        of_span = busy / figures.span_seconds if figures.span_seconds > 0 else 0.0
+        self._mbu_span, self._mfu_span = _times(figures.mbu_busy, of_span), _times(figures.mfu_busy, of_span)
+
+    def verdict(self) -> Verdict:
+        if self._seen.counters is not None and self._seen.counters.shared:
+            return self._unknown("shared_gpu", ("another process uses this GPU",))
+        if missing := (*self._seen.problems, *self._contradictions()):
+            return self._unknown("contradiction", missing)
+        if self._figures.sync_gap_ratio is None:
+            why = "no front end is recorded, so waiting cannot be told from having no work"
+            return self._unknown("no_front_end", (why,))
+        if self._stall.ratio >= self._moved.sync_gap_ratio:
+            return self._sync()
+        if self._mbu is None or self._mfu is None:
+            cause = "no_peaks" if self._seen.peaks is None and not self._seen.no_model else "no_model"
+            why = self._seen.no_model or "no peak rates for this device: run `llmprobe calibrate`"
+            return self._unknown(cause, (why,))
+        if self._device_queue and self._kernels is None and not self._near_a_roof():
+            return self._unknown("no_kernel_windows", (self._room_for_bubbles(),))
+        return self._roofs()
+
+    # What is missing
+
+    def _contradictions(self) -> tuple[str, ...]:
+        found, limits, figures = [], self._limits, self._figures
+        for name, value in (("MBU", figures.mbu_busy), ("MFU", figures.mfu_busy)):
+            if value is not None and value > limits.above_peak_ratio:
+                cache = ", or the weights fit a cache" if name == "MBU" else ""
+                found.append(f"{name} {value:.2f} is above the peak: the clock or the peak is wrong{cache}")
+        counters, step = self._counters, figures.mbu_step
+        if counters and step and step - counters.dram_active_ratio > limits.counter_disagreement_ratio:
+            found.append(
+                f"MBU {step:.2f} by the model, but the DRAM counter reads {counters.dram_active_ratio:.2f}"
+            )
+        ratio = self._kernels.clock_ratio if self._kernels else None
+        if ratio is not None and abs(ratio - 1) > limits.clock_disagreement_ratio:
+            found.append(f"kernels took {ratio:.2f} times what the step clock says")
+        return tuple(found)
+
+    def _room_for_bubbles(self) -> str:
+        why = "kernel windows are off"
+        if self._old_kernels and self._seen.kernels:
+            why = f"the last kernel window is {self._seen.kernels.age_seconds:.0f} s old"
+        near = f"MBU {self._mbu_span or 0:.2f} and MFU {self._mfu_span or 0:.2f} of the span"
+        return f"{near} leave room for launch bubbles, and {why}"
+
+    def _near_a_roof(self) -> bool:
+        """Whether so much of the span is accounted for that bubbles cannot be what it consists of."""
+        moved, counters = self._moved, self._counters
+        return (
+            (self._mbu_span or 0) >= moved.memory_mbu_ratio
+            or (self._mfu_span or 0) >= moved.compute_mfu_ratio
+            or (counters is not None and self._counter_roof(counters) is not None)
+        )
+
+    def _unknown(self, cause: str, missing: tuple[str, ...]) -> Verdict:
+        shown = self._shown()
+        return Verdict(self._seen.phase, UNKNOWN, cause, 0.0, missing[0], missing=missing, evidence=shown)
+
+    # Waiting
+
+    def _waiting(self) -> _Stall:
+        figures, kernels = self._figures, self._kernels
+        parts = {cause: figures.components.get(name, 0.0) for cause, name in CAUSES.items()}
+        parts["host_between_steps"] = figures.gap_seconds
+        if kernels is not None:  # accounting may have applied the same windows already: not twice
+            parts["launch_bubbles"] = kernels.launch_gap_ratio * figures.span_seconds
+            parts["communication"] = kernels.communication_ratio * figures.span_seconds
+            parts["transfers"] = kernels.transfer_ratio * figures.span_seconds
+        total = figures.span_seconds + figures.gap_seconds
+        return _Stall(parts, min(sum(parts.values()) / total, 1.0) if total > 0 else 0.0)
+
+    def _sync(self) -> Verdict:
+        stall, limits = self._stall, self._limits
+        cause, seen = stall.cause, ("launch_bubbles", "communication", "transfers")
+        votes = [] if cause in seen else [Vote("step clock", True)]
+        if self._kernels is not None:
+            votes.append(Vote("kernel windows", True))
+        if self._counters is not None:
+            roof = self._counter_roof(self._counters)
+            votes.append(Vote("hardware counters", roof is None, 1.0 if roof else 0.5))
+        explained = self._signs if cause in ("host_between_steps", "launch_bubbles", "sampling") else ()
+        if explained:
+            votes.append(Vote("host signals", True))
+        bound = "" if self._kernels or not self._device_queue else "at least "
+        reason = (
+            f"the device waits {bound}{stall.ratio:.0%} of the time, mostly for {_CAUSE_WORDS[cause]} "
+            f"({stall.by_cause[cause] / self._figures.steps * 1e3:.2f} ms a step)"
+        )
+        if explained:
+            reason += f"; {explained[0].text}"
+        return self._judged(SYNC, cause, votes, margin(stall.ratio, limits.sync_gap_ratio), reason)
+
+    # Roofs
+
+    def _roofs(self) -> Verdict:
+        figures, moved, limits = self._figures, self._moved, self._limits
+        mbu, mfu = self._mbu or 0.0, self._mfu or 0.0
+        memory, compute = (figures.components.get(f"floor_{roof}", 0.0) for roof in ("memory", "compute"))
+        counted = self._counter_roof(self._counters) if self._counters else None
+        ridge = self._seen.peaks.ridge_flops_per_byte if self._seen.peaks else 0.0
+        distance = figures.intensity / ridge if figures.intensity and ridge else 0.0
+        close = distance > 0 and max(distance, 1 / distance) <= moved.balanced_intensity_ratio
+        if close and min(mbu, mfu) >= moved.balanced_roof_ratio:
+            reason = f"MBU {mbu:.2f} and MFU {mfu:.2f}, and {distance:.2f} of the ridge: both roofs are near"
+            votes = self._votes(BALANCED, True)
+            return self._judged(
+                BALANCED, None, votes, margin(min(mbu, mfu), limits.balanced_roof_ratio), reason
+            )
+        modelled = None
+        if memory >= compute and mbu >= moved.memory_mbu_ratio:
+            modelled = MEMORY
+        elif compute > memory and mfu >= moved.compute_mfu_ratio:
+            modelled = COMPUTE
+        for roof, name, value, limit in (
+            (MEMORY, "MBU", mbu, limits.memory_mbu_ratio),
+            (COMPUTE, "MFU", mfu, limits.compute_mfu_ratio),
+        ):
+            if roof in (modelled, counted):
+                far = margin(value, limit) if roof == modelled else self._counter_margin(roof)
+                reason = f"{name} {value:.2f} of busy time{self._said_by_counter(roof)}"
+                return self._judged(roof, None, self._votes(roof, roof == modelled), far, reason)
+        nearer, limit = (
+            (mbu, limits.memory_mbu_ratio) if memory >= compute else (mfu, limits.compute_mfu_ratio)
+        )
+        reason = f"busy, yet near neither roof: MBU {mbu:.2f}, MFU {mfu:.2f}"
+        if not self._device_queue:
+            reason += "; the framework's own work between operators is part of a CPU's busy time"
+            if self._signs:
+                reason += f"; {self._signs[0].text}"
+        votes = self._votes(INEFFICIENT, True)
+        return self._judged(INEFFICIENT, None, votes, margin(nearer, limit), reason)
+
+    def _votes(self, bottleneck: str, modelled: bool) -> list[Vote]:
+        peaks, counters, limits = self._seen.peaks, self._counters, self._limits
+        calibrated = peaks is not None and peaks.source != "nominal"
+        factor = CALIBRATED_FACTOR if calibrated else 1.0
+        # That neither roof is near says little by itself: the model of the work may lack a part.
+        if bottleneck == INEFFICIENT and self._device_queue:
+            factor /= 2
+        votes = [Vote("model of the work", modelled, factor)]
+        if self._kernels is not None:
+            votes.append(Vote("kernel windows", True))
+        if counters is not None:
+            roof = self._counter_roof(counters)
+            contrary = bottleneck == MEMORY and counters.dram_active_ratio < limits.dram_idle_ratio
+            if roof == bottleneck or (roof is None and bottleneck == INEFFICIENT):
+                votes.append(Vote("hardware counters", True))
+            elif contrary or (roof is not None and bottleneck != BALANCED):
+                votes.append(Vote("hardware counters", False))
+        return votes
+
+    def _counter_roof(self, counters: CounterEvidence) -> str | None:
+        """The roof that counters see reached; the one nearer to its threshold if both are."""
+        dram = counters.dram_active_ratio / self._moved.dram_active_ratio
+        tensor = counters.tensor_active_ratio / self._moved.tensor_active_ratio
+        if max(dram, tensor) < 1:
+            return None
+        return MEMORY if dram >= tensor else COMPUTE
+
+    def _counter_margin(self, roof: str) -> float:
+        counters, limits = self._counters, self._limits
+        if counters is None:
+            return 0.0
+        if roof == MEMORY:
+            return margin(counters.dram_active_ratio, limits.dram_active_ratio)
+        return margin(counters.tensor_active_ratio, limits.tensor_active_ratio)
+
+    def _said_by_counter(self, roof: str) -> str:
+        counters = self._counters
+        if counters is None:
+            return ""
+        if roof == MEMORY:
+            return f", DRAM counter {counters.dram_active_ratio:.2f}"
+        return f", tensor counter {counters.tensor_active_ratio:.2f}"
+
+    def _usable_counters(self) -> CounterEvidence | None:
+        """Counters average over a whole GPU and window: they speak for a phase only if it fills both."""
+        counters, window = self._seen.counters, self._seen.window_seconds
+        if counters is None or counters.shared or window <= 0:
+            return None
+        share = self._figures.seconds / window
+        return counters if share >= self._limits.counter_phase_share_ratio else None
+
+    # The verdict put together
+
+    def _judged(
+        self, bottleneck: str, cause: str | None, votes: list[Vote], far: float, reason: str
+    ) -> Verdict:
+        attained = attributes.attained(self._seen, bottleneck, self._mbu, self._mfu)
+        near = None if attained is None else attained >= 1 - self._limits.near_roof_ratio
+        return Verdict(
+            phase=self._seen.phase,
+            bottleneck=bottleneck,
+            cause=cause,
+            confidence=confidence(votes, far, HOST_CLOCK_LIMIT if not self._device_queue else 1.0),
+            reason=reason,
+            healthy=attributes.healthy(self._seen, self._figures, bottleneck, near, self._limits),
+            near_roof=near,
+            attained_ratio=attained,
+            bound_by_operator=attributes.operator(self._figures, bottleneck),
+            headroom_seconds=attributes.headroom(self._seen, self._figures),
+            signs=tuple(sign.name for sign in self._signs),
+            evidence=self._shown(),
+        )
+
+    def _shown(self) -> tuple[Evidence, ...]:
+        figures, limits, kernels, counters = self._figures, self._limits, self._kernels, self._counters
+        shown: list[Evidence] = []
+        if figures.sync_gap_ratio is not None:
+            source: Source = "measured" if kernels is None else "sampled"
+            age = 0.0 if kernels is None else kernels.age_seconds
+            shown.append(Evidence("sync_gap_ratio", self._stall.ratio, limits.sync_gap_ratio, source, age))
+        if self._mbu is not None:
+            shown.append(Evidence("mbu_busy", self._mbu, limits.memory_mbu_ratio, "modelled"))
+        if self._mfu is not None:
+            shown.append(Evidence("mfu_busy", self._mfu, limits.compute_mfu_ratio, "modelled"))
+        if figures.intensity is not None:
+            ridge = self._seen.peaks.ridge_flops_per_byte if self._seen.peaks else None
+            shown.append(Evidence("intensity_flops_per_byte", figures.intensity, ridge, "modelled"))
+        if kernels is not None:
+            bubbles, age = kernels.launch_gap_ratio, kernels.age_seconds
+            shown.append(Evidence("launch_gap_ratio", bubbles, None, "sampled", age))
+        if counters is not None:
+            dram, tensor, age = counters.dram_active_ratio, counters.tensor_active_ratio, counters.age_seconds
+            shown.append(Evidence("dram_active_ratio", dram, limits.dram_active_ratio, "counter", age))
+            shown.append(Evidence("tensor_active_ratio", tensor, limits.tensor_active_ratio, "counter", age))
+        shown += [
+            Evidence(f"host_{sign.name}", sign.value, sign.threshold, "measured") for sign in self._signs
+        ]
+        return tuple(shown)
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

@@ -1,0 +1,96 @@
+"""The one line that an operator reads first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llmprobe.compute.pressure import EngineLoad, Pressure
+from llmprobe.compute.stall import Stall
+from llmprobe.compute.verdict import IDLE, UNKNOWN, Verdict
+
+_WORDS = {
+    "idle": "idle",
+    "unknown": "can't tell",
+    "sync_bound": "sync-bound",
+    "balanced": "balanced",
+    "memory_bound": "memory-bound",
+    "compute_bound": "compute-bound",
+    "inefficient_kernels": "inefficient kernels",
+}
+
+
+def headline(
+    verdicts: Mapping[str, Verdict], pressure: Mapping[str, Pressure], loads: Mapping[int, EngineLoad]
+) -> str:
+    """Pressure first if it costs users more than the device does, else the phase that takes most time.
+
+    Pressure costs a request its time in the queue. The device costs it what its steps take beyond their
+    floor: that share of the time a request is not queueing. Where no floor is known, high pressure leads.
+    """
+    phases = sorted(verdicts.values(), key=lambda verdict: -verdict.share_ratio)
+    busy = [verdict for verdict in phases if verdict.bottleneck != IDLE]
+    said = "; ".join(_phase(verdict) for verdict in busy[:2])
+    pressing = [item for item in pressure.values() if item.high and _costs_more(item, busy, loads)]
+    if pressing:
+        parts = [item.text for item in sorted(pressing, key=_importance)]
+        first = parts[0] + (f" ({', '.join(parts[1:])})" if parts[1:] else "")
+        return f"SLOW: {first}. {_capital(said)}." if said else f"SLOW: {first}."
+    if not busy:
+        return "IDLE: fewer steps in the last 10 s than a verdict needs." if phases else "IDLE: no steps yet."
+    return f"{_capital(said)}."
+
+
+def stalled(rank: int, stall: Stall) -> str:
+    """A headline above all others: a rank that has stopped getting on, and what it last did."""
+    if stall.where == "step":
+        doing = f"in step {stall.step} ({stall.phase}, {stall.tokens} tokens)"
+    else:
+        doing = f"without a step since step {stall.step}, with requests waiting"
+    last = f"; the last step took {stall.last_steps[-1].seconds:.3g} s" if stall.last_steps else ""
+    return f"STALLED: rank {rank} has been {doing} for {stall.seconds:.0f} s{last}."
+
+
+def _importance(pressure: Pressure) -> int:
+    """Queueing is what users feel; a full cache is why."""
+    return {"queue": 0, "preemption": 1, "kv_cache": 2}.get(pressure.kind, 3)
+
+
+def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, EngineLoad]) -> bool:
+    load = loads.get(pressure.engine)
+    if (
+        pressure.kind == "preemption"
+        or load is None
+        or load.queue_seconds is None
+        or not load.request_seconds
+    ):
+        return True
+    wasted = wasted_share(busy)
+    if wasted is None:
+        return True
+    return load.queue_seconds >= wasted * max(load.request_seconds - load.queue_seconds, 0.0)
+
+
+def wasted_share(busy: list[Verdict]) -> float | None:
+    """Share of the phases' time beyond their floor; None where the floor of one is not known."""
+    total = wasted = 0.0
+    for verdict in busy:
+        if verdict.headroom_seconds is None:
+            return None
+        total += verdict.share_ratio
+        wasted += min(verdict.headroom_seconds * verdict.steps_per_second, verdict.share_ratio)
+    return wasted / total if total > 0 else None
+
+
+def _phase(verdict: Verdict) -> str:
+    words = _WORDS[verdict.bottleneck]
+    if verdict.bottleneck == UNKNOWN:
+        return f"{verdict.phase}: can't tell: {verdict.reason}"
+    sure = f"confidence {verdict.confidence:.2f}"
+    if verdict.healthy:
+        near = f"{verdict.attained_ratio:.2f} of attainable" if verdict.attained_ratio else verdict.reason
+        return f"{verdict.phase} healthy: {near}, {words}, {sure}"
+    return f"{verdict.phase} {words}, {sure}: {verdict.reason}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

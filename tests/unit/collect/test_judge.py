@@ -1,0 +1,300 @@
+"""Verdicts, pressure and headline of a server, from real journals with a clock of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprobe.collect.collector import Collector
+from llmprobe.collect.thresholds import load_thresholds
+from llmprobe.collect.views import ServerView
+from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import BOTTLENECKS
+from llmprobe.export.report import report, text
+from llmprobe.export.summary import summarize
+from llmprobe.record.layout import Flag, Phase
+
+from .test_collector import MODEL, SECOND, Clock, Server
+
+MS = 1_000_000
+#: A step of the model moves 901 100 bytes: 18 ms of it are then 0.7 of the bandwidth.
+PEAKS = Peaks(901_100 / 0.018 / 0.7, 1e12, "bfloat16", "nominal", "made for this test")
+
+
+class World:
+    """A server under a load of our making, looked at once a second."""
+
+    def __init__(self, directory: Path, **more: Any) -> None:
+        self.directory = directory
+        self.clock = Clock()
+        self.server = Server(directory)
+        self.more: dict[str, Any] = {"peaks": lambda facts: PEAKS, **more}
+        self.collector = self.collect()
+        self.at = self.clock.now
+        self.server.fronts[0].update_facts(flags={"max_num_seqs": 8, "async_scheduling": False})
+
+    def collect(self) -> Collector:
+        recorders = (self.server.worker, *self.server.fronts)
+        own = {recorder.writer.path: recorder.writer for recorder in recorders}
+        return Collector(self.directory, clock=self.clock, own_writers=lambda: own, **self.more)
+
+    def second(self, span_ms: float = 18, gap_ms: float = 2, busy: bool = True) -> ServerView:
+        """One second of load, and what is then known."""
+        end = self.at + SECOND
+        self.server.fronts[0].pending(self.at, int(busy))
+        while busy and self.at + (gap_ms + span_ms) * MS <= end:
+            begin = self.at + round(gap_ms * MS)
+            self.at = begin + round(span_ms * MS)
+            self.server.step(begin, self.at)
+        self.at = end
+        self.clock.now = end
+        self.collector.tick()
+        (view,) = self.collector.views()
+        return view
+
+    def seconds(self, count: int, **load: Any) -> list[str]:
+        """The class of decode after each second."""
+        return [self.second(**load).verdicts["decode"].bottleneck for _ in range(count)]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.server.close()
+
+
+def test_a_steady_load_is_judged_within_fifteen_seconds_and_stays_so(world: World) -> None:
+    seen = world.seconds(75)
+    assert "memory_bound" in seen[:15]
+    assert set(seen[15:]) == {"memory_bound"}
+    assert set(seen) <= {"idle", "unknown", "memory_bound"}
+
+
+def test_a_changed_load_gives_the_new_class_or_unknown_and_never_a_third(world: World) -> None:
+    world.seconds(20)
+    # The gap grows to 3 times the step: the host is slow now.
+    seen = world.seconds(20, span_ms=18, gap_ms=54)
+    assert set(seen) <= {"memory_bound", "unknown", "sync_bound"}
+    assert set(seen[15:]) == {"sync_bound"}
+    back = world.seconds(20)
+    assert set(back) <= {"memory_bound", "unknown", "sync_bound"}
+    assert set(back[15:]) == {"memory_bound"}
+
+
+def test_the_headline_says_class_confidence_and_figure(world: World) -> None:
+    world.seconds(15)
+    view = world.second()
+    verdict = view.verdicts["decode"]
+    assert view.headline.startswith("Decode ")
+    assert "MBU 0.70" in verdict.reason
+    assert 0.3 < verdict.confidence <= 0.6  # the host's clock
+    assert verdict.clock == "host"
+    assert verdict.bound_by_operator == "linear"
+    assert verdict.steps_per_second == pytest.approx(50, rel=0.05)
+
+
+def test_waiting_for_the_host_is_advised_upon_by_the_flags(world: World) -> None:
+    world.seconds(15, span_ms=18, gap_ms=54)
+    view = world.second(span_ms=18, gap_ms=54)
+    verdict = view.verdicts["decode"]
+    assert (verdict.bottleneck, verdict.cause) == ("sync_bound", "host_between_steps")
+    changes = [item.change for item in view.advice["decode"]]
+    assert "--async-scheduling (now: False)" in changes
+    assert view.advice["decode"][0].gain_seconds == pytest.approx(0.054, rel=0.1)
+
+
+def test_attribution_is_there_by_phase(world: World) -> None:
+    world.seconds(12)
+    (rank,) = world.second().ranks
+    found = rank.attribution["decode"]
+    assert found.seconds["memory.linear"] / found.total_seconds == pytest.approx(0.63 * 8 / 9.011, rel=0.05)
+    assert found.seconds["host"] / found.total_seconds == pytest.approx(0.1, rel=0.1)
+
+
+def test_an_idle_server_is_idle_and_its_load_counts_for_nothing(world: World) -> None:
+    world.seconds(15)
+    seen = world.seconds(20, busy=False)
+    assert seen[-1] == "idle"
+    assert set(seen) <= {"memory_bound", "idle"}
+
+
+def test_bursts_are_judged_on_pending_time(world: World) -> None:
+    seen = [name for _ in range(8) for busy in (True, False) for name in world.seconds(3, busy=busy)]
+    assert set(seen[20:]) == {"memory_bound"}
+
+
+def test_how_long_each_verdict_stood_adds_up_and_survives_a_restart(tmp_path: Path) -> None:
+    world = World(tmp_path, checkpoint=tmp_path / "state")
+    for _ in range(30):
+        view = world.second()
+    stood = view.bottleneck_seconds["decode"]
+    assert sum(sum(causes.values()) for causes in stood.values()) == pytest.approx(29, abs=1)
+    assert set(stood) <= set(BOTTLENECKS)
+    world.collector.save()
+    world.collector = world.collect()
+    again = world.second().bottleneck_seconds["decode"]
+    assert again["memory_bound"][""] >= stood["memory_bound"][""] > 10
+    world.server.close()
+
+
+def test_a_queue_takes_the_headline(world: World) -> None:
+    front = world.server.fronts[0]
+    front.load(kv_usage=0.98, running=8, waiting=40, unfinished=48)
+    for second in range(16):
+        front.tokens(10, 4, first_token_ns=(2 * SECOND,), inter_token_ns={MS: 3})
+        front.request(
+            second, 3 * SECOND, tpot_ns=MS, queue_ns=round(1.6 * SECOND), prompt_tokens=10, generated_tokens=4
+        )
+        view = world.second()
+    assert view.pressure["queue"].value == pytest.approx(0.8, rel=0.02)
+    assert view.pressure["kv_cache"].active
+    assert view.pressure["sequence_limit"].active
+    assert view.headline.startswith(
+        "SLOW: queueing is 80% of TTFT (KV cache 98% full with 40 requests waiting"
+    )
+    assert {"queue", "kv_cache"} <= set(view.advice)
+
+
+def test_a_probe_that_is_off_is_not_judged(world: World) -> None:
+    world.seconds(15)
+    world.server.worker.status(armed=False, inert=False)
+    view = world.second(busy=False)
+    assert view.verdicts == {}
+    assert view.headline == "OFF: the probe is switched off."
+
+
+def test_a_step_that_hangs_takes_the_headline_and_ends(world: World) -> None:
+    world.seconds(15)
+    number = world.server.worker.begin(Phase.DECODE, 4, world.at)
+    world.server.worker.publish()
+    for _ in range(9):
+        view = world.second(span_ms=2000)  # pending, and no step ends
+        assert view.ranks[0].stall is None
+    for _ in range(3):
+        view = world.second(span_ms=2000)
+    stall = view.ranks[0].stall
+    assert stall is not None
+    assert (stall.where, stall.step, stall.phase, stall.tokens) == ("step", number, "decode", 4)
+    assert view.headline.startswith(f"STALLED: rank 0 has been in step {number} (decode, 4 tokens) for 1")
+    world.server.worker.abandon(number)
+    world.server.worker.publish()
+    world.second()
+    assert world.second().ranks[0].stall is None
+
+
+def test_a_rank_with_nothing_to_do_does_not_stall(world: World) -> None:
+    world.seconds(15)
+    for _ in range(40):
+        assert world.second(busy=False).ranks[0].stall is None
+
+
+def test_without_a_front_end_nothing_is_claimed(tmp_path: Path) -> None:
+    server = Server(tmp_path, fronts=0)
+    clock = Clock()
+    own = {server.worker.writer.path: server.worker.writer}
+    found = Collector(tmp_path, clock=clock, peaks=lambda facts: PEAKS, own_writers=lambda: own)
+    for _ in range(15):
+        for step in range(50):
+            begin = clock.now + step * 20 * MS
+            server.step(begin, begin + 18 * MS)
+        clock.now += SECOND
+        found.tick()
+    (view,) = found.views()
+    verdict = view.verdicts["decode"]
+    assert (verdict.bottleneck, verdict.cause) == ("unknown", "no_front_end")
+    server.close()
+
+
+def test_lost_steps_are_no_wait(world: World) -> None:
+    for _ in range(15):
+        end = world.at + SECOND
+        world.server.fronts[0].pending(world.at, 1)
+        for step in range(50):
+            begin = world.at + step * 20 * MS
+            world.server.step(begin + 10 * MS, begin + 20 * MS, flags=int(Flag.RESTARTED))
+        world.at = world.clock.now = end
+        world.collector.tick()
+    (view,) = world.collector.views()
+    assert view.verdicts["decode"].bottleneck != "sync_bound"
+
+
+def test_everything_is_strict_json(world: World) -> None:
+    world.seconds(15)
+    status = json.loads(json.dumps(summarize([world.second()]), allow_nan=False))
+    (server,) = status["servers"]
+    assert server["verdicts"]["decode"]["bottleneck"] == "memory_bound"
+    assert server["headline"]
+    assert server["ranks"][0]["attribution"]["decode"]["seconds"]["memory.linear"] > 0
+
+
+def test_the_report_of_a_run_judges_all_of_it(world: World) -> None:
+    world.seconds(30)
+    document = report(world.collector.views())
+    (server,) = document["servers"]
+    assert server["verdicts"]["decode"]["bottleneck"] == "memory_bound"
+    assert server["verdicts"]["decode"]["bound_by_operator"] == "linear"
+    assert server["advice"]["decode"]
+    shown = text(document)
+    assert server["headline"][:40] in shown
+    assert "next look: llmprobe" in shown
+
+
+def test_the_report_of_a_part_judges_that_part_alone(world: World) -> None:
+    world.seconds(20, span_ms=18, gap_ms=54)
+    before = world.collector.views()
+    world.seconds(20)
+    (part,) = report(world.collector.views(), before)["servers"]
+    (whole,) = report(world.collector.views())["servers"]
+    assert part["verdicts"]["decode"]["bottleneck"] == "memory_bound"
+    assert whole["verdicts"]["decode"]["bottleneck"] == "sync_bound"
+
+
+def test_thresholds_decide(tmp_path: Path) -> None:
+    world = World(tmp_path, thresholds=Thresholds.from_mapping({"sync_gap_ratio": 0.05}))
+    assert world.seconds(15)[-1] == "sync_bound"
+    world.server.close()
+
+
+def test_thresholds_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "limits.toml"
+    path.write_text("# ours\nsync_gap_ratio = 0.3\nidle_steps = 20\n")
+    found, problem = load_thresholds(path)
+    assert problem is None
+    assert (found.sync_gap_ratio, found.idle_steps) == (0.3, 20)
+    assert load_thresholds(None) == (Thresholds(), None)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"sync_gap_ratio = 3", "sync_gap_ratio=3 is not allowed: a number from 0.01 to 0.99"),
+        (b"sync_gap = 0.3", "no such threshold"),
+        (b"sync_gap_ratio", "it is not TOML"),
+        (b"\xff\xfe", "it is not TOML"),
+        (None, "it cannot be read: No such file or directory"),
+    ],
+)
+def test_a_wrong_file_is_said_in_one_line_and_counts_for_nothing(
+    tmp_path: Path, content: bytes | None, says: str
+) -> None:
+    path = tmp_path / "limits.toml"
+    if content is not None:
+        path.write_bytes(b"idle_steps = 20\n" + content)
+    found, problem = load_thresholds(path)
+    assert found == Thresholds()
+    assert problem is not None
+    assert problem.startswith(f"LLMPROBE_THRESHOLDS={str(path)!r}: ")
+    assert says in problem
+    assert "\n" not in problem
+
+
+def test_the_model_of_these_tests_moves_what_they_say() -> None:
+    operators = MODEL["operators"]
+    weights = operators["linear"]["bytes"] + operators["head"]["bytes"]  # type: ignore[index]
+    assert weights + 11 * 100 == 901_100

@@ -1,0 +1,97 @@
+"""Host watches of live processes: found by their journal's lock, and going on after a restart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmprobe.collect.process import Process
+from llmprobe.collect.watches import Watches
+from llmprobe.record.journal_reader import JournalReader
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from llmprobe.record.recorder import Recorder, prepare_directory
+prepare_directory(Path(sys.argv[1]))
+recorder = Recorder.open(Path(sys.argv[1]), sys.argv[2], {"role": sys.argv[2], "started": time.time()})
+print(recorder.writer.path, flush=True)
+sys.stdin.read()
+recorder.close()
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[object]:
+    children: list[subprocess.Popen[str]] = []
+
+    def begin(role: str) -> tuple[subprocess.Popen[str], Process]:
+        child = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), role],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+        assert child.stdout is not None
+        path = Path(child.stdout.readline().strip())
+        return child, Process(path, JournalReader(path))
+
+    yield begin
+    for child in children:
+        child.communicate("", timeout=10)
+
+
+def look(watches: Watches, process: Process, times: int = 3) -> None:
+    for _ in range(times):
+        watches.sample([process], time.monotonic_ns())
+        time.sleep(0.3)
+
+
+def test_a_worker_is_watched_by_the_pid_that_holds_its_lock(start) -> None:  # type: ignore[no-untyped-def]
+    child, process = start("worker")
+    watches = Watches()
+    look(watches, process)
+    signals, totals = watches.signals(process), watches.totals(process)
+    assert signals is not None
+    assert totals is not None
+    assert signals.cpus_allowed >= 1
+    assert totals.cpu_seconds["main"] > 0
+    assert watches._watches[process.path].pid == child.pid
+    process.close()
+
+
+def test_totals_go_on_after_a_restart(start) -> None:  # type: ignore[no-untyped-def]
+    _, process = start("worker")
+    first = Watches()
+    look(first, process)
+    before = first.totals(process)
+    again = Watches()
+    again.restore(first.save([process]))
+    look(again, process, times=1)
+    after = again.totals(process)
+    assert before is not None
+    assert after is not None
+    assert after.cpu_seconds["main"] >= before.cpu_seconds["main"]
+    assert after.context_switches["voluntary"] >= before.context_switches["voluntary"]
+    process.close()
+
+
+def test_front_ends_and_the_dead_are_not_watched(start) -> None:  # type: ignore[no-untyped-def]
+    _, front = start("frontend")
+    watches = Watches()
+    look(watches, front)
+    assert watches.signals(front) is None
+    child, worker = start("worker")
+    look(watches, worker)
+    child.communicate("", timeout=10)
+    worker.poll(time.monotonic_ns())
+    look(watches, worker, times=1)
+    assert watches.signals(worker) is None
+    for process in (front, worker):
+        process.close()

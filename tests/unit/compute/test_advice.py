@@ -1,0 +1,248 @@
+"""Advice is complete, names settings that exist, and promises no more than the floor allows."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import shlex
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmprobe.cli.app import VERBS
+from llmprobe.compute.advice import ENTRIES, Entry, Target, When, advise, advise_pressure
+from llmprobe.compute.advice.advise import MOST, setting
+from llmprobe.compute.advice.entry import Operation
+from llmprobe.compute.advice.gain import GAINS
+from llmprobe.compute.classify import classify
+from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.pressure import KINDS, pressures, worst
+from llmprobe.compute.signs import SIGNS
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import BOTTLENECKS, CAUSES, UNKNOWN_CAUSES
+
+from .test_pressure import load
+from .verdicts import figures, kernels, seen, verdict
+
+SRC = Path(__file__).resolve().parents[3] / "src/llmprobe"
+ABOUT = {"@framework", "@clock", "@phase", "@operator", "@healthy", "@kv_usage", "@waiting"}
+VLLM_FLAGS = {
+    "enforce_eager": False,
+    "dtype": "bfloat16",
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+    "async_scheduling": True,
+    "kv_cache_dtype": "auto",
+    "gpu_memory_utilization": 0.9,
+    "tensor_parallel_size": 1,
+    "cudagraph_mode": "FULL_AND_PIECEWISE",
+    "max_cudagraph_capture_size": 512,
+    "enable_prefix_caching": True,
+}
+
+
+def target(**flags: Any) -> Target:
+    return Target("vllm-8000", "vllm", {**VLLM_FLAGS, **flags}, 4711)
+
+
+def findings(observation: Any, **flags: Any) -> list[str]:
+    found = classify(observation, Thresholds())
+    return [item.finding for item in advise(found, observation.figures, target(**flags))]
+
+
+def every_verdict() -> list[tuple[str, str | None]]:
+    plain = [(name, None) for name in BOTTLENECKS if name not in ("sync_bound", "unknown")]
+    waits = [("sync_bound", cause) for cause in CAUSES]
+    return plain + waits + [("unknown", cause) for cause in UNKNOWN_CAUSES]
+
+
+@pytest.mark.parametrize(("bottleneck", "cause"), every_verdict())
+@pytest.mark.parametrize("framework", ["vllm", "transformers"])
+@pytest.mark.parametrize("clock", ["cuda", "host"])
+def test_every_class_and_cause_has_advice_whatever_is_set(
+    bottleneck: str, cause: str | None, framework: str, clock: str
+) -> None:
+    found = advise(verdict(bottleneck, cause, clock=clock), figures(), Target("s", framework, {}))
+    assert found
+    assert len(found) <= MOST
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_pressure_has_advice(kind: str) -> None:
+    under = load(
+        kv_usage=0.99, waiting=9, running=16, queue_seconds=0.09, preemptions=50, full_steps_ratio=1.0
+    )
+    found = worst(pressures(under, Thresholds()))
+    assert found[kind].active
+    assert advise_pressure(found[kind], under, Target("s", "vllm", {}))
+
+
+def test_names_are_unique_and_begin_with_the_class() -> None:
+    names = [entry.finding for entry in ENTRIES]
+    assert len(set(names)) == len(names)
+    for entry in ENTRIES:
+        assert entry.finding.startswith(f"{entry.bottleneck}.")
+        assert entry.bottleneck in {*BOTTLENECKS, "pressure"}
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.finding)
+def test_entries_are_whole(entry: Entry) -> None:
+    causes = {"sync_bound": set(CAUSES), "unknown": set(UNKNOWN_CAUSES), "pressure": set(KINDS)}
+    assert entry.cause in causes.get(entry.bottleneck, {None})
+    assert entry.reason.endswith(".")
+    assert entry.risk.endswith(".")
+    assert entry.gain in {"", *GAINS}
+    for condition in entry.when:
+        assert condition.operation in get_args(Operation)
+        if condition.fact.startswith("@sign."):
+            assert condition.fact.removeprefix("@sign.") in SIGNS
+        elif condition.fact.startswith("@"):
+            assert condition.fact in ABOUT
+        else:
+            assert condition.fact in recorded_flags()
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.finding)
+def test_the_next_look_is_a_command_that_exists(entry: Entry) -> None:
+    words = shlex.split(entry.look.format(server="s", pid=1))
+    if words[0] == "llmprobe":
+        VERBS[words[1]].load(words[1]).make_context(words[1], words[2:])  # raises for a wrong option
+
+
+def recorded_flags() -> set[str]:
+    """Every flag that a journal may hold, by the hooks' own source."""
+    names: set[str] = set()
+    for path in ("hooks/vllm/facts.py", "hooks/transformers_model.py"):
+        for node in ast.walk(ast.parse((SRC / path).read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name == "flags":
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Dict):
+                        names |= {key.value for key in inner.keys if isinstance(key, ast.Constant)}
+    assert "max_num_seqs" in names
+    assert "cache_implementation" in names
+    return names
+
+
+def engine_arguments() -> set[str]:
+    """The fields of vLLM's EngineArgs, read from its source: importing vLLM takes a minute."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        pytest.skip("vLLM is not installed")
+    source = (Path(found.origin).parent / "engine/arg_utils.py").read_text()
+    (args,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
+    )
+    return {
+        node.target.id
+        for node in args.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def test_every_vllm_setting_is_one_of_its_arguments() -> None:
+    arguments = engine_arguments()
+    vllm = [entry for entry in ENTRIES if When("@framework", "is", "vllm") in entry.when and entry.change]
+    assert len(vllm) > 15
+    for entry in vllm:
+        assert entry.change is not None
+        assert entry.change.flag in arguments, entry.finding
+
+
+def test_every_transformers_setting_is_known_to_transformers() -> None:
+    generation = importlib.util.find_spec("transformers")
+    if generation is None or generation.origin is None:
+        pytest.skip("transformers is not installed")
+    root = Path(generation.origin).parent
+    known = (root / "generation/configuration_utils.py").read_text() + (
+        root / "modeling_utils.py"
+    ).read_text()
+    for entry in ENTRIES:
+        if When("@framework", "is", "transformers") in entry.when and entry.change:
+            assert entry.change.flag in known, entry.finding
+
+
+def test_settings_read_as_the_engine_takes_them() -> None:
+    assert setting("enforce_eager", False, "vllm") == "--no-enforce-eager"
+    assert setting("async_scheduling", True, "vllm") == "--async-scheduling"
+    assert setting("max_num_seqs", 512, "vllm") == "--max-num-seqs 512"
+    assert setting("compilation_config", '{"cudagraph_mode": "FULL"}', "vllm") == (
+        '--compilation-config \'{"cudagraph_mode": "FULL"}\''
+    )
+    assert setting("cache_implementation", "static", "transformers") == "cache_implementation='static'"
+
+
+def test_eager_mode_is_what_is_changed_where_it_is_set() -> None:
+    eager = seen(figures(mbu=0.17, mfu=0.001), kernels=kernels(0.77))
+    assert findings(eager, enforce_eager=True)[0] == "sync_bound.eager"
+    assert "sync_bound.eager" not in findings(eager)
+
+
+def test_the_change_says_what_is_set_now() -> None:
+    waits = seen(figures(mbu=0.6, span=6.0, gap=3.0, steps=1000))
+    found = advise(classify(waits, Thresholds()), waits.figures, target(async_scheduling=False))
+    assert found[0].finding == "sync_bound.async_scheduling"
+    assert found[0].change == "--async-scheduling (now: False)"
+    assert found[0].gain_seconds == pytest.approx(0.003)
+    assert found[0].gain == "at most 3.00 ms of a step's 9.00 ms (33%)"
+
+
+def test_a_setting_is_not_proposed_where_it_is_in_force() -> None:
+    waits = seen(figures(mbu=0.6, span=6.0, gap=3.0))
+    assert "sync_bound.async_scheduling" not in findings(waits, async_scheduling=True)
+    long_context = seen(figures(mbu=0.7, operator_floors={"attention": (5.0, 0.0), "linear": (1.0, 0.0)}))
+    assert "memory_bound.kv_dtype" in findings(long_context)
+    assert "memory_bound.kv_dtype" not in findings(long_context, kv_cache_dtype="fp8")
+
+
+def test_fp32_weights_are_the_first_thing_to_change_in_prefill() -> None:
+    slow = Peaks(3352e9, 66.9e12, "float32", "nominal", "made for this test")
+    prefill = seen(figures(mbu=0.05, mfu=0.6), phase="prefill", peaks=slow)
+    assert not classify(prefill, Thresholds()).healthy
+    assert findings(prefill, dtype="float32")[0] == "compute_bound.dtype"
+
+
+def test_host_signals_come_before_settings() -> None:
+    throttled = verdict("sync_bound", "host_between_steps", signs=("throttled",))
+    assert advise(throttled, figures(), target())[0].finding == "sync_bound.throttled"
+
+
+def test_healthy_is_said_to_be_healthy() -> None:
+    found = advise(verdict("memory_bound", healthy=True), figures(mbu=0.8), target())
+    assert found[0].reason.startswith("Healthy:")
+    assert not any(
+        item.reason.startswith("Healthy") for item in advise(verdict("memory_bound"), figures(), target())
+    )
+
+
+def test_the_next_look_names_the_server_and_its_process() -> None:
+    changed = Target("a b", "vllm", {}, 4711)
+    (found, *_) = advise(verdict("unknown", "no_kernel_windows"), figures(), changed)
+    assert found.look == "llmprobe capture 'a b' --seconds 2"
+    busy = verdict("sync_bound", "host_between_steps", signs=("thread_busy",))
+    assert "top -H -p 4711" in [item.look for item in advise(busy, figures(), target(async_scheduling=True))]
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(every_verdict()),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(0, 30),
+    st.sampled_from(["prefill", "decode", "mixed"]),
+    st.booleans(),
+)
+def test_no_gain_is_larger_than_the_step(
+    judged: tuple[str, str | None], mbu: float, mfu: float, gap: float, phase: str, healthy: bool
+) -> None:
+    found = figures(mbu=mbu, mfu=mfu, gap=gap)
+    step = found.seconds / found.steps
+    said = verdict(*judged, phase=phase, healthy=healthy, headroom_seconds=step / 2)
+    for item in advise(said, found, target(dtype="float32")):
+        assert item.gain_seconds is None or 0 < item.gain_seconds <= step
+        assert item.gain_throughput is None or 1 < item.gain_throughput <= 2
+        assert not item.change or item.proposed != item.current

@@ -1,0 +1,245 @@
+"""Classes, causes and what is missing, on windows whose truth is known by construction."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmprobe.compute.classify import classify
+from llmprobe.compute.confidence import HOST_CLOCK_LIMIT
+from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.host import ThreadLoad
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import BOTTLENECKS, CAUSES, UNKNOWN_CAUSES, Observation
+
+from .verdicts import ATTAINABLE, counters, figures, host, kernels, seen
+
+LIMITS = Thresholds()
+CPU = {"clock": "host", "peaks": Peaks(50e9, 2e12, "bfloat16", "calibrated", "measured")}
+
+
+@pytest.mark.parametrize(
+    ("label", "observation", "bottleneck", "cause"),
+    [
+        # figures as they were seen on an H100 with an 8B model; see docs/verdicts.md
+        ("graphs, batch 1", seen(figures(mbu=0.68, mfu=0.003, gap=0.09)), "memory_bound", None),
+        (
+            "graphs, batch 1, counters",
+            seen(figures(mbu=0.68, mfu=0.003), counters=counters(0.67, 0.02)),
+            "memory_bound",
+            None,
+        ),
+        (
+            "graphs, batch 128",
+            seen(figures(mbu=0.55, mfu=0.2), counters=counters(0.68, 0.25)),
+            "memory_bound",
+            None,
+        ),
+        (
+            "prefill",
+            seen(figures(mbu=0.05, mfu=0.57), phase="prefill", counters=counters(0.26, 0.74)),
+            "compute_bound",
+            None,
+        ),
+        (
+            "eager, windows",
+            seen(figures(mbu=0.17, mfu=0.001), kernels=kernels(0.77)),
+            "sync_bound",
+            "launch_bubbles",
+        ),
+        ("eager, no windows", seen(figures(mbu=0.17, mfu=0.001)), "unknown", "no_kernel_windows"),
+        (
+            "eager, counters alone",
+            seen(figures(mbu=0.17, mfu=0.001), counters=counters(0.24, 0.01)),
+            "unknown",
+            "no_kernel_windows",
+        ),
+        ("host 3 ms a step", seen(figures(mbu=0.6, span=6.0, gap=3.0)), "sync_bound", "host_between_steps"),
+        ("host before sampling", seen(figures(mbu=0.6, sample_gap=3.0)), "sync_bound", "sampling"),
+        ("all-reduces", seen(figures(mbu=0.4), kernels=kernels(0.02, 0.3)), "sync_bound", "communication"),
+        ("offload", seen(figures(mbu=0.1), kernels=kernels(0.02, 0.0, 0.6)), "sync_bound", "transfers"),
+        ("odd shapes", seen(figures(mbu=0.2, mfu=0.1), kernels=kernels(0.02)), "inefficient_kernels", None),
+        ("at the ridge", seen(figures(mbu=0.6, mfu=0.6)), "balanced", None),
+        ("idle", seen(figures(steps=20, span=0.2, gap=0.0)), "idle", None),
+        ("no step", Observation("decode", 10.0, None, "cuda"), "idle", None),
+        ("few long steps", seen(figures(steps=20, mbu=0.05, mfu=0.6)), "compute_bound", None),
+        ("a clock that lies", seen(figures(mbu=1.6)), "unknown", "contradiction"),
+        ("a clock that kernels refute", seen(kernels=kernels(clock_ratio=1.6)), "unknown", "contradiction"),
+        (
+            "a model that the counter refutes",
+            seen(figures(mbu=0.7), counters=counters(0.3, 0.02)),
+            "unknown",
+            "contradiction",
+        ),
+        ("somebody else's GPU too", seen(counters=counters(0.7, 0.1, shared=True)), "unknown", "shared_gpu"),
+        ("workers alone", seen(figures(sync_gap_ratio=None)), "unknown", "no_front_end"),
+        ("no peaks", seen(figures(mbu=None, mfu=None), peaks=None), "unknown", "no_peaks"),
+        ("no model", seen(figures(mbu=None, mfu=None), no_model="two models"), "unknown", "no_model"),
+        (
+            "no peaks, yet it waits",
+            seen(figures(mbu=None, mfu=None, gap=5.0), peaks=None),
+            "sync_bound",
+            "host_between_steps",
+        ),
+        (
+            "old windows",
+            seen(figures(mbu=0.17), kernels=kernels(0.02, age_seconds=300.0)),
+            "unknown",
+            "no_kernel_windows",
+        ),
+        ("CPU, near the roof", seen(figures(mbu=0.6), **CPU), "memory_bound", None),
+        ("CPU, far from it", seen(figures(mbu=0.1), **CPU), "inefficient_kernels", None),
+        ("CPU, in the cache", seen(figures(mbu=1.5), **CPU), "unknown", "contradiction"),
+        ("CPU that waits", seen(figures(mbu=0.4, gap=5.0), **CPU), "sync_bound", "host_between_steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_class_and_cause(label: str, observation: Observation, bottleneck: str, cause: str | None) -> None:
+    found = classify(observation, LIMITS)
+    assert (found.bottleneck, found.cause) == (bottleneck, cause), found.reason
+    assert found.bottleneck in BOTTLENECKS
+    assert found.cause is None or found.cause in {*CAUSES, *UNKNOWN_CAUSES}
+
+
+def test_each_witness_that_agrees_makes_it_surer() -> None:
+    plain = classify(seen(figures(mbu=0.72)), LIMITS)
+    windows = classify(seen(figures(mbu=0.72), kernels=kernels()), LIMITS)
+    all_of_them = classify(seen(figures(mbu=0.72), kernels=kernels(), counters=counters(0.75, 0.05)), LIMITS)
+    assert plain.confidence < windows.confidence < all_of_them.confidence < 1
+
+
+def test_a_witness_that_objects_makes_it_less_sure() -> None:
+    plain = classify(seen(figures(mbu=0.05, mfu=0.6)), LIMITS)
+    against = classify(seen(figures(mbu=0.05, mfu=0.6), counters=counters(0.9, 0.3)), LIMITS)
+    assert against.bottleneck in ("memory_bound", "compute_bound")
+    assert against.confidence < plain.confidence / 2
+
+
+def test_at_the_threshold_nothing_is_sure() -> None:
+    assert classify(seen(figures(mbu=0.50)), LIMITS).confidence <= 0.35
+    assert classify(seen(figures(span=8.0, gap=2.01)), LIMITS).confidence <= 0.35
+
+
+def test_the_host_clock_of_a_cpu_is_never_very_sure() -> None:
+    found = classify(seen(figures(mbu=0.95), **CPU, host=host()), LIMITS)
+    assert 0 < found.confidence <= HOST_CLOCK_LIMIT
+    assert found.clock == "host"
+
+
+def test_host_signals_explain_a_wait_and_make_it_surer() -> None:
+    waits = figures(span=6.0, gap=3.0)
+    plain = classify(seen(waits, host=host()), LIMITS)
+    busy = host(threads=(ThreadLoad("VLLM::EngineCor", 0.99, 0.0),))
+    explained = classify(seen(waits, host=busy), LIMITS)
+    assert explained.confidence > plain.confidence
+    assert explained.signs == ("thread_busy",)
+    assert "VLLM::EngineCor" in explained.reason
+    throttled = classify(seen(waits, host=host(throttled_ratio=0.4)), LIMITS)
+    assert throttled.signs == ("throttled",)
+
+
+def test_hidden_bubbles_raise_the_mbu_of_busy_time() -> None:
+    found = classify(seen(figures(mbu=0.45), kernels=kernels(0.15)), LIMITS)
+    assert found.bottleneck == "memory_bound"
+    shown = {item.quantity: item.value for item in found.evidence}
+    assert shown["mbu_busy"] == pytest.approx(0.45 / 0.85)
+
+
+def test_near_the_attainable_rate_is_healthy() -> None:
+    found = classify(seen(figures(mbu=0.85), attainable=ATTAINABLE), LIMITS)
+    assert found.near_roof is True
+    assert found.healthy
+    assert found.attained_ratio == pytest.approx(0.85 * 3352 / 3020)
+    unmeasured = classify(seen(figures(mbu=0.85)), LIMITS)
+    assert unmeasured.near_roof is None
+    assert unmeasured.healthy
+    far = classify(seen(figures(mbu=0.55), attainable=ATTAINABLE), LIMITS)
+    assert far.near_roof is False
+    assert not far.healthy
+
+
+def test_headroom_is_what_a_step_takes_beyond_its_floor() -> None:
+    found = classify(seen(figures(mbu=0.7, span=9.0, gap=0.1, steps=1000)), LIMITS)
+    assert found.headroom_seconds == pytest.approx((9.1 - 0.7 * 9.0) / 1000)
+
+
+def test_the_operator_with_the_largest_part_is_named() -> None:
+    floors = {"linear": (2.0, 0.0), "attention": (4.0, 0.0), "head": (0.3, 0.0)}
+    assert classify(seen(figures(operator_floors=floors)), LIMITS).bound_by_operator == "attention"
+
+
+def test_evidence_names_value_threshold_source_and_age() -> None:
+    found = classify(seen(figures(), kernels=kernels(age_seconds=7.0), counters=counters(0.7, 0.1)), LIMITS)
+    by_name = {item.quantity: item for item in found.evidence}
+    assert by_name["sync_gap_ratio"].source == "sampled"
+    assert by_name["sync_gap_ratio"].age_seconds == 7.0
+    assert by_name["mbu_busy"].threshold == LIMITS.memory_mbu_ratio
+    assert by_name["mbu_busy"].source == "modelled"
+    assert by_name["dram_active_ratio"].source == "counter"
+
+
+def test_counters_say_nothing_of_a_phase_that_fills_little_of_the_window() -> None:
+    little = figures(mbu=0.6, span=3.0, gap=0.0)
+    alone, counted = (classify(seen(little, counters=c), LIMITS) for c in (None, counters(0.2, 0.1)))
+    assert alone.bottleneck == counted.bottleneck == "memory_bound"
+    assert alone.confidence == counted.confidence
+
+
+def test_a_class_that_stands_is_kept_a_little_beyond_its_threshold() -> None:
+    just_below = seen(figures(mbu=0.48))
+    assert classify(just_below, LIMITS).bottleneck == "unknown"
+    assert classify(just_below, LIMITS, current="memory_bound").bottleneck == "memory_bound"
+    waits = seen(figures(mbu=0.7, span=8.0, gap=2.1))
+    assert classify(waits, LIMITS).bottleneck == "sync_bound"
+    assert classify(waits, LIMITS, current="memory_bound").bottleneck == "memory_bound"
+
+
+ratios = st.floats(0, 1.05)
+
+
+@settings(deadline=None)
+@given(
+    mbu=st.none() | ratios,
+    mfu=st.none() | ratios,
+    gap=st.floats(0, 20),
+    sample_gap=st.floats(0, 8),
+    steps=st.integers(0, 5000),
+    windows=st.none() | st.tuples(ratios, ratios, ratios).map(lambda three: kernels(*three)),
+    gpm=st.none() | st.builds(counters, ratios, ratios),
+    clock=st.sampled_from(["cuda", "host"]),
+    current=st.none() | st.sampled_from(BOTTLENECKS),
+)
+def test_every_verdict_is_whole(mbu, mfu, gap, sample_gap, steps, windows, gpm, clock, current) -> None:  # type: ignore[no-untyped-def]
+    found = classify(
+        seen(
+            figures(mbu=mbu, mfu=mfu, gap=gap, sample_gap=sample_gap, steps=steps),
+            kernels=windows,
+            counters=gpm,
+            clock=clock,
+            attainable=ATTAINABLE,
+            host=host(),
+        ),
+        LIMITS,
+        current,
+    )
+    assert found.bottleneck in BOTTLENECKS
+    assert 0 <= found.confidence <= 1
+    assert found.reason
+    assert (found.cause is not None) == (found.bottleneck in ("sync_bound", "unknown"))
+    assert bool(found.missing) == (found.bottleneck == "unknown")
+    assert found.bottleneck != "unknown" or found.confidence == 0
+    assert found.headroom_seconds is None or found.headroom_seconds >= 0
+    assert 0 <= found.share_ratio <= 1
+
+
+@settings(deadline=None)
+@given(st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_more_waiting_never_ends_a_wait(one: float, other: float) -> None:
+    less, more = sorted((one, other))
+
+    def bound(ratio: float) -> bool:
+        found = seen(figures(span=10 * (1 - ratio), gap=10 * ratio, mbu=0.7), window_seconds=10.0)
+        return classify(found, LIMITS).bottleneck == "sync_bound"
+
+    assert bound(more) >= bound(less)
