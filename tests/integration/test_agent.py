@@ -164,7 +164,7 @@ def test_a_dead_engines_series_go_and_another_server_stays(settings: Settings) -
         )
         ensure_agent(settings)
         wait_for("two servers", lambda: len(servers(directory)) == 2)
-        text = exposition_path(directory, "a")
+        text = exposition_path(directory, "a", "fed-a")
         wait_for("text for vLLM's own /metrics", text.exists)
         assert '"server":"fed-a"' in text.read_text()
         for child in dying:

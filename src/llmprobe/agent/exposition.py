@@ -80,7 +80,7 @@ class ExpositionFiles:
         for view in views:
             if view.framework != "vllm":
                 continue
-            path = exposition_path(self._directory, view.group)
+            path = exposition_path(self._directory, view.group, view.own_label)
             current.add(path)
             try:
                 write_atomically(path, encode(view))

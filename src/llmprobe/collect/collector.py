@@ -281,6 +281,7 @@ class Collector:
         loads = [process.load for process in processes if process.load is not None]
         return ServerView(
             server=str(facts.get("server", "")),
+            own_label=str(facts.get("server", "")),
             model_name=str(facts.get("model_name", "")),
             group=first.group,
             framework=str(facts.get("framework", "")),

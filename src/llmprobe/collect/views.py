@@ -138,6 +138,8 @@ class ServerView:
     notes: list[str]
     #: Those that verdicts and pressure were judged by.
     thresholds: Thresholds = field(default_factory=Thresholds)
+    #: The label that the server gave itself; ``server`` has a number behind it if another had that one.
+    own_label: str = ""
     #: The one line to read first.
     headline: str = ""
     #: What each phase that was ever seen is bound by, over the last 10 s. Empty while the probe is off.

@@ -79,9 +79,14 @@ def agent_info(directory: Path) -> dict[str, Any] | None:
     return info if isinstance(info, dict) else None
 
 
-def exposition_path(directory: Path, group: str) -> Path:
-    """The file in which the agent keeps the metric families of the server with this group id, as JSON."""
-    return directory / EXPOSITION_NAME / f"{quote(group, safe='')[:200]}.json"
+def exposition_path(directory: Path, group: str, server: str) -> Path:
+    """The file in which the agent keeps the metric families of one server, as JSON.
+
+    Args:
+        group: its group id. Servers that were started from one environment may share it.
+        server: the label it gave itself.
+    """
+    return directory / EXPOSITION_NAME / f"{quote(group, safe='')[:100]}-{quote(server, safe='')[:120]}.json"
 
 
 def ensure_agent(settings: Settings) -> None:

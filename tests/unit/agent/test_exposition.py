@@ -24,6 +24,7 @@ VIEW = ServerView(
     ranks=[],
     missing={},
     notes=[],
+    own_label="s",
 )
 
 
@@ -42,20 +43,22 @@ def made(tmp_path: Path) -> tuple[ExpositionFiles, Clock]:
 
 
 def test_a_group_id_never_leaves_the_folder(tmp_path: Path) -> None:
-    assert exposition_path(tmp_path, "../../etc/x").parent == tmp_path / "exposition"
+    assert exposition_path(tmp_path, "../../etc/x", "../y").parent == tmp_path / "exposition"
 
 
 def test_each_vllm_server_has_its_own_file(tmp_path: Path) -> None:
     files, _ = made(tmp_path)
     other = dataclasses.replace(VIEW, server="t", group="h")
+    # Started from one environment: the same group, another port.
+    sibling = dataclasses.replace(VIEW, server="u", own_label="u")
     program = dataclasses.replace(VIEW, server="p", group="i", framework="transformers")
-    files.write([VIEW, other, program])
-    document = json.loads(exposition_path(tmp_path, "g/../1").read_text())
+    files.write([VIEW, other, sibling, program])
+    document = json.loads(exposition_path(tmp_path, "g/../1", "s").read_text())
     servers = {
         labels["server"] for *_, series in document["families"] for labels, _ in series if "server" in labels
     }
     assert servers == {"s"}
-    assert len(list((tmp_path / "exposition").iterdir())) == 2
+    assert len(list((tmp_path / "exposition").iterdir())) == 3
 
 
 def test_a_server_that_is_gone_takes_its_file_along(tmp_path: Path) -> None:
@@ -68,7 +71,7 @@ def test_a_server_that_is_gone_takes_its_file_along(tmp_path: Path) -> None:
 
 def test_slow_writing_is_done_less_often(tmp_path: Path) -> None:
     files, clock = made(tmp_path)
-    path = exposition_path(tmp_path, VIEW.group)
+    path = exposition_path(tmp_path, VIEW.group, "s")
     slow = iter([0.0, 0.01])  # begun, ended
     files._clock = lambda: next(slow)  # type: ignore[assignment]
     files.write([VIEW])

@@ -24,18 +24,23 @@ from llmprobe.hooks.vllm.endpoint import FileCollector, decode
 from llmprobe.record.agent_launch import exposition_path
 from llmprobe.settings import Settings
 
-VIEW = server('a \\ "quoted"\nname é', engines=[engine(), engine(engine=1)], ranks=[rank(), rank(rank=1)])
+VIEW = dataclasses.replace(
+    server('a \\ "quoted"\nname é', engines=[engine(), engine(engine=1)], ranks=[rank(), rank(rank=1)]),
+    own_label="vllm-here",
+)
 
 
 @pytest.fixture
 def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Probe:
     monkeypatch.setenv(GROUP_VARIABLE, VIEW.group)
-    return Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    return Probe(
+        Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path), "LLMPROBE_SERVER": "vllm-here"})
+    )
 
 
 @pytest.fixture
 def path(probe: Probe) -> Path:
-    found = exposition_path(probe.settings.directory, VIEW.group)
+    found = exposition_path(probe.settings.directory, VIEW.group, "vllm-here")
     found.parent.mkdir(parents=True)
     return found
 

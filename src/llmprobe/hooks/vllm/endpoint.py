@@ -17,7 +17,7 @@ from typing import Any
 
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.session import GROUP_VARIABLE
+from llmprobe.hooks.session import GROUP_VARIABLE, server_name
 from llmprobe.record.agent_launch import exposition_path
 
 _STALE_SECONDS = 10.0  # the agent writes at least every six
@@ -43,7 +43,9 @@ class FileCollector:
         yield from families or ()
 
     def _families(self) -> list[Any]:
-        path = exposition_path(self._probe.settings.directory, os.environ.get(GROUP_VARIABLE, ""))
+        settings = self._probe.settings
+        group = os.environ.get(GROUP_VARIABLE, "")
+        path = exposition_path(settings.directory, group, server_name(settings))
         try:
             stat = path.stat()
             if time.time() - stat.st_mtime > _STALE_SECONDS or stat.st_size > _LIMIT_BYTES:
