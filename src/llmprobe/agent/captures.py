@@ -142,6 +142,7 @@ def overview(manager: Manager, views: list[ServerView], directory: Path) -> dict
         "ended": [
             {"tool": tool, "outcome": outcome, "count": count}
             for (tool, outcome), count in sorted(manager.ended.items())
+            if count
         ],
     }
 

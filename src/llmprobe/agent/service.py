@@ -118,7 +118,8 @@ def create_app(state: State, door: Door) -> FastAPI:
 
 def _add_reading(app: FastAPI, state: State) -> None:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(ViewCollector(state.reader.views, llmprobe.__version__))
+    ended = state.captures.ended if state.captures is not None else {}
+    registry.register(ViewCollector(state.reader.views, llmprobe.__version__, lambda: ended))
     ProcessCollector(registry=registry)
 
     @app.get("/", response_class=PlainTextResponse, include_in_schema=False)

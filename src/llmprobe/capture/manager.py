@@ -13,7 +13,7 @@ from pathlib import Path
 from llmprobe.capture.condition import ConditionError, parse
 from llmprobe.capture.nsys import session_of, sweep_sessions
 from llmprobe.capture.run import Run, Server
-from llmprobe.capture.session import Capture, Request, Tool
+from llmprobe.capture.session import FINAL, Capture, Request, Tool
 from llmprobe.capture.store import Store, StoreError
 
 log = logging.getLogger("llmprobe.capture")
@@ -84,7 +84,7 @@ class Manager:
         self.store = store
         self.max_seconds = max_seconds
         #: How captures of this agent ended, by (tool, outcome).
-        self.ended: Counter[tuple[str, str]] = Counter()
+        self.ended: Counter[tuple[str, str]] = Counter({("nsys", outcome): 0 for outcome in sorted(FINAL)})
         self._directory = directory
         self._server = server
         self._clock = clock

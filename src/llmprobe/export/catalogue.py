@@ -416,6 +416,14 @@ SECTIONS = (
                 "Host time that llmprobe took inside an engine process: step (worker) or frontend.",
             ),
             Family(
+                "llmprobe_captures_total",
+                "counter",
+                "captures",
+                ("tool", "outcome"),
+                ("measured",),
+                "Captures of this agent that ended: done, failed or cancelled. Since it started.",
+            ),
+            Family(
                 "llmprobe_build_info",
                 "gauge",
                 "info",

@@ -6,7 +6,7 @@ A value that is not known makes no sample. What each family means stands in `llm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
@@ -41,11 +41,18 @@ class ViewCollector(Collector):
 
     Args:
         version: of the agent that answers; shown as ``llmprobe_build_info``.
+        captures: how the agent's captures ended: (tool, outcome) → how many.
     """
 
-    def __init__(self, views: Callable[[], Iterable[ServerView]], version: str | None = None) -> None:
+    def __init__(
+        self,
+        views: Callable[[], Iterable[ServerView]],
+        version: str | None = None,
+        captures: Callable[[], Mapping[tuple[str, str], int]] = dict,
+    ) -> None:
         self._views = views
         self._version = version
+        self._captures = captures
 
     def describe(self) -> Iterator[Metric]:
         """The families without samples, so that registering asks for no views."""
@@ -57,6 +64,8 @@ class ViewCollector(Collector):
         samples = _Samples()
         for view in self._views():
             _server(samples, view)
+        for (tool, outcome), count in self._captures().items():
+            samples.add("llmprobe_captures_total", (tool, outcome), count)
         if self._version is not None:
             samples.add("llmprobe_build_info", (self._version,), 1.0)
         return samples.metrics()

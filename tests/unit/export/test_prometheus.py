@@ -137,7 +137,8 @@ def test_hostile_label_values_stay_inside_their_quotes() -> None:
 
 def test_openmetrics_reads_it_too() -> None:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(ViewCollector(lambda: [server()], version="1"))
+    ended = {("nsys", "done"): 1}
+    registry.register(ViewCollector(lambda: [server()], version="1", captures=lambda: ended))
     families = list(parse_openmetrics(openmetrics.generate_latest(registry).decode()))
     assert len(families) == len(FAMILIES)
 
