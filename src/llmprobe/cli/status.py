@@ -38,9 +38,24 @@ def status(
     if not answer["servers"]:
         console.print("No server is running with LLMPROBE=1.")
     console.print(_agent_line(agent_info(directory)))
+    for line in _capture_lines((answer["agent"].get("captures") or {}).get("tools") or {}):
+        console.print(line, highlight=False)
 
 
 def _agent_line(info: dict[str, Any] | None) -> str:
     if not info:
         return "The agent listens on its Unix socket only."
     return f"Metrics: http://{info['address']}:{info['port']}/metrics"
+
+
+def _capture_lines(tools: dict[str, dict[str, str | None]]) -> list[str]:
+    """Which servers can be captured right now; a tool's value is why it is not available, or null."""
+    able = {
+        server: [tool for tool, why_not in found.items() if why_not is None]
+        for server, found in tools.items()
+    }
+    return [
+        f"Captures of {server}: {', '.join(found)} (llmprobe capture --help)"
+        for server, found in sorted(able.items())
+        if found
+    ]
