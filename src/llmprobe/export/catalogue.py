@@ -318,7 +318,8 @@ SECTIONS = (
                 "seconds",
                 ENGINE,
                 ("measured",),
-                "From a request's arrival to its first token.",
+                "From the arrival of a request's HTTP headers (of the call, without HTTP) to its first token, detokenized "
+                "and with its stream.",
                 buckets.FIRST_TOKEN_SECONDS,
             ),
             Family(
@@ -345,7 +346,7 @@ SECTIONS = (
                 "seconds",
                 ENGINE,
                 ("measured",),
-                "From a request's arrival to its end.",
+                "From a request's arrival at vLLM, its HTTP body read and checked, to its end.",
                 buckets.REQUEST_SECONDS,
             ),
             Family(
@@ -354,7 +355,7 @@ SECTIONS = (
                 "seconds",
                 ENGINE,
                 ("measured",),
-                "From a request's arrival until it was first scheduled.",
+                "From a request's arrival at vLLM until it was first scheduled.",
                 buckets.REQUEST_SECONDS,
             ),
         ),
