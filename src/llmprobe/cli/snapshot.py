@@ -145,6 +145,10 @@ def _print(document: dict[str, Any]) -> None:
         out.print(f"{journal} could not be read: {why}", soft_wrap=True)
 
 
+def _phase(index: int) -> str:
+    return PHASES[index] if index < len(PHASES) else "phase not known"
+
+
 def _print_process(process: dict[str, Any], now_ns: int) -> None:
     facts = process["facts"]
     state = "" if process["alive"] else ", dead"
@@ -160,7 +164,7 @@ def _print_process(process: dict[str, Any], now_ns: int) -> None:
         out.print(f"  records of the last {(now_ns - process['records_from_ns']) / 1e9:.0f} s{lost}")
     progress = process["progress"]
     if progress is not None and progress["begun"] > progress["ended"]:
-        step = f"step {progress['begun']} ({PHASES[progress['phase']]}, {progress['tokens']} tokens)"
+        step = f"step {progress['begun']} ({_phase(progress['phase'])}, {progress['tokens']} tokens)"
         seconds = (now_ns - progress["time"]) / 1e9
         out.print(
             f"  {step} has been running for {seconds:.1f} s"

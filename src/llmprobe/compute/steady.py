@@ -27,6 +27,7 @@ class Steady:
         since: when its class was taken up (seconds on the caller's clock).
         rival: the class and cause that would follow, and since when they were seen without a break.
         doubted_since: since when the whole window has said another class than ``shown``.
+        looked: when the last look was.
     """
 
     shown: Verdict | None = None
@@ -34,6 +35,7 @@ class Steady:
     rival: tuple[str, str | None] | None = None
     rival_since: float = 0.0
     doubted_since: float | None = None
+    looked: float = 0.0
 
     @property
     def standing(self) -> str | None:
@@ -48,6 +50,9 @@ class Steady:
             whole: the verdict on the last `WINDOW_SECONDS`.
             short: on the last `SHORT_SECONDS`.
         """
+        return replace(self._next(now, whole, short), looked=now)
+
+    def _next(self, now: float, whole: Verdict, short: Verdict) -> Steady:
         shown = self.shown
         if shown is None:
             if whole.bottleneck == IDLE:
@@ -75,9 +80,12 @@ class Steady:
         self, now: float, whole: Verdict, short: Verdict
     ) -> tuple[tuple[str, str | None] | None, float]:
         # Idle and unknown claim nothing that a mixture of loads could make up.
-        if whole.bottleneck not in (IDLE, UNKNOWN) and short.bottleneck != whole.bottleneck:
-            return None, now
         key = whole.bottleneck, whole.cause
+        if whole.bottleneck not in (IDLE, UNKNOWN) and short.bottleneck != whole.bottleneck:
+            if short.bottleneck == IDLE and key == self.rival:
+                # A pause of a light load says nothing against it, nor for it: the time does not count.
+                return key, self.rival_since + (now - self.looked)
+            return None, now
         return key, self.rival_since if key == self.rival else now
 
 

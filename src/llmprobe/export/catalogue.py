@@ -318,8 +318,8 @@ SECTIONS = (
                 "seconds",
                 ENGINE,
                 ("measured",),
-                "From the arrival of a request's HTTP headers (of the call, without HTTP) to its first token, detokenized "
-                "and with its stream.",
+                "From the arrival of a request's HTTP headers (of the call, without HTTP) to its first "
+                "token, detokenized and with its stream.",
                 buckets.FIRST_TOKEN_SECONDS,
             ),
             Family(

@@ -161,6 +161,8 @@ class CudaClock:
         self._restarted = True
         self._last_event: Any = None  # the event of the last harvested step's end ...
         self._last_ns = 0  # ... and when that was
+        self._home = threading.get_ident()
+        self._visitors = threading.local()
 
     def _new_events(self) -> list[Any]:
         return [self._cuda.Event(enable_timing=True) for _ in range(4)]
@@ -207,6 +209,12 @@ class CudaClock:
         if self._cuda.is_current_stream_capturing() or not self._harvesting.acquire(blocking=False):
             return []
         try:
+            if threading.get_ident() != self._home and not hasattr(self._visitors, "at_home"):
+                # Asking for an event in a thread whose current device is another one can make a context
+                # there, which takes half a gigabyte of that device's memory.
+                if self._device is not None:
+                    self._cuda.set_device(self._device)
+                self._visitors.at_home = True
             for stamps in self._harvested:
                 stamps.payload = None
                 self._free.append(stamps)

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from llmprobe.agent import snapshot
 from llmprobe.agent.snapshot import SnapshotError, build, load, redact, save
 from llmprobe.cli.app import app
-from llmprobe.record.layout import Clock, Phase
+from llmprobe.cli.snapshot import _phase
+from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Phase
 from llmprobe.record.recorder import Recorder
 
 SECOND = 10**9
@@ -230,3 +231,8 @@ def test_the_command_refuses_what_exists_and_contradicting_options(directory: Pa
 def test_default_names_sort_by_time() -> None:
     assert snapshot.default_name(0) == "llmprobe-19700101T000000Z.json.gz"
     assert snapshot.default_name(1.0e9) < snapshot.default_name(1.7e9)
+
+
+def test_a_running_step_whose_batch_nobody_read_can_be_shown() -> None:
+    assert _phase(int(Phase.MIXED)) == "mixed"
+    assert _phase(UNKNOWN_PHASE) == "phase not known"

@@ -141,3 +141,17 @@ def test_a_steady_load_with_rare_outliers_never_flips(seed: int, name: str) -> N
         seen = verdict(chance.choice(JUDGED) if outlier else name)
         state = state.observe(20 + second, seen, verdict(chance.choice(JUDGED)))
         assert state.standing == name
+
+
+@given(st.integers(3, 8), st.integers(0, 7))
+def test_a_light_load_with_pauses_gets_its_class(period: int, offset: int) -> None:
+    """A second of steps in so many: the last three seconds are idle again and again."""
+    looks = [
+        (
+            float(second),
+            verdict("memory_bound"),
+            verdict("memory_bound" if (second + offset) % period < SHORT_SECONDS else "idle"),
+        )
+        for second in range(40)
+    ]
+    assert run(Steady(), looks)[-1][1] == "memory_bound"

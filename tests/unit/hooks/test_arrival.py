@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import starlette.applications
+from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocket
 
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.vllm import arrival
@@ -38,6 +45,17 @@ class SmallProbe:
         self.patches.append(patch)
 
 
+@contextlib.contextmanager
+def hooked() -> Iterator[None]:
+    probe = SmallProbe()
+    arrival.install(probe, starlette.applications)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for patch in probe.patches:
+            assert patch.remove()
+
+
 def serve_once(engine: Any) -> None:
     """Hand one real HTTP request to ``engine`` (a coroutine function), below the hook."""
 
@@ -46,16 +64,9 @@ def serve_once(engine: Any) -> None:
         await asyncio.ensure_future(engine())
         return PlainTextResponse("done")
 
-    probe = SmallProbe()
-    import starlette.applications
-
-    arrival.install(probe, starlette.applications)  # type: ignore[arg-type]
-    try:
+    with hooked():
         app = Starlette(routes=[Route("/", endpoint)])
         assert TestClient(app).get("/").text == "done"
-    finally:
-        for patch in probe.patches:
-            assert patch.remove()
 
 
 def test_without_http_a_request_arrives_when_the_engine_says() -> None:
@@ -98,7 +109,9 @@ def test_requests_that_one_http_request_brings_at_once_all_arrive_with_it() -> N
         tokens.outputs(outputs("a", "b"))
 
     serve_once(engine)
-    assert all(seconds_ns >= HELD_NS for seconds_ns in tokens.take())
+    taken = tokens.take()
+    assert len(taken) == 2
+    assert min(taken) >= HELD_NS
 
 
 def test_a_request_made_after_the_first_answer_arrives_by_itself() -> None:
@@ -119,6 +132,57 @@ def test_a_request_made_after_the_first_answer_arrives_by_itself() -> None:
     serve_once(engine)
 
 
+def test_requests_of_a_websocket_arrive_by_themselves() -> None:
+    """They come long after their connection."""
+    tokens = FirstTokens()
+
+    async def endpoint(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.receive_text()
+        asked = time.monotonic_ns()
+        tokens.arrived("a", asked)
+        tokens.outputs(outputs("a"))
+        (seconds_ns,) = tokens.take()
+        await socket.send_text(str(seconds_ns <= time.monotonic_ns() - asked))
+        await socket.close()
+
+    with hooked():
+        app = Starlette(routes=[WebSocketRoute("/", endpoint)])
+        with TestClient(app).websocket_connect("/") as socket:
+            time.sleep(HELD_NS / 1e9)
+            socket.send_text("go")
+            assert socket.receive_text() == "True"
+
+
+def test_an_application_inside_another_does_not_arrive_later() -> None:
+    tokens = FirstTokens()
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        tokens.arrived("a", time.monotonic_ns())
+        tokens.outputs(outputs("a"))
+        return PlainTextResponse("done")
+
+    class Slow:
+        """Middleware of the outer application."""
+
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await asyncio.sleep(HELD_NS / 1e9)
+            await self.app(scope, receive, send)
+
+    with hooked():
+        inner = Starlette(routes=[Route("/", endpoint)])
+        app = Starlette(routes=[Mount("/inner", app=inner)], middleware=[Middleware(Slow)])
+        client = TestClient(app)
+        for _ in range(2):  # and one request after another arrives anew
+            assert client.get("/inner/").text == "done"
+    first, second = tokens.take()
+    assert first >= HELD_NS
+    assert second >= HELD_NS
+
+
 def test_aborted_requests_are_forgotten() -> None:
     tokens = FirstTokens()
     for name in "abc":
@@ -133,16 +197,6 @@ def test_aborted_requests_are_forgotten() -> None:
 
 def test_servers_still_take_a_hooked_application_for_asgi3() -> None:
     """uvicorn looks at the application's own ``__call__``; a plain function there means ASGI 2."""
-    import inspect
-
-    import starlette.applications
-    from fastapi import FastAPI
-
-    probe = SmallProbe()
-    arrival.install(probe, starlette.applications)  # type: ignore[arg-type]
-    try:
+    with hooked():
         for kind in (Starlette, FastAPI):
             assert inspect.iscoroutinefunction(kind().__call__)
-    finally:
-        for patch in probe.patches:
-            patch.remove()

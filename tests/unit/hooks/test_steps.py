@@ -11,10 +11,10 @@ import pytest
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm.batch import note
-from llmprobe.hooks.vllm.steps import WorkerSteps
+from llmprobe.hooks.vllm.steps import Running, WorkerSteps
 from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock
 from llmprobe.record.journal_reader import JournalReader
-from llmprobe.record.layout import UNKNOWN_PHASE, Flag, Phase
+from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Flag, Phase
 from llmprobe.settings import Settings
 
 from .scheduled import Scheduled, cached, new
@@ -106,20 +106,24 @@ def test_outputs_that_make_no_step_are_followed(rig: Rig) -> None:
 def test_a_step_whose_model_never_ran_is_not_recorded_but_followed(rig: Rig) -> None:
     rig.run(new("a", 10, scheduled=4))
     rig.run(new("b", 10, scheduled=4), forward=False)
-    rig.run(cached(b=(4, 6)))
+    rig.run(cached(b=(4, 1)))  # were "b" not known, one token would be a decode
     steps = rig.written()
     assert phases(steps) == [Phase.PREFILL, Phase.PREFILL]
-    assert list(steps["prompt_tokens"]) == [4, 6]
+    assert list(steps["prompt_tokens"]) == [4, 1]
     assert steps["flags"][1] & int(Flag.RESTARTED)
 
 
 def test_a_failed_step_is_forgotten_and_its_requests_are_not(rig: Rig) -> None:
     rig.begin(new("a", 10, scheduled=4))
     rig.steps.abandon()
-    rig.run(cached(a=(4, 6)))
-    assert phases(rig.written()) == [Phase.PREFILL]
+    rig.recorder.publish()
     progress = rig.reader.progress()
-    assert progress is None or progress.begun <= progress.ended
+    assert progress is not None
+    assert progress.begun == progress.ended == 1
+    rig.run(cached(a=(4, 1)))
+    steps = rig.written()
+    assert phases(steps) == [Phase.PREFILL]
+    assert list(steps["sampled"]) == [0]
 
 
 def test_readers_learn_what_the_running_step_works_on(rig: Rig) -> None:
@@ -153,10 +157,66 @@ def test_off_and_on_starts_with_no_request_known(rig: Rig) -> None:
     rig.run(new("a", 10, scheduled=4))
     rig.probe.remove_patches()
     rig.probe.apply_patches()
-    rig.run(cached(a=(10, 1)))
+    rig.run(cached(a=(4, 1)))  # whoever still knew "a" would take it for its prompt
     steps = rig.written()
     assert phases(steps) == [Phase.PREFILL, Phase.DECODE]
     assert steps["flags"][1] & int(Flag.RESTARTED)
+
+
+@pytest.mark.swallows
+def test_a_step_that_cannot_be_written_takes_no_other_along(rig: Rig) -> None:
+    rig.run(new("a", 2))
+    rig.run(cached(a=(2, 1)))
+    broken = cached(a=(3, 1))
+    del broken.scheduled_cached_reqs.num_computed_tokens
+    rig.run(broken)
+    rig.run(cached(a=(4, 1)))
+    steps = rig.written()
+    assert list(steps["step"]) == [1, 2, 4]
+    assert steps["flags"][2] & int(Flag.RESTARTED)
+    assert sum(rig.probe.guard.errors.values()) == 1
+    assert rig.steps._clock.dropped == 1  # type: ignore[union-attr]
+
+
+def test_on_a_device_of_its_own_the_running_step_is_described_too(rig: Rig) -> None:
+    """There the housekeeping thread may not ask whether earlier steps are complete."""
+    clock = HostClock()
+    clock.kind = int(Clock.CUDA)
+    clock.harvest = list  # type: ignore[method-assign] # nothing is ever complete
+    rig.steps._clock = clock
+    rig.run(new("a", 10, scheduled=4))
+    rig.begin(cached(a=(4, 6)))
+    rig.steps.write()
+    rig.recorder.publish()
+    progress = rig.reader.progress()
+    assert progress is not None
+    assert (progress.begun, progress.phase, progress.tokens) == (2, Phase.PREFILL, 6)
+
+
+def test_two_workers_of_one_process_share_the_seam(tmp_path: Path) -> None:
+    """One engine after the other in a notebook: the runner's method is wrapped once."""
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    recorder = probe.arm("worker", dict, size=1 << 20)
+    assert recorder is not None
+    running = Running()
+    workers = [WorkerSteps(probe, running) for _ in range(2)]
+    for steps in workers:
+        steps._recorder, steps._clock, steps._seam = recorder, HostClock(), object()  # type: ignore[assignment]
+        steps.armed = True
+    reader = JournalReader(recorder.writer.path, recorder.writer)
+    for steps in workers:
+        steps.entered((new("a", 3),), {})
+        running.forward_start()
+        steps.forward_end(None)
+        steps.sample_start((), {})
+        steps.sample_end(object())
+        running.forward_start()  # between steps it is nobody's
+        steps.write()
+    assert len(reader.read().steps) == 2
+    probe.writers.append(workers[0].write)
+    workers[0].forget()
+    assert workers[0].write not in probe.writers
+    probe.disarm()
 
 
 def test_noting_a_plain_decode_keeps_references_only() -> None:

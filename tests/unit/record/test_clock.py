@@ -113,6 +113,7 @@ class Device:
         self.busy_until = 0.0  # device time, host nanoseconds
         self.capturing = False
         self.speed = speed
+        self.chosen: list[tuple[bool, Any]] = []  # in another thread, the device made current there
 
     def monotonic_ns(self) -> int:
         return self.host_ns
@@ -131,6 +132,9 @@ class Device:
 
     def is_current_stream_capturing(self) -> bool:
         return self.capturing
+
+    def set_device(self, device: Any) -> None:
+        self.chosen.append((threading.current_thread() is not threading.main_thread(), device))
 
 
 class Event:
@@ -279,3 +283,16 @@ def test_times_stay_between_recording_and_seeing_whatever_the_drift(
                 # A device clock that runs fast may make a single span end a shade late.
                 assert e3 <= device.host_ns + (e3 - e0) * 3e-4 + 1
                 assert abs((e3 - e0) - steps[done.payload][0] * speed) <= 1
+
+
+def test_another_thread_first_makes_the_clocks_device_its_own(device: Device) -> None:
+    """On a rank other than 0 it would otherwise open a context on device 0."""
+    clock = CudaClock("cuda:1")
+    for payload in range(2):
+        submit(clock, device, payload)
+        device.host_ns += 10_000
+        thread = threading.Thread(target=clock.harvest)
+        thread.start()
+        thread.join()
+    clock.harvest()
+    assert device.chosen == [(True, "cuda:1")] * 2  # once a thread, and never in the engine's

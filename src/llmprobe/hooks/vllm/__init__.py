@@ -20,7 +20,12 @@ def install(probe: Probe) -> None:
     on("vllm.v1.metrics.loggers", frontend.install_stat_loggers)
     on("vllm.v1.engine.output_processor", frontend.install_output_processor)
     on("vllm.v1.engine.llm_engine", frontend.install_llm_engine)
-    on("vllm.v1.engine.async_llm", frontend.install_async_llm)
-    on("starlette.applications", arrival.install)
+
+    def serving(probe: Probe, module: ModuleType) -> None:
+        frontend.install_async_llm(probe, module)
+        # Only where vLLM serves: other programs have web applications too.
+        on("starlette.applications", arrival.install)
+
+    on("vllm.v1.engine.async_llm", serving)
     if probe.settings.vllm_metrics:
         on("vllm.v1.metrics.prometheus", endpoint.install)

@@ -22,10 +22,11 @@ _now = time.monotonic_ns
 class HttpRequest:
     """One HTTP request; it may bring several requests for the engine, at once or one after another."""
 
-    __slots__ = ("answered", "arrived_ns")
+    __slots__ = ("answered", "arrived_ns", "scope")
 
-    def __init__(self, arrived_ns: int) -> None:
+    def __init__(self, arrived_ns: int, scope: Any = None) -> None:
         self.arrived_ns = arrived_ns
+        self.scope = scope
         #: It has had a token: what the engine is asked from now on did not arrive with it.
         self.answered = False
 
@@ -77,6 +78,17 @@ class FirstTokens:
         self._waiting.clear()
 
 
+def _take_note(scope: Any) -> None:
+    """An application is called. What it serves runs in this context, or in one that inherits it."""
+    kind = scope.get("type") if isinstance(scope, dict) else None
+    if kind == "http":
+        known = _http_request.get()
+        if known is None or known.scope is not scope:  # else an application inside another
+            _http_request.set(HttpRequest(_now(), scope))
+    elif kind == "websocket":  # requests come long after the connection
+        _http_request.set(None)
+
+
 def install(probe: Probe, module: ModuleType) -> None:
     """Note when Starlette, which serves vLLM's HTTP, is handed a request.
 
@@ -86,7 +98,7 @@ def install(probe: Probe, module: ModuleType) -> None:
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         async def __call__(self: Any, scope: Any, receive: Any, send: Any) -> None:
             if patch.active and probe.active:
-                _http_request.set(HttpRequest(_now()))
+                _take_note(scope)
             await original(self, scope, receive, send)
 
         return __call__

@@ -57,12 +57,13 @@ class FrontEnd:
         if recorder is not None:
             self._recorders[engine] = recorder
 
-    def arrived(self, processor: Any, request: Any) -> None:
-        """A request was taken in."""
+    def arrived(self, processor: Any, request: Any, new: bool) -> None:
+        """A request was taken in, or (not ``new``) more input of one that is known."""
         self._processor = processor
         waited = max(time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()), 0.0)
         since = _now() - round(waited * 1e9)
-        self._first_tokens.arrived(request.request_id, since)
+        if new:
+            self._first_tokens.arrived(request.request_id, since)
         if self._pending:
             return
         self._pending = True
@@ -95,6 +96,7 @@ class FrontEnd:
     def record(self, scheduler: Any, iteration: Any, engine: int) -> None:
         """vLLM's statistics of one engine iteration; either may be None."""
         entered = _now()
+        first_token_ns = self._first_tokens.take()
         recorder = self._recorders.get(engine)
         if recorder is None:
             return
@@ -104,12 +106,14 @@ class FrontEnd:
             # Also when nothing changed: of several front ends the one that heard last is believed.
             recorder.load(scheduler.num_running_reqs, waiting, float(scheduler.kv_cache_usage), unfinished)
         if iteration is not None:
-            self._tokens(recorder, iteration, entered)
+            self._tokens(recorder, iteration, first_token_ns, entered)
             for finished in iteration.finished_requests:
                 self._finished(recorder, finished, engine)
         self._settle(self._processor)
 
-    def _tokens(self, recorder: Recorder, iteration: Any, entered: int) -> None:
+    def _tokens(
+        self, recorder: Recorder, iteration: Any, first_token_ns: tuple[int, ...], entered: int
+    ) -> None:
         name = "inter_token_latencies_iter"
         if not hasattr(iteration, name):  # 0.11
             name = "time_per_output_tokens_iter"
@@ -118,7 +122,6 @@ class FrontEnd:
         first = iteration.time_to_first_tokens_iter
         if not (first or gaps or iteration.num_generation_tokens or iteration.num_preempted_reqs):
             return
-        first_token_ns = self._first_tokens.take()
         if len(first_token_ns) != len(first):
             # Some arrived before we looked. vLLM's own times end before it detokenizes and hands the tokens
             # to their streams.
@@ -203,10 +206,13 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
     """Note arrivals, first tokens and aborts, which the statistics tell late or not at all."""
     guard = probe.guard
 
-    def arrived(processor: Any, request: Any) -> None:
+    def is_new(processor: Any, request: Any) -> bool:
+        return request.request_id not in processor.request_states
+
+    def arrived(processor: Any, request: Any, new: bool) -> None:
         front_end = _the_front_end(probe)
         if front_end is not None:
-            front_end.arrived(processor, request)
+            front_end.arrived(processor, request, new)
 
     def aborted(processor: Any, ids: Any) -> None:
         front_end = _the_front_end(probe)
@@ -215,9 +221,12 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
 
     def make_add(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = args[0] if args else kwargs.get("request")
+            active = patch.active and probe.active
+            new = active and guard.call("vllm.add_request", is_new, self, request)
             result = original(self, *args, **kwargs)
-            if patch.active and probe.active:
-                guard.call("vllm.add_request", arrived, self, args[0] if args else kwargs.get("request"))
+            if active:
+                guard.call("vllm.add_request", arrived, self, request, bool(new))
             return result
 
         return add_request

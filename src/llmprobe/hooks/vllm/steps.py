@@ -30,49 +30,53 @@ _HOST = int(Clock.HOST)
 _IDLE_NS = 100_000_000
 #: Steps of a CPU device wait for the housekeeping thread, up to so many.
 _KEPT_AT_MOST = HOST_STEPS_KEPT // 2
-_UNREAD_AT_MOST = 1024
+_UNREAD_AT_MOST = 2 * HOST_STEPS_KEPT
 _RESTARTED, _NO_SAMPLE = int(Flag.RESTARTED), int(Flag.NO_SAMPLE)
 
 
 class Step:
-    """One step from its begin until it is written."""
+    """What came of one output of the scheduler, from when it came until it is written."""
 
-    __slots__ = ("batch", "before", "flags", "noted", "number", "own_ns", "reader", "time_ns")
+    __slots__ = ("batch", "flags", "noted", "number", "own_ns", "reader", "time_ns")
 
-    def __init__(
-        self,
-        number: int,
-        time_ns: int,
-        noted: Noted | None,
-        before: tuple[Noted, ...],
-        reader: BatchReader,
-        batch: Batch | None,
-    ) -> None:
-        self.number = number
+    def __init__(self, number: int, time_ns: int, noted: Noted | None, reader: BatchReader) -> None:
+        self.number = number  # 0: no step was made of it
         self.time_ns = time_ns
-        self.noted = noted
-        #: Outputs before this one that made no step, which the reader must have seen.
-        self.before = before
+        self.noted = noted  # None for padding, which works on no request
         self.reader = reader
-        self.batch = batch  # None until it is read
+        self.batch: Batch | None = None  # until it is read
         self.flags = 0
         self.own_ns = 0
 
     def read(self) -> Batch:
         """Its batch; reads it the first time. Steps must be read in order."""
         if self.batch is None:
-            for noted in self.before:
-                self.reader.read(noted)
             self.batch = (self.reader.read(self.noted) if self.noted is not None else None) or DUMMY
-            self.noted, self.before = None, ()
+            self.noted = None
         return self.batch
+
+
+class Running:
+    """Whose step is open in this process: the seam is a method that all workers share."""
+
+    steps: WorkerSteps | None = None
+
+    def forward_start(self) -> None:
+        """The model is about to run."""
+        if self.steps is not None:
+            self.steps.forward_start()
 
 
 class WorkerSteps:
     """What llmprobe keeps about one worker: its clock, its requests, the step in progress."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, running: Running | None = None) -> None:
+        """
+        Args:
+            running: shared by all workers of the process.
+        """
         self._probe = probe
+        self._running = running or Running()
         self._batches = BatchReader()
         self._kv_cache_config: Any = None
         self._clock: StepClock | None = None
@@ -84,7 +88,9 @@ class WorkerSteps:
         self.armed = False
         self._stamps: Stamps | None = None
         self._step: Step | None = None
-        self._unread: deque[Noted] = deque(maxlen=_UNREAD_AT_MOST)  # outputs that made no step
+        #: Outputs in order whose batch was not read, also those that made no step: requests begin and end
+        #: in them all the same.
+        self._unread: deque[Step] = deque(maxlen=_UNREAD_AT_MOST)
         self._begun_ns = 0
         self._own = 0
         self._marked = False
@@ -103,20 +109,29 @@ class WorkerSteps:
         runner = worker.model_runner
         seam = seams.forward_start(runner)
         clock = step_clock(worker.device)
-        recorder = probe.arm("worker", lambda: self._facts(worker, clock, seam))
+        said: list[dict[str, Any]] = []
+
+        def say() -> dict[str, Any]:
+            said.append(self._facts(worker, clock, seam))
+            return said[-1]
+
+        recorder = probe.arm("worker", say)
         if recorder is None:
             return
+        if not said:  # warmed up again, or another engine of this process before it
+            recorder.update_facts(**say())
         self._recorder = recorder
         kv = (recorder.facts.get("model") or {}).get("kv") or {"groups": []}
         self._batches = BatchReader(facts.windows(kv))
         self._clock = clock
         self._seam = seam
         if seam is not None:
+            running = self._running
             probe.patch(
                 seam.owner,
                 seam.name,
                 lambda original, patch: seams.entering(
-                    self.forward_start, original, lambda: patch.active and self._stamps is not None
+                    running.forward_start, original, lambda: patch.active and running.steps is not None
                 ),
             )
         self.armed = True
@@ -131,8 +146,15 @@ class WorkerSteps:
 
     def disarm(self) -> None:
         """Warm-up begins again: what runs now is not serving."""
-        self.armed = False
         self.abandon()
+        self.write()
+        self.armed = False
+
+    def forget(self) -> None:
+        """The worker is gone."""
+        self.armed = False
+        if self.write in self._probe.writers:
+            self._probe.writers.remove(self.write)
 
     def _facts(self, worker: Any, clock: StepClock, seam: seams.Seam | None) -> dict[str, Any]:
         probe = self._probe
@@ -172,7 +194,7 @@ class WorkerSteps:
         if noted.total:
             self._begin(entered, noted)
         else:  # nothing to run, but requests ended
-            self._unread.append(noted)
+            self._unread.append(Step(0, entered, noted, self._batches))
 
     def entered_dummy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """``execute_dummy_batch`` is entered: padding, so that other data-parallel ranks can go on."""
@@ -182,27 +204,22 @@ class WorkerSteps:
         clock, recorder = self._clock, self._recorder
         if clock is None or recorder is None:
             return
-        if clock.kind != _HOST or self._kept >= _KEPT_AT_MOST:
-            self._harvest()
         if self._generation != self._probe.generation:
             self._start_again(clock)
         if self._stamps is not None:  # the step before never came to its sampling
             self._close(_NO_SAMPLE)
         stamps = clock.begin(None)
         if stamps is None:
-            if noted is not None:
-                self._unread.append(noted)
+            self._unread.append(Step(0, entered, noted, self._batches))
             return
-        before: tuple[Noted, ...] = ()
-        if self._unread:
-            before = tuple(self._unread)
-            self._unread.clear()
         number = recorder.begin(UNKNOWN_PHASE, noted.total if noted is not None else 0, entered)
-        step = Step(number, entered, noted, before, self._batches, DUMMY if noted is None else None)
+        step = Step(number, entered, noted, self._batches)
+        self._unread.append(step)
         if self._nvtx is not None:
-            batch = step.read()
+            batch = self._read(step)
             self._nvtx.begin(PHASES[batch.phase], batch.tokens)
         self._step, self._stamps, self._begun_ns = step, stamps, entered
+        self._running.steps = self
         # Dummy batches go round the seam, and so does every step of a vLLM without one: their preparation
         # then counts as busy.
         self._marked = noted is None or self._seam is None
@@ -236,6 +253,9 @@ class WorkerSteps:
         clock.mark(stamps, 1)
         if self._nvtx is not None:
             self._nvtx.part(None)
+        # Here a device has just been given its work, whether or not steps overlap.
+        if clock.kind != _HOST or self._kept >= _KEPT_AT_MOST:
+            self._harvest()
         self._own += _now() - entered
         if output is not None:
             self._close(_NO_SAMPLE)
@@ -262,7 +282,7 @@ class WorkerSteps:
     def abandon(self) -> None:
         """The host's own call raised, or the model never ran: close the NVTX range and forget the step."""
         stamps, step = self._stamps, self._step
-        self._stamps = self._step = None
+        self._stamps = self._step = self._running.steps = None
         if stamps is None or step is None or self._clock is None:
             return
         self._clock.discard(stamps)
@@ -270,14 +290,11 @@ class WorkerSteps:
             self._nvtx.end()
         if self._recorder is not None:
             self._recorder.abandon(step.number)
-        if step.noted is not None:  # its requests must be followed all the same
-            self._unread.extend((*step.before, step.noted))
 
     def _start_again(self, clock: StepClock) -> None:
         """Off and on again: requests came and went unseen."""
         self._generation = self._probe.generation
         self.abandon()  # the step in which it was switched off
-        self._unread.clear()
         self._batches = BatchReader(self._batches.windows)
         clock.restart()
 
@@ -290,14 +307,15 @@ class WorkerSteps:
             self.abandon()
             return
         clock.mark(stamps, 3)
-        self._stamps = self._step = None
+        self._stamps = self._step = self._running.steps = None
         if self._nvtx is not None:
             self._nvtx.end()
         step.flags = flags
         stamps.payload = step
-        clock.finish(stamps)
         self._kept += 1
+        # Before the clock has it: from then on another thread may write it.
         step.own_ns, self._own = self._own + _now() - entered, 0
+        clock.finish(stamps)
 
     def write(self) -> None:
         """Write the steps that are complete. Runs in the housekeeping thread, a few times a second.
@@ -305,30 +323,55 @@ class WorkerSteps:
         CUDA events are left to the engine's own thread while it runs: asking for them from another one
         would break a graph that is being captured.
         """
-        clock, step = self._clock, self._step
+        clock = self._clock
         if not self.armed or clock is None:
             return
-        if clock.kind == _HOST or (step is None and _now() - self._begun_ns > _IDLE_NS):
-            self._harvest(step)
+        if clock.kind == _HOST or (self._step is None and _now() - self._begun_ns > _IDLE_NS):
+            self._harvest()
+        self._describe()
 
-    def _harvest(self, running: Step | None = None) -> None:
-        """Write the steps that are complete on the device, and describe the ``running`` one to readers."""
+    def _harvest(self) -> None:
+        """Write the steps that are complete on the device."""
         recorder, clock = self._recorder, self._clock
         if recorder is None or clock is None or not self._harvesting.acquire(False):
             return
         try:
             self._kept = 0
             for stamps in clock.harvest():
-                self._record(recorder, clock.kind, stamps)
-            if running is not None and running.number == self._last_number + 1:
-                batch = running.read()
-                recorder.describe(running.number, batch.phase, batch.tokens)
+                try:
+                    self._record(recorder, clock.kind, stamps)
+                except Exception as error:  # noqa: BLE001 - the others are good
+                    clock.dropped += 1
+                    self._probe.guard.failed("vllm.harvest", error)
         finally:
             self._harvesting.release()
 
+    def _describe(self) -> None:
+        """Tell readers what the running step works on. Not on the step path."""
+        recorder, step = self._recorder, self._step
+        if recorder is None or step is None or not self._harvesting.acquire(False):
+            return
+        try:
+            batch = self._read(step)
+            recorder.describe(step.number, batch.phase, batch.tokens)
+        finally:
+            self._harvesting.release()
+
+    def _read(self, step: Step) -> Batch:
+        """The batch of a step, once those before it are read."""
+        while step.batch is None and self._unread:
+            earlier = self._unread.popleft()
+            if earlier is step:
+                break
+            try:
+                earlier.read()
+            except Exception as error:  # noqa: BLE001 - it is lost when its own turn comes
+                self._probe.guard.failed("vllm.read", error)
+        return step.read()
+
     def _record(self, recorder: Recorder, clock: int, stamps: Stamps) -> None:
         step: Step = stamps.payload
-        batch = step.read()
+        batch = self._read(step)
         if stamps.restarted or step.number != self._last_number + 1:
             step.flags |= _RESTARTED
         self._last_number = step.number

@@ -14,7 +14,7 @@ from typing import Any
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import seams
-from llmprobe.hooks.vllm.steps import STEP_METHODS, WorkerSteps
+from llmprobe.hooks.vllm.steps import STEP_METHODS, Running, WorkerSteps
 
 _LIFE_METHODS = ("initialize_from_config", "compile_or_warm_up_model")
 
@@ -26,6 +26,7 @@ _Maker = Callable[[Callable[..., Any], Patch], Callable[..., Any]]
 def install(probe: Probe, module: ModuleType) -> None:
     """Wrap ``WorkerBase.__init__``, where the classes of the actual worker become known."""
     workers: _Workers = {}
+    running = Running()
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -36,10 +37,15 @@ def install(probe: Probe, module: ModuleType) -> None:
         return __init__
 
     def adopt(worker: Any) -> None:
-        workers[id(worker)] = WorkerSteps(probe)
-        weakref.finalize(worker, workers.pop, id(worker), None)
+        steps = workers[id(worker)] = WorkerSteps(probe, running)
+        weakref.finalize(worker, forget, id(worker), steps)
         for owner, name in seams.methods(type(worker), STEP_METHODS + _LIFE_METHODS):
             probe.patch(owner, name, _WRAPPERS[name](probe, workers))
+
+    def forget(number: int, steps: WorkerSteps) -> None:
+        if workers.get(number) is steps:  # a new worker may have its id by now
+            del workers[number]
+        steps.forget()
 
     probe.patch(module.WorkerBase, "__init__", make)
 
