@@ -1,0 +1,252 @@
+"""Whether the verdict is right on runs whose truth is known.
+
+    python benchmarks/scenarios.py
+    python benchmarks/scenarios.py --only prefill --seconds 75
+
+Serves models of known size on this machine's processor, loads them so that one thing binds them, and holds
+what llmprobe says twice a second against a label that comes from elsewhere. Exit status 1 if a verdict is
+wrong, late or wavers, 2 if a label did not hold, so that nothing was scored. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from support import labels
+from support.labels import Client, Facts, Label, Machine
+from support.load import Load
+from support.machine import machine_line
+from support.scenario_servers import CHUNK_TOKENS, KINDS, Workshop
+from support.serving import NAME
+from support.switch import wait_known
+from support.table import Results, command
+from support.watching import RIGHT_SECONDS, SURE, Score, Trace, Watching, as_json, classes, score
+
+from llmprobe.demo.server import VllmServer
+
+_ALONE_SECONDS = 12.0
+_BETWEEN_SECONDS = 1.0
+_HEADER = ("scenario", "label", "its rule", "verdict", "confidence", "headline", "right after", "flips", "")
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A closed loop of the client's."""
+
+    concurrency: int
+    prompt_tokens: int
+    output_tokens: int
+    pause_seconds: float = 0.0
+
+    def on(self, server: VllmServer) -> Load:
+        return Load(
+            server.port, NAME, self.concurrency, self.prompt_tokens, self.output_tokens, self.pause_seconds
+        )
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run that is bound by one thing.
+
+    Attributes:
+        kind: of its server, in `KINDS`.
+        rule: gives the label.
+        phase: the one judged; None for all.
+        load: None for none.
+        alone: a load that goes before, without what this one adds, and is timed.
+        slow_steps: the host sleeps for so many steps' time between two steps.
+    """
+
+    name: str
+    kind: str
+    rule: labels.Rule
+    phase: str | None
+    load: Requests | None
+    alone: Requests | None = None
+    slow_steps: float = 0.0
+
+
+_DECODE = Requests(1, 32, 96)
+#: In this order: each begins with the load of the one before it just gone, which is the change of load.
+SCENARIOS = (
+    Scenario("decode", "large", labels.reads_weights, "decode", _DECODE),
+    Scenario("prefill", "large", labels.multiplies, "prefill", Requests(1, 1024, 1)),
+    Scenario("idle", "large", labels.runs_nothing, None, None),
+    Scenario("light load", "large", labels.lightly_loaded, "decode", Requests(1, 32, 32, 2.5)),
+    Scenario("bursts", "large", labels.reads_weights, "decode", Requests(3, 32, 64, 4.0)),
+    Scenario(
+        "host between steps", "large", labels.waits_for_host, "decode", _DECODE, _DECODE, slow_steps=1.5
+    ),
+    Scenario("tiny model", "small", labels.by_client_alone, "decode", Requests(1, 32, 96)),
+    Scenario(
+        "KV cache too small",
+        "small",
+        labels.waits_for_cache,
+        "decode",
+        Requests(8, 96, 96),
+        Requests(1, 96, 96),
+    ),
+    Scenario("no peaks", "blind", labels.knows_no_peaks, "decode", _DECODE),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One scenario that ran."""
+
+    name: str
+    facts: Facts
+    label: Label
+    score: Score
+    trace: Trace
+
+
+def main() -> int:
+    """Run the scenarios; returns the exit status."""
+    options = _options()
+    machine = machine_line()
+    chosen = [item for item in SCENARIOS if not options.only or item.name in options.only]
+    begin = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="llmprobe-scenarios-"))
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        workshop = Workshop(folder)
+        peaks = workshop.calibrate()
+        outcomes: list[Outcome] = []
+        for kind in dict.fromkeys(item.kind for item in chosen):
+            with workshop.server(KINDS[kind]) as server:
+                wait_known(server.directory)
+                before: dict[str, str] = {}
+                for scenario in (item for item in chosen if item.kind == kind):
+                    outcome = _run(scenario, server, workshop, peaks, before, options.seconds)
+                    outcomes.append(outcome)
+                    before = classes(outcome.trace)
+    _table(outcomes, machine, peaks, options.seconds, time.monotonic() - begin).show(options.markdown)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": machine, "runs": [_json(o) for o in outcomes]}, indent=1)
+        )
+    if any(outcome.label.holds and outcome.score.faults for outcome in outcomes):
+        return 1
+    return 0 if all(outcome.label.holds for outcome in outcomes) else 2
+
+
+def _run(
+    scenario: Scenario,
+    server: VllmServer,
+    workshop: Workshop,
+    peaks: Machine,
+    before: dict[str, str],
+    seconds: float,
+) -> Outcome:
+    print(f"{scenario.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    alone = None
+    if scenario.alone is not None:
+        with Watching(server) as watching, scenario.alone.on(server) as timed:
+            timed.wait(_ALONE_SECONDS)
+        alone = Client.of(timed.requests(), scenario.alone.output_tokens)
+        before = {**before, **classes(watching.trace)}
+    if scenario.slow_steps and alone is not None and alone.tpot_seconds:
+        workshop.slow(scenario.slow_steps * alone.tpot_seconds)
+    time.sleep(_BETWEEN_SECONDS)
+    rows, tokens = None, 0
+    try:
+        with contextlib.ExitStack() as stack:
+            load = stack.enter_context(scenario.load.on(server)) if scenario.load else None
+            watching = stack.enter_context(Watching(server))
+            if load is None:
+                time.sleep(seconds)
+            else:
+                load.wait(seconds)
+                rows = load.requests()
+    finally:
+        workshop.slow(0)
+    if scenario.load is not None:
+        tokens = scenario.load.prompt_tokens
+    client = Client(0, None, None)
+    if rows is not None and scenario.load is not None:
+        client = Client.of(rows, scenario.load.output_tokens)
+    trace = watching.trace
+    facts = Facts(
+        peaks,
+        client,
+        alone,
+        workshop.weights_bytes(KINDS[scenario.kind]),
+        tokens,
+        CHUNK_TOKENS,
+        trace.engine_figures(),
+        trace.tokens(),
+    )
+    label = scenario.rule(facts)
+    return Outcome(scenario.name, facts, label, score(trace, label, scenario.phase, before), trace)
+
+
+def _table(outcomes: list[Outcome], machine: str, peaks: Machine, seconds: float, took: float) -> Results:
+    rows = [_row(outcome) for outcome in outcomes]
+    notes = [
+        f"Peaks: {peaks.bandwidth_bytes_per_second / 1e9:.1f} GB/s, "
+        f"{peaks.flops_per_second / 1e9:.0f} GFLOP/s in float32, threads: {peaks.threads}.",
+        f"Bars: right within {RIGHT_SECONDS:.0f} s of the first request, no flip until the end of the "
+        f"{seconds:.0f} s that each ran, no third class, and after {RIGHT_SECONDS:.0f} s none that is wrong "
+        f"above confidence {SURE:g}.",
+        f"Took {took / 60:.0f} min.",
+    ]
+    return Results(
+        "Verdicts on runs whose truth is known", command("scenarios.py"), machine, _HEADER, rows, notes
+    )
+
+
+def _row(outcome: Outcome) -> list[str]:
+    label, found = outcome.label, outcome.score
+    truth = " or ".join(label.classes) + (f": {label.cause}" if label.cause else "")
+    truth = truth or f"“{label.headline} …”"
+    said = str(found.last.get("bottleneck", "none"))
+    cause = found.last.get("cause")
+    result = "; ".join(found.faults) if found.faults else "right"
+    after = "never" if found.right_after is None else f"{found.right_after:.0f} s"
+    return [
+        outcome.name,
+        truth,
+        label.rule,
+        f"{said}: {cause}" if cause else said,
+        f"{found.last.get('confidence') or 0:.2f}",
+        found.headline,
+        after,
+        str(found.flips),
+        result if label.holds else "label does not hold",
+    ]
+
+
+def _json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": outcome.name,
+        "facts": asdict(outcome.facts),
+        "label": asdict(outcome.label),
+        "score": asdict(outcome.score),
+        "trace": as_json(outcome.trace),
+    }
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = [item.name for item in SCENARIOS]
+    parser.add_argument("--only", action="append", choices=names, help="this scenario; may be repeated")
+    parser.add_argument("--seconds", type=float, default=35.0, help="of each scenario [35]")
+    parser.add_argument("--folder", type=Path, help="keep models (0.8 GB) and peaks there [a temporary one]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
+    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/verdicts.md")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""A run whose truth is known: the host is made slow, and the verdict says that it is the host."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from engine import complete, get_json, until
+
+from llmprobe.demo.server import VllmServer
+
+pytestmark = pytest.mark.integration
+
+_BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+_SLEEP_SECONDS = 0.02  # between steps of a few milliseconds
+_TOKENS = 40
+
+
+def _slow_host() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("slow_host", _BENCHMARKS / "support" / "slow_host.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def slow_server(vllm_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    slow_host = _slow_host()
+    told = tmp_path_factory.mktemp("slow") / "seconds"
+    server: VllmServer = vllm_server(
+        "--no-async-scheduling",
+        "--no-enable-prefix-caching",
+        "--scheduler-cls",
+        "support.slow_scheduler.SlowScheduler",
+        env={"PYTHONPATH": str(_BENCHMARKS), slow_host.VARIABLE: str(told)},
+    )
+    slow_host.tell(told, _SLEEP_SECONDS)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def seconds_per_token(slow_server: VllmServer) -> Iterator[list[float]]:
+    """Of each request of a load that goes on meanwhile, as its client has it."""
+    taken: list[float] = []
+    ended = threading.Event()
+
+    def load() -> None:
+        while not ended.is_set():
+            begin = time.monotonic()
+            complete(slow_server, [100] * 20, _TOKENS)
+            taken.append((time.monotonic() - begin) / _TOKENS)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    yield taken
+    ended.set()
+    thread.join()
+
+
+def test_a_host_that_sleeps_between_steps_is_what_the_verdict_names(
+    slow_server: VllmServer, seconds_per_token: list[float]
+) -> None:
+    def host_bound() -> Any:
+        (entry,) = get_json(f"{slow_server.agent_url}/api/status")["servers"]
+        decode = entry["verdicts"].get("decode", {})
+        named = decode.get("bottleneck") == "sync_bound" and decode["cause"] == "host_between_steps"
+        # A figure of a window that the load fills.
+        return entry if named and decode["share_ratio"] > 0.9 and decode["held_seconds"] > 0 else None
+
+    entry = until(host_bound, "the verdict on a slow host", 60)
+    decode = entry["verdicts"]["decode"]
+    assert decode["confidence"] > 0.5
+    waited = {item["quantity"]: item["value"] for item in decode["evidence"]}["sync_gap_ratio"]
+    # A sleep is never shorter than asked for, and no step takes longer than its client saw: this share of
+    # the time is waiting at the least, whatever the machine does.
+    assert waited > 0.95 * _SLEEP_SECONDS / max(seconds_per_token)
+    assert entry["headline"].startswith("Decode sync-bound")
+    assert entry["advice"]["decode"]
