@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,14 +23,13 @@ from llmprobe.collect.step_json import step_json
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.collect.watches import Watches
 from llmprobe.compute import intervals
-from llmprobe.compute.figures import summarise
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.record import layout
 from llmprobe.record.journal import JournalError, JournalWriter
 from llmprobe.record.journal_reader import JournalReader
 
 WINDOW_NS = 30 * 10**9
-_VIEW_EVERY_NS = 10**9
+_VIEW_EVERY_NS, _VIEW_EVERY_NS_A_RANK, _VIEW_AT_LATEST_NS = 10**9, 250_000_000, 2 * 10**9
 _FACTS_EVERY_NS = 2 * 10**9
 _DEAD_KEEP_NS = 30 * 10**9
 
@@ -102,10 +101,12 @@ class Collector:
         with self._lock:
             self._discover()
             now = self._clock()
+            due = final or now - self._views_at >= self._view_every_ns()
             # Steps before front ends: whatever a step worked on is then known to have been pending.
-            for process in sorted(self._processes.values(), key=lambda process: process.role != "worker"):
+            ready = [process for process in self._processes.values() if process.look(now) or due]
+            for process in sorted(ready, key=lambda process: process.role != "worker"):
                 self._poll(process, now)
-            if final or now - self._views_at >= _VIEW_EVERY_NS:
+            if due:
                 self._views_at = now
                 facts = final or now - self._facts_at >= _FACTS_EVERY_NS
                 for process in self._processes.values():
@@ -120,6 +121,10 @@ class Collector:
                     rank.fold(self._pending_of(path), now)
                 self._forget(now)
                 self._views = self._build_views(now, keep_dead=final or self._keep_dead)
+
+    def _view_every_ns(self) -> int:
+        """More ranks are looked at less often, so that the agent stays cheap beside many GPUs."""
+        return min(max(len(self._ranks) * _VIEW_EVERY_NS_A_RANK, _VIEW_EVERY_NS), _VIEW_AT_LATEST_NS)
 
     def _poll(self, process: Process, now: int) -> None:
         records = process.poll(now)
@@ -139,11 +144,7 @@ class Collector:
     def recent_steps(self, last: int) -> list[dict[str, Any]]:
         """The newest ``last`` steps of all ranks, JSON-ready, newest last."""
         with self._lock:
-            rows = [
-                (int(row["e3"]), rank, row)
-                for rank in self._ranks.values()
-                for row in list(rank.recent)[-last:]
-            ]
+            rows = [(int(row["e3"]), rank, row) for rank in self._ranks.values() for row in rank.recent(last)]
         rows.sort(key=lambda item: item[0])
         return [
             step_json(rank.process, self._grouping.label_of(rank.process), row)
@@ -179,12 +180,12 @@ class Collector:
 
     def _discover(self) -> None:
         try:
-            paths = list(self._directory.glob("*.journal"))
+            with os.scandir(self._directory) as entries:
+                names = [entry.name for entry in entries if entry.name.endswith(".journal")]
         except OSError:
             return
-        for path in paths:
-            if path in self._processes or path in self._ignored:
-                continue
+        known = {path.name for path in (*self._processes, *self._ignored)}
+        for path in (self._directory / name for name in names if name not in known):
             try:
                 reader = JournalReader(path, self._own_writers().get(path))
                 process = Process(path, reader)
@@ -302,7 +303,6 @@ class Collector:
         facts, counters = process.facts, process.counters
         # A rate over time in which nobody looked would be too low.
         since_ns = min(max(now - WINDOW_NS, rank.first_ns or 0), now - 1)
-        figures = summarise(rank.accounts, since_ns=since_ns, now_ns=now, peaks=rank.peaks)
         model = facts.get("model") or {}
         since = rank.running_since()
         armed = bool(process.load.armed) if process.load is not None else True
@@ -319,7 +319,7 @@ class Collector:
             bytes={phase: dict(parts) for phase, parts in rank.bytes.items()},
             flops=dict(rank.flops),
             steps=steps,
-            figures=figures,
+            figures=rank.figures(since_ns, now),
             step_duration={
                 phase: process.histogram(f"step_{phase}")
                 for phase in steps
@@ -334,7 +334,10 @@ class Collector:
             dropped=counters["dropped"],
             lost=process.lost,
             attainable=rank.attainable,
-            operator_floors=copy.deepcopy(rank.operator_floors),
+            operator_floors={
+                phase: {name: list(sums) for name, sums in of_phase.items()}
+                for phase, of_phase in rank.operator_floors.items()
+            },
             host=self._watches.signals(process),
             host_totals=self._watches.totals(process),
             stall=find_stall(rank, self._pending_of(process.path), now) if armed else None,
@@ -342,10 +345,10 @@ class Collector:
 
     def _program_kv(self, process: Process) -> int | None:
         """A program's cache as of its last step; nothing while nothing runs."""
-        recent = self._ranks[process.path].recent if process.path in self._ranks else None
-        if not recent or (process.load is not None and not process.load.running):
+        newest = self._ranks[process.path].newest() if process.path in self._ranks else None
+        if newest is None or (process.load is not None and not process.load.running):
             return None
-        return int(recent[-1]["kv_used_bytes"]) or None
+        return int(newest["kv_used_bytes"]) or None
 
     def _missing(
         self, processes: list[Process], ranks: list[RankView], engines: list[EngineView]

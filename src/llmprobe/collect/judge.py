@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import numpy as np
 
 from llmprobe.collect.process import Rank
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
 from llmprobe.compute.attribution import attribute
 from llmprobe.compute.classify import classify
-from llmprobe.compute.figures import PhaseFigures, summarise
+from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.headline import headline, stalled
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
@@ -93,14 +92,15 @@ class Judge:
         """Judge every phase that was ever seen; returns its figures on the rank it took most time on."""
         phases = {phase for shown, _ in ranks for phase in shown.steps if phase not in _NOT_JUDGED}
         whole: dict[str, list[tuple[float, Verdict]]] = {phase: [] for phase in phases}
-        short: dict[str, list[tuple[float, Verdict]]] = {phase: [] for phase in phases}
+        short: list[Callable[[str], tuple[float, Verdict]]] = []
         largest: dict[str, PhaseFigures] = {}
         known = bool(view.engines)
         for shown, rank in ranks:
             long_seconds, long = _figures(rank, now_ns, _WINDOW_NS, known)
-            brief_seconds, brief = _figures(rank, now_ns, _SHORT_NS, known)
+            lately = functools.cache(functools.partial(_figures, rank, now_ns, _SHORT_NS, known))
+            observed: dict[str, tuple[float, Observation]] = {}
             since = now_ns - round(long_seconds * 1e9)
-            shown.attribution = attribute(rank.accounts.between(since, now_ns), rank.peaks, shown.kernels)
+            shown.attribution = attribute(rank.between(since, now_ns), rank.peaks, shown.kernels)
             for phase in phases:
                 state = self._states.get((key, phase), Steady())
                 no_model = f"no model of the work: {rank.model_problem}" if rank.model is None else ""
@@ -116,22 +116,38 @@ class Judge:
                     host=shown.host,
                     no_model=no_model,
                 )
-                lately = dataclasses.replace(seen, window_seconds=brief_seconds, figures=brief.get(phase))
-                least = self._limits.idle_steps * _SHORT_STEPS
                 found = long.get(phase)
                 weight = found.seconds if found else 0.0
                 whole[phase].append((weight, classify(seen, self._limits, state.standing)))
-                short[phase].append((weight, classify(lately, self._limits, state.standing, least)))
+                observed[phase] = weight, seen
                 if found and (phase not in largest or found.seconds > largest[phase].seconds):
                     largest[phase] = found
+            short.append(functools.partial(self._lately, key, observed, lately))
         for phase in layout.PHASES:
             if phase in phases:
                 state = self._states.get((key, phase), Steady())
-                state = state.observe(now_ns / 1e9, combine(whole[phase]), combine(short[phase]))
+                brief = found_now = combine(whole[phase])
+                if not _stands(state, found_now):  # else nothing depends on the last seconds
+                    brief = combine([of_rank(phase) for of_rank in short])
+                state = state.observe(now_ns / 1e9, found_now, brief)
                 self._states[key, phase] = state
                 if state.shown is not None:
                     view.verdicts[phase] = state.shown
         return largest
+
+    def _lately(
+        self,
+        key: str,
+        observed: Mapping[str, tuple[float, Observation]],
+        figures: Callable[[], tuple[float, dict[str, PhaseFigures]]],
+        phase: str,
+    ) -> tuple[float, Verdict]:
+        """The weight of a rank, and the verdict on its last seconds."""
+        weight, seen = observed[phase]
+        seconds, found = figures()
+        lately = dataclasses.replace(seen, window_seconds=seconds, figures=found.get(phase))
+        standing = self._states.get((key, phase), Steady()).standing
+        return weight, classify(lately, self._limits, standing, self._limits.idle_steps * _SHORT_STEPS)
 
     def _press(self, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int) -> None:
         full = {
@@ -156,8 +172,8 @@ class Judge:
         budget = flags.get("max_num_batched_tokens")
         if not ranks or not isinstance(budget, int) or isinstance(budget, bool):
             return None
-        rows = ranks[0].accounts.between(now_ns - _LOAD_NS, now_ns)  # every rank runs the same steps
-        rows = rows.take(np.isin(rows.phase, _PROMPT_PHASES))
+        # Every rank runs the same steps.
+        rows = ranks[0].between(now_ns - _LOAD_NS, now_ns, _PROMPT_PHASES)
         if not len(rows):
             return None
         full = rows.prompt_tokens + rows.decode_tokens >= self._limits.token_budget_ratio * budget
@@ -184,19 +200,18 @@ class Judge:
             of_class[cause] = of_class.get(cause, 0.0) + seconds
 
 
+def _stands(state: Steady, found: Verdict) -> bool:
+    shown = state.shown
+    return shown is not None and (shown.bottleneck, shown.cause) == (found.bottleneck, found.cause)
+
+
 def _figures(
     rank: Rank, now_ns: int, window_ns: int, known_gaps: bool
 ) -> tuple[float, dict[str, PhaseFigures]]:
     """Length in seconds of a window that ends now, and its figures."""
     # Time in which nobody looked is no window.
     since = min(max(now_ns - window_ns, rank.first_ns or 0), now_ns - 1)
-    figures = summarise(
-        rank.accounts,
-        since_ns=since,
-        now_ns=now_ns,
-        peaks=rank.peaks,
-        operators=window_ns == _WINDOW_NS,
-    )
+    figures = rank.figures(since, now_ns, operators=window_ns == _WINDOW_NS)
     if not known_gaps:
         figures = {phase: dataclasses.replace(found, sync_gap_ratio=None) for phase, found in figures.items()}
     return (now_ns - since) / 1e9, figures

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmprobe.collect.kept import KeptAccounts
 from llmprobe.collect.views import HistogramView
 from llmprobe.compute import accounting, intervals, traffic
+from llmprobe.compute.accounting import StepAccounts
 from llmprobe.compute.facts import OPERATORS, FactsError, ModelFacts
+from llmprobe.compute.figures import PhaseFigures, summarise
 from llmprobe.compute.hardware import Peaks
 from llmprobe.record import layout
 from llmprobe.record.journal_reader import JournalReader, Records
 
-KEEP_NS = 60 * 10**9  #: how long accounts of single steps are kept
+KEEP_NS = 32 * 10**9  #: how long accounts of single steps are kept: the longest window, and a little
 RECENT_STEPS = 4096
 _NOTHING_YET = object()
 _BOUNDS = layout.bucket_bounds_seconds()
 #: Requests whose arrival is in the journal only later: idle time younger than this is not yet booked.
 _SETTLE_NS = 500_000_000
-
+#: No process writes more records a second: its ring cannot come round between two reads.
+_MOST_RECORDS_PER_SECOND = 5000
 
 PeaksOf = Callable[[dict[str, Any]], "Peaks | None"]
 
@@ -46,6 +50,8 @@ class Process:
         self.alive = True
         self.died_ns = 0
         self.lost = 0
+        self._read_ns = 0
+        self._read_every_ns = reader.slots * 10**9 // _MOST_RECORDS_PER_SECOND
 
     @property
     def role(self) -> str:
@@ -62,11 +68,17 @@ class Process:
         """Data-parallel index."""
         return int(self.facts.get("engine", 0))
 
-    def poll(self, now_ns: int) -> Records:
-        """Read what is new. A dead process is read once more, to its end."""
+    def look(self, now_ns: int) -> bool:
+        """See whether it lives; returns whether `poll` must not wait: it just died, or its ring may fill."""
         if self.alive and not self.reader.alive():
             self.alive = False
             self.died_ns = now_ns
+            return True
+        return now_ns - self._read_ns >= self._read_every_ns
+
+    def poll(self, now_ns: int) -> Records:
+        """Read what is new. A dead process is read once more, to its end."""
+        self._read_ns = now_ns
         records = self.reader.read()
         self.lost += records.lost
         if len(records.pending):
@@ -154,8 +166,8 @@ class Rank:
         self.flops: dict[str, float] = {}
         #: Cumulative: phase → operator → seconds of floor by memory, by compute.
         self.operator_floors: dict[str, dict[str, list[float]]] = {}
-        self.accounts = accounting.StepAccounts.none()
-        self.recent: deque[np.void] = deque(maxlen=RECENT_STEPS)
+        self._kept: dict[int, KeptAccounts] = {}  # by index of the phase
+        self._recent: deque[np.ndarray] = deque()
         self._waiting: list[np.ndarray] = []
 
     def refresh(self) -> None:
@@ -175,7 +187,40 @@ class Rank:
         steps = steps[steps["flags"] & layout.Flag.EMPTY == 0]
         if len(steps):
             self._waiting.append(steps)
-            self.recent.extend(steps)
+            self._recent.append(steps)
+            while sum(map(len, self._recent)) - len(self._recent[0]) >= RECENT_STEPS:
+                self._recent.popleft()
+
+    def recent(self, last: int) -> np.ndarray:
+        """The newest ``last`` step records, at most `RECENT_STEPS`; oldest first."""
+        parts: list[np.ndarray] = []
+        missing = min(last, RECENT_STEPS)
+        for steps in reversed(self._recent):
+            if missing <= 0:
+                break
+            parts.append(steps[-missing:])
+            missing -= len(parts[-1])
+        return np.concatenate(parts[::-1]) if parts else np.zeros(0, dtype=layout.STEP)
+
+    def newest(self) -> np.void | None:
+        """The newest step record; None before the first."""
+        return self._recent[-1][-1] if self._recent else None
+
+    def between(self, since_ns: int, until_ns: int, phases: Iterable[int] | None = None) -> StepAccounts:
+        """Accounts of the steps that ended in that time, of all phases or of some; sorted by phase first."""
+        wanted = self._kept if phases is None else [phase for phase in phases if phase in self._kept]
+        return StepAccounts.concat([self._kept[phase].between(since_ns, until_ns) for phase in wanted])
+
+    def figures(self, since_ns: int, now_ns: int, operators: bool = False) -> dict[str, PhaseFigures]:
+        """As `llmprobe.compute.figures.summarise`; a phase at a time, so that no row is copied."""
+        found: dict[str, PhaseFigures] = {}
+        for phase in sorted(self._kept):
+            rows = self._kept[phase].between(since_ns, now_ns)
+            if len(rows):
+                found |= summarise(
+                    rows, since_ns=since_ns, now_ns=now_ns, peaks=self.peaks, operators=operators
+                )
+        return found
 
     def fold(self, pending: intervals.Intervals | None, now_ns: int) -> None:
         """Account for the steps taken, and for the time since the last one if nothing is to do.
@@ -185,7 +230,7 @@ class Rank:
                 ``unattributed``, because it cannot be split into waiting for the host and no work.
         """
         if self._waiting:
-            steps = np.concatenate(self._waiting)
+            steps = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
             self._waiting = []
             self._account(steps, pending)
         idle = self.running_since() is None and self.process.alive
@@ -218,37 +263,37 @@ class Rank:
             self.first_ns = int(steps["e0"][0])
         self.cursor_ns = rows.cursor_ns
         self.last_step = int(steps["step"][-1])
-        no_work = accounting.COMPONENTS.index("no_work")
-        for phase in np.unique(rows.phase):
-            label = layout.PHASES[phase]
-            total = rows.components[rows.phase == phase].sum(axis=0)
-            idle = np.zeros_like(total)
-            idle[no_work], total[no_work] = total[no_work], 0.0
-            self._add(label, total)
-            self._add("none", idle)
-        if self.model is not None:
-            for kind, values in traffic.traffic_by_kind(steps, self.model).items():
-                self._add_by_phase(self.bytes, steps["phase"], kind, values)
-            flops = traffic.work(steps, self.model).sum(axis=1)
-            for phase in np.unique(steps["phase"]):
-                label = layout.PHASES[phase]
-                done = float(flops[steps["phase"] == phase].sum())
-                self.flops[label] = self.flops.get(label, 0.0) + done
-            self._add_floors(rows)
-        kept = accounting.StepAccounts.concat([self.accounts, rows])
-        newest = int(rows.end_ns[-1])
-        self.accounts = kept.between(newest - KEEP_NS, newest)
+        moved = {} if self.model is None else traffic.traffic_by_kind(steps, self.model)
+        for phase in np.flatnonzero(np.bincount(rows.phase)).tolist():
+            chosen = rows.phase == phase
+            of_phase = rows if chosen.all() else rows.take(chosen)
+            self._add_phase(layout.PHASES[phase], of_phase)
+            for kind, values in moved.items():
+                of = self.bytes.setdefault(layout.PHASES[phase], {})
+                of[kind] = of.get(kind, 0.0) + float(values[chosen].sum())
+            self._kept.setdefault(phase, KeptAccounts()).add(of_phase)
+        for kept in self._kept.values():
+            kept.forget_before(int(rows.end_ns[-1]) - KEEP_NS)
 
-    def _add_floors(self, rows: accounting.StepAccounts) -> None:
+    def _add_phase(self, label: str, rows: StepAccounts) -> None:
+        """Add the rows of one phase to the totals."""
+        no_work = accounting.COMPONENTS.index("no_work")
+        total = rows.components.sum(axis=0)
+        idle = np.zeros_like(total)
+        idle[no_work], total[no_work] = total[no_work], 0.0
+        self._add(label, total)
+        self._add("none", idle)
+        if self.model is None:
+            return
+        self.flops[label] = self.flops.get(label, 0.0) + float(rows.flops.sum())
         if self.peaks is None:
             return
-        memory, compute = accounting.operator_floors(rows, self.peaks)
-        for phase in np.unique(rows.phase):
-            of_phase = self.operator_floors.setdefault(layout.PHASES[phase], {})
-            for index, name in enumerate(OPERATORS):
-                sums = of_phase.setdefault(name, [0.0, 0.0])
-                sums[0] += float(memory[rows.phase == phase, index].sum())
-                sums[1] += float(compute[rows.phase == phase, index].sum())
+        of_phase = self.operator_floors.setdefault(label, {})
+        floors = [part.sum(axis=0).tolist() for part in accounting.operator_floors(rows, self.peaks)]
+        for name, memory, compute in zip(OPERATORS, *floors, strict=True):
+            sums = of_phase.setdefault(name, [0.0, 0.0])
+            sums[0] += memory
+            sums[1] += compute
 
     def _add(self, phase: str, components: np.ndarray) -> None:
         if not components.any():
@@ -256,14 +301,6 @@ class Rank:
         totals = self.device_time.setdefault(phase, dict.fromkeys(accounting.COMPONENTS, 0.0))
         for name, seconds in zip(accounting.COMPONENTS, components, strict=True):
             totals[name] += float(seconds)
-
-    @staticmethod
-    def _add_by_phase(
-        totals: dict[str, dict[str, float]], phases: np.ndarray, kind: str, values: np.ndarray
-    ) -> None:
-        for phase in np.unique(phases):
-            of = totals.setdefault(layout.PHASES[phase], {})
-            of[kind] = of.get(kind, 0.0) + float(values[phases == phase].sum())
 
     def save(self) -> dict[str, Any]:
         """What an agent that starts anew needs in order to go on counting."""

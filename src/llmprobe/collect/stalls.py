@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from llmprobe.collect.process import Rank
 from llmprobe.compute import stall
 from llmprobe.compute.intervals import Intervals
 from llmprobe.compute.stall import Stall
-from llmprobe.record import layout
 
 _RECENT = 1000  # steps that say how long a step takes
 _LEAST_NS = round(stall.LEAST_SECONDS * 1e9)
@@ -26,12 +23,12 @@ def find_stall(rank: Rank, pending: Intervals | None, now_ns: int) -> Stall | No
     if progress is None:
         return None
     running = rank.running_since()
-    last_end = int(rank.recent[-1]["e3"]) if rank.recent else 0
+    newest = rank.newest()
+    last_end = 0 if newest is None else int(newest["e3"])
     if now_ns - max(running or 0, last_end) < _LEAST_NS:
         return None  # as nearly always: nothing else need be looked at
     open_spans = pending[pending[:, 1] > now_ns] if pending is not None else None
     since = int(open_spans[-1, 0]) if open_spans is not None and len(open_spans) else None
-    recent = list(rank.recent)[-_RECENT:]
     return stall.find(
         begun=progress.begun,
         begun_ns=progress.time,
@@ -39,7 +36,7 @@ def find_stall(rank: Rank, pending: Intervals | None, now_ns: int) -> Stall | No
         ended=max(progress.ended, rank.last_step or 0),
         phase=progress.phase,
         tokens=progress.tokens,
-        recent=np.array(recent) if recent else np.zeros(0, dtype=layout.STEP),
+        recent=rank.recent(_RECENT),
         now_ns=now_ns,
         pending_since_ns=since,
         pending_known=pending is not None,

@@ -422,7 +422,8 @@ SECTIONS = (
                 "captures",
                 ("tool", "outcome"),
                 ("measured",),
-                "Captures of this agent that ended: done, failed or cancelled. Since it started.",
+                "Captures of this agent that ended: done, failed or cancelled. Since it started; only on its own "
+                "/metrics.",
             ),
             Family(
                 "llmprobe_build_info",

@@ -289,6 +289,24 @@ def test_a_running_step_is_seen_and_an_abandoned_one_is_not(
     assert only(found).ranks[0].step_running_seconds is None
 
 
+def test_a_small_ring_is_read_before_it_comes_round(tmp_path: Path, clock: Clock, server: Server) -> None:
+    found = collector(tmp_path, clock, server)
+    found.tick()
+    slots = JournalReader(server.worker.writer.path, server.worker.writer).slots
+    for process in found._processes.values():
+        process._read_every_ns = SECOND // 10  # as of a ring of 500 records
+    for _ in range(9):
+        begin = clock.now
+        clock.now += SECOND // 10
+        for number in range(slots // 4):
+            server.step(begin + number, begin + number + 1)
+        found.tick()
+    view = only(found)
+    assert view.ranks[0].lost == 0
+    assert view.ranks[0].steps == {"decode": 9 * (slots // 4)}
+    assert len(found.recent_steps(5)) == 5
+
+
 def test_a_histogram_keeps_its_sum(tmp_path: Path, clock: Clock, server: Server) -> None:
     found = collector(tmp_path, clock, server)
     front = server.fronts[0]

@@ -44,6 +44,22 @@ def test_facts_come_back_and_the_newest_win(path: Path) -> None:
         assert reader.facts() == {"number": number}
 
 
+def test_facts_that_changed_are_seen_and_damaged_ones_fall_back(path: Path) -> None:
+    writer = make(path)
+    reader = JournalReader(path, writer)
+    for number in range(4):
+        writer.set_facts({"number": number})
+        assert reader.facts() == {"number": number}
+        assert reader.facts() == {"number": number}
+    writer.set_facts({"number": 4})
+    slot = layout.FACTS_OFFSET + writer._facts_writes % 2 * layout.FACTS_SLOT
+    whole = os.pread(writer.fileno(), 64, slot)
+    os.pwrite(writer.fileno(), b"torn", slot + 12)
+    assert reader.facts() == {"number": 3}
+    os.pwrite(writer.fileno(), whole, slot)
+    assert reader.facts() == {"number": 4}
+
+
 def test_facts_that_do_not_fit_are_refused_by_name(path: Path) -> None:
     with pytest.raises(JournalError, match="more than fit"):
         make(path).set_facts({"text": "x" * 70_000})
