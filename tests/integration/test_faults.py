@@ -110,12 +110,12 @@ def test_shared_memory_of_a_plain_container_is_enough_beside_another_tenant(tmp_
 RAISES = textwrap.dedent(
     """
     # Put first on PYTHONPATH: makes one of llmprobe's hooks fail at every step, in every process.
-    import llmprobe.hooks.vllm.batch as batch
+    import llmprobe.hooks.vllm.steps as steps
 
-    def broken(self, scheduled):
+    def broken(scheduled):
         raise RuntimeError("broken on purpose")
 
-    batch.BatchReader.read = broken
+    steps.note = broken
     """
 )
 

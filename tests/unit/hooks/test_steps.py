@@ -178,6 +178,17 @@ def test_a_step_that_cannot_be_written_takes_no_other_along(rig: Rig) -> None:
     assert rig.steps._clock.dropped == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.swallows
+def test_when_nothing_can_be_written_the_probe_gives_up_at_ten_errors(rig: Rig) -> None:
+    for computed in range(30):
+        broken = cached(a=(computed, 1))
+        del broken.scheduled_cached_reqs.num_computed_tokens
+        rig.run(broken)
+    assert len(rig.written()) == 0
+    assert rig.probe.guard.inert
+    assert sum(rig.probe.guard.errors.values()) == 10
+
+
 def test_on_a_device_of_its_own_the_running_step_is_described_too(rig: Rig) -> None:
     """There the housekeeping thread may not ask whether earlier steps are complete."""
     clock = HostClock()

@@ -338,6 +338,8 @@ class WorkerSteps:
         try:
             self._kept = 0
             for stamps in clock.harvest():
+                if self._probe.guard.inert:
+                    break
                 try:
                     self._record(recorder, clock.kind, stamps)
                 except Exception as error:  # noqa: BLE001 - the others are good
