@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class _UnixConnection(http.client.HTTPConnection):
             self.sock.connect(address)
 
 
-class Agent:
+class Agent(ABC):
     """One agent to ask. ``name`` is how messages call it."""
 
     name: str
@@ -91,8 +92,9 @@ class Agent:
         finally:
             connection.close()
 
+    @abstractmethod
     def _connect(self, timeout: float) -> http.client.HTTPConnection:
-        raise NotImplementedError
+        """A connection that is not open yet."""
 
     def _headers(self) -> Mapping[str, str]:
         return {}

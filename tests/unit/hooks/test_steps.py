@@ -12,6 +12,7 @@ import pytest
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm.batch import note
 from llmprobe.hooks.vllm.steps import Running, WorkerSteps
+from llmprobe.hooks.vllm.worker import _WRAPPERS
 from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Flag, Phase
@@ -237,3 +238,23 @@ def test_noting_a_plain_decode_keeps_references_only() -> None:
     assert noted.counts is scheduled.num_scheduled_tokens
     assert noted.new == ()
     assert noted.drafts == {}
+
+
+@pytest.mark.swallows
+def test_an_error_of_ours_does_not_stop_the_engine_from_warming_up_again(rig: Rig) -> None:
+    """Waking from sleep warms up once more, with steps that nobody has written yet."""
+
+    class Worker:
+        def compile_or_warm_up_model(self) -> str:
+            return "warm"
+
+    def broken() -> None:
+        raise RuntimeError("the device is gone")
+
+    worker = Worker()
+    rig.steps.write = broken  # type: ignore[method-assign]
+    wrapper = _WRAPPERS["compile_or_warm_up_model"](rig.probe, {id(worker): rig.steps})
+    rig.probe.patch(Worker, "compile_or_warm_up_model", wrapper)
+    assert worker.compile_or_warm_up_model() == "warm"
+    assert not rig.steps.armed
+    assert rig.probe.guard.errors["vllm.disarm"] == 1

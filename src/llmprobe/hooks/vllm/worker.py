@@ -109,7 +109,8 @@ def _wrap_warm_up(probe: Probe, workers: _Workers) -> _Maker:
             state = workers.get(id(self)) if patch.active and probe.active else None
             if state is None or state.depth:
                 return original(self, *args, **kwargs)
-            state.disarm()
+            probe.guard.call("vllm.disarm", state.disarm)
+            state.armed = False  # whatever failed there
             state.depth = 1
             try:
                 result = original(self, *args, **kwargs)
