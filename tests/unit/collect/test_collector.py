@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,133 +14,28 @@ import pytest
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.process import Pending
 from llmprobe.collect.recent import Recent
-from llmprobe.collect.views import HistogramView, ServerView
+from llmprobe.collect.views import HistogramView
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.intervals import OPEN
-from llmprobe.export.prometheus import expose
 from llmprobe.export.report import report, text
 from llmprobe.record import layout
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import Flag, Phase
-from llmprobe.record.recorder import Recorder
 
-SECOND = 10**9
-PEAKS = Peaks(1e12, 1e14, "bfloat16", "nominal", "made for this test")
-MODEL = {
-    "weights_bytes": 1_000_000,
-    "compute_dtype": "bfloat16",
-    "operators": {
-        "linear": {"bytes": 800_000, "params": 400_000},
-        "head": {"bytes": 100_000, "params": 50_000},
-    },
-    "embedding_bytes": 100_000,
-    "tied": False,
-    "kv": {
-        "capacity_bytes": 10_000_000,
-        "groups": [
-            {
-                "kind": "full",
-                "window": None,
-                "layers": 2,
-                "bytes_per_token": 100.0,
-                "flops_per_pair": 200.0,
-                "bytes_per_request": 0.0,
-            }
-        ],
-    },
-    "unmodelled": [],
-}
-
-
-class Server:
-    """One pretended server: a worker and front ends, each with a journal."""
-
-    def __init__(self, directory: Path, group: str = "g", server: str = "vllm-1", fronts: int = 1) -> None:
-        said = {"group": group, "server": server, "model_name": "m", "framework": "vllm", "engine": 0}
-        self.worker = Recorder.open(
-            directory, "worker", {**said, "role": "worker", "rank": 0, "clock": "host", "model": MODEL}
-        )
-        self.fronts = [
-            Recorder.open(directory, "frontend", {**said, "role": "frontend"}) for _ in range(fronts)
-        ]
-
-    def step(self, begin: int, end: int, phase: Phase = Phase.DECODE, flags: int = 0) -> None:
-        middle = begin + (end - begin) * 3 // 4
-        number = self.worker.begin(phase, 1, begin)
-        self.worker.step(
-            number,
-            begin,
-            phase,
-            0,
-            flags,
-            (begin, middle, middle, end),
-            requests=1,
-            prefill_requests=0,
-            prompt_tokens=0,
-            decode_tokens=1,
-            sampled=1,
-            context_decode=(10, 0, 0, 0),
-            pairs_decode=(10, 0, 0, 0),
-        )
-
-    def close(self) -> None:
-        for recorder in (self.worker, *self.fronts):
-            recorder.close()
-
-
-class Clock:
-    now = 100 * SECOND
-
-    def __call__(self) -> int:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def dead(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
-    """Journals whose processes are dead to every reader; a writer of this very process cannot die alone."""
-    paths: set[Path] = set()
-    monkeypatch.setattr(JournalReader, "alive", lambda reader: reader.path not in paths)
-    return paths
-
-
-def collector(tmp_path: Path, clock: Clock, server: Server, **more: Any) -> Collector:
-    def own() -> dict[Path, Any]:
-        recorders = (server.worker, *server.fronts)
-        return {recorder.writer.path: recorder.writer for recorder in recorders}
-
-    return Collector(tmp_path, clock=clock, peaks=lambda facts: PEAKS, own_writers=own, **more)
-
-
-def only(found: Collector) -> ServerView:
-    found.tick(final=True)
-    (view,) = found.views()
-    return view
-
-
-def total(view: ServerView) -> float:
-    return sum(sum(parts.values()) for parts in view.ranks[0].device_time.values())
-
-
-def busy_second(server: Server, at: int, steps: int = 10) -> None:
-    """A request that pends for a second in which ``steps`` steps of 60 ms run, 40 ms apart."""
-    for front in server.fronts:
-        front.pending(at, 1)
-    for number in range(steps):
-        server.step(at + number * 100_000_000 + 40_000_000, at + (number + 1) * 100_000_000)
-    for front in server.fronts:
-        front.pending(at + SECOND, 0)
+from .pretended import (
+    MODEL,
+    PEAKS,
+    SECOND,
+    Clock,
+    Server,
+    busy_second,
+    collector,
+    one_step,
+    only,
+    program,
+    series,
+    total,
+)
 
 
 def test_every_second_is_accounted_for_once(tmp_path: Path, clock: Clock, server: Server) -> None:
@@ -187,24 +81,6 @@ def test_an_agent_that_starts_anew_goes_on_with_the_same_totals(
     assert restored.ranks[0].flops == pytest.approx(expected.ranks[0].flops)
 
 
-def test_work_is_pending_while_any_front_end_has_some(tmp_path: Path, clock: Clock) -> None:
-    server = Server(tmp_path, fronts=2)
-    start = clock.now
-    found = collector(tmp_path, clock, server)
-    one, two = server.fronts
-    one.pending(start, 1)
-    server.step(start, start + SECOND)
-    two.pending(start + SECOND // 2, 1)
-    one.pending(start + SECOND, 0)
-    server.step(start + 2 * SECOND, start + 3 * SECOND)
-    two.pending(start + 3 * SECOND, 0)
-    clock.now = start + 4 * SECOND
-    parts = only(found).ranks[0].device_time
-    assert parts["decode"]["host_gap"] == pytest.approx(1)
-    assert parts["none"]["no_work"] == pytest.approx(0.5)
-    server.close()
-
-
 def test_without_a_front_end_idle_time_is_unattributed_and_said_so(tmp_path: Path, clock: Clock) -> None:
     server = Server(tmp_path, fronts=0)
     found = collector(tmp_path, clock, server)
@@ -241,36 +117,6 @@ def test_utilisation_is_traffic_over_time_over_peak(tmp_path: Path, clock: Clock
     assert figures.mbu_busy == pytest.approx(traffic / 0.06 / 1e12)
     assert figures.mbu_step == pytest.approx(10 * traffic / (0.6 + 9 * 0.04) / 1e12)
     assert figures.sync_gap_ratio == pytest.approx(0.36 / 0.96)
-
-
-def test_a_dead_worker_leaves_the_views_and_its_journal_is_removed_later(
-    tmp_path: Path, clock: Clock, server: Server
-) -> None:
-    found = Collector(tmp_path, clock=clock, own_writers=dict, remove_dead=True)
-    other = Server(tmp_path, group="h", server="vllm-2")
-    path = other.worker.writer.path
-    other.close()  # its lock is gone, as after a kill
-    clock.now += SECOND
-    found.tick()
-    clock.now += 2 * SECOND
-    found.tick()
-    assert "vllm-2" not in {view.server for view in found.views()}
-    assert path.exists()
-    clock.now += 40 * SECOND
-    found.tick()
-    clock.now += 2 * SECOND
-    found.tick()
-    assert not path.exists()
-
-
-def test_two_servers_of_one_name_get_numbers(tmp_path: Path, clock: Clock) -> None:
-    servers = [Server(tmp_path, group=group, server="generate") for group in ("g", "h")]
-    writers = {r.writer.path: r.writer for s in servers for r in (s.worker, *s.fronts)}
-    found = Collector(tmp_path, clock=clock, own_writers=lambda: writers)
-    found.tick(final=True)
-    assert [view.server for view in found.views()] == ["generate", "generate-2"]
-    for made in servers:
-        made.close()
 
 
 def test_a_running_step_is_seen_and_an_abandoned_one_is_not(
@@ -335,23 +181,6 @@ def test_time_goes_on_at_one_second_a_second_while_idle(tmp_path: Path, clock: C
     assert times["no_work"] == pytest.approx(8 - 0.5 - 1.001)
 
 
-def test_what_a_dead_front_end_left_pending_ends_with_it(
-    tmp_path: Path, clock: Clock, dead: set[Path]
-) -> None:
-    made = Server(tmp_path, fronts=2)
-    found = collector(tmp_path, clock, made)
-    start = clock.now
-    made.fronts[0].pending(start, 1)
-    made.step(start, start + SECOND)
-    clock.now = start + SECOND
-    found.tick()
-    dead.add(made.fronts[0].writer.path)
-    found.tick()
-    clock.now = start + 5 * SECOND
-    assert only(found).ranks[0].device_time["none"]["no_work"] == pytest.approx(3.5)
-    made.close()
-
-
 def test_pending_work_without_records_is_one_span() -> None:
     pending = Pending()
     nothing = np.zeros(0, layout.PENDING)
@@ -362,19 +191,6 @@ def test_pending_work_without_records_is_one_span() -> None:
     ended["time"] = 7
     pending.add(ended, 0)
     assert pending.spans().tolist() == [[0, 7]]
-
-
-def program(directory: Path, **facts: Any) -> Recorder:
-    said = {"role": "program", "group": "g", "server": "generate", "framework": "transformers", **facts}
-    return Recorder.open(directory, "program", said)
-
-
-def one_step(recorder: Recorder, begin: int, end: int) -> None:
-    number = recorder.begin(Phase.DECODE, 1, begin)
-    recorder.step(
-        number, begin, Phase.DECODE, 0, 0, (begin, end, end, end),
-        requests=1, prefill_requests=0, prompt_tokens=0, decode_tokens=1,
-    )  # fmt: skip
 
 
 def test_an_agent_restart_during_a_generate_keeps_what_was_pending(tmp_path: Path, clock: Clock) -> None:
@@ -437,38 +253,6 @@ def test_a_model_and_peaks_that_come_late_are_used(tmp_path: Path, clock: Clock,
     assert view.ranks[0].peaks == PEAKS
 
 
-def test_dead_processes_stay_for_a_report_if_asked(tmp_path: Path, clock: Clock) -> None:
-    made = Server(tmp_path)
-    keeping = Collector(tmp_path, clock=clock, keep_dead=True)
-    made.close()
-    for _ in range(3):
-        keeping.tick(final=True)
-        clock.now += 60 * SECOND
-    keeping.tick()
-    assert len(keeping.views()[0].ranks) == 1
-
-
-def test_a_label_stays_with_its_server_and_is_never_taken_twice(
-    tmp_path: Path, clock: Clock, dead: set[Path]
-) -> None:
-    names = {"a": "x", "b": "x", "c": "x-2"}
-    servers = {group: Server(tmp_path, group=group, server=name) for group, name in names.items()}
-    writers = {r.writer.path: r.writer for s in servers.values() for r in (s.worker, *s.fronts)}
-    found = Collector(tmp_path, clock=clock, own_writers=lambda: writers)
-    found.tick(final=True)
-    before = {view.group: view.server for view in found.views()}
-    assert len(set(before.values())) == 3
-    (plain,) = (group for group, label in before.items() if label == "x")
-    dead |= {r.writer.path for r in (servers[plain].worker, *servers[plain].fronts)}
-    clock.now += 2 * SECOND
-    found.tick()
-    assert {view.group: view.server for view in found.views()} == {
-        group: label for group, label in before.items() if group != plain
-    }
-    for made in servers.values():
-        made.close()
-
-
 def test_the_past_of_a_server_found_late_is_not_recent(tmp_path: Path, clock: Clock, server: Server) -> None:
     server.fronts[0].tokens(10, 4, first_token_ns=(2_000_000,))
     found = collector(tmp_path, clock, server)
@@ -514,79 +298,6 @@ def test_recent_means_are_of_the_last_thirty_seconds_alone() -> None:
         "generated_tokens": 0,
         "seconds": 30.0,
     }
-
-
-def test_totals_keep_what_a_dead_front_end_counted_while_the_server_lives(
-    tmp_path: Path, clock: Clock, dead: set[Path]
-) -> None:
-    made = Server(tmp_path, fronts=2)
-    found = collector(tmp_path, clock, made, checkpoint=tmp_path / "state", remove_dead=True)
-    for front in made.fronts:
-        front.tokens(10, 4, first_token_ns=(2_000_000,))
-    found.tick(final=True)
-    dead.add(made.fronts[0].writer.path)
-    for _ in range(4):  # past the time at which a dead process is forgotten
-        clock.now += 20 * SECOND
-        found.tick()
-        (engine,) = found.views()[0].engines
-        assert engine.prompt_tokens == 20
-        assert engine.latency["time_to_first_token"].count == 2
-    assert found.alive() == 2
-    found.save()
-    dead_path = made.fronts[0].writer.path
-    assert not dead_path.exists()
-    (engine,) = only(collector(tmp_path, clock, made, checkpoint=tmp_path / "state")).engines
-    assert engine.prompt_tokens == 20
-    assert engine.latency["time_to_first_token"].count == 2
-    made.close()
-
-
-def series(found: Collector) -> list[str]:
-    lines = expose(found.views()).decode().splitlines()
-    return [line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")]
-
-
-def test_programs_that_inherit_a_group_are_told_apart(tmp_path: Path, clock: Clock) -> None:
-    programs = [program(tmp_path, rank=0), program(tmp_path, rank=0)]
-    writers = {made.writer.path: made.writer for made in programs}
-    found = Collector(tmp_path, clock=clock, own_writers=lambda: writers, only_group="g")
-    for number, made in enumerate(programs):
-        made.pending(clock.now, 1)
-        one_step(made, clock.now, clock.now + (number + 1) * SECOND)
-        made.pending(clock.now + (number + 1) * SECOND, 0)
-    clock.now += 5 * SECOND
-    found.tick(final=True)
-    assert sorted(view.server for view in found.views()) == ["generate", "generate-2"]
-    assert sorted(round(view.ranks[0].device_time["none"]["no_work"], 6) for view in found.views()) == [
-        2.5,
-        3.5,
-    ]
-    assert {view.group for view in found.views()} == {"g"}
-    assert len(series(found)) == len(set(series(found)))
-    for made in programs:
-        made.close()
-
-
-@pytest.mark.parametrize("labels", [("v-1", "v-2"), ("v", "v")])
-def test_servers_of_one_group_with_the_same_ranks_make_no_series_twice(
-    tmp_path: Path, clock: Clock, dead: set[Path], labels: tuple[str, str]
-) -> None:
-    servers = [Server(tmp_path, server=label) for label in labels]
-    writers = {r.writer.path: r.writer for s in servers for r in (s.worker, *s.fronts)}
-    found = Collector(tmp_path, clock=clock, own_writers=lambda: writers, only_group="g")
-    for made in servers:
-        busy_second(made, clock.now)
-    clock.now += 3 * SECOND
-    found.tick(final=True)
-    assert [len(view.ranks) for view in found.views()] == [1, 1]
-    assert len(series(found)) == len(set(series(found)))
-    before = {view.server for view in found.views()}
-    dead.add(servers[0].worker.writer.path)
-    clock.now += 2 * SECOND
-    found.tick()
-    assert {view.server for view in found.views() if view.ranks} < before
-    for made in servers:
-        made.close()
 
 
 def test_a_rate_is_over_the_time_since_the_first_step(tmp_path: Path, clock: Clock, server: Server) -> None:

@@ -19,7 +19,7 @@ from llmprobe.export.report import report, text
 from llmprobe.export.summary import summarize
 from llmprobe.record.layout import Flag, Phase
 
-from .test_collector import MODEL, SECOND, Clock, Server
+from .pretended import MODEL, SECOND, Clock, Server
 
 MS = 1_000_000
 #: A step of the model moves 901 100 bytes: 18 ms of it are then 0.7 of the bandwidth.
