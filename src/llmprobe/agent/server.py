@@ -27,6 +27,7 @@ from llmprobe.capture.manager import Manager
 from llmprobe.capture.store import Store, default_directory
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.peaks import attainable_for, peaks_for
+from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.record.agent_launch import CONTROL_NAME, LOG_NAME
 
@@ -45,12 +46,14 @@ def serve(options: Options, lock: daemon.Lock) -> None:
     thresholds, problem = load_thresholds(settings.thresholds)
     if problem:
         log.error("%s", problem)
+    telemetry = Telemetry()
     collector = Collector(
         directory,
         checkpoint=directory / CHECKPOINT_NAME,
-        peaks=peaks_for,
+        peaks=lambda facts: peaks_for(facts, gpu=telemetry.hardware(facts)),
         attainable=attainable_for,
         thresholds=thresholds,
+        telemetry=telemetry,
         notes=[problem] if problem else [],
         remove_dead=True,
     )
@@ -83,6 +86,7 @@ def serve(options: Options, lock: daemon.Lock) -> None:
         if lock.in_place():
             listen.unpublish(directory)
         collector.close()
+        telemetry.close()
 
 
 def _classes(collector: Collector) -> dict[tuple[str, str], str]:

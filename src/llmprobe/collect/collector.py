@@ -20,6 +20,7 @@ from llmprobe.collect.judge import Judge
 from llmprobe.collect.process import PeaksOf, Pending, Process, Rank, no_peaks
 from llmprobe.collect.stalls import find_stall
 from llmprobe.collect.step_json import step_json
+from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.collect.watches import Watches
 from llmprobe.compute import intervals
@@ -46,6 +47,7 @@ class Collector:
         peaks: PeaksOf = no_peaks,
         attainable: PeaksOf = no_peaks,
         thresholds: Thresholds | None = None,
+        telemetry: Telemetry | None = None,
         notes: Sequence[str] = (),
         only_group: str | None = None,
         own_writers: Callable[[], dict[Path, JournalWriter]] = dict,
@@ -60,6 +62,7 @@ class Collector:
             peaks: peak rates for a worker's facts, None where unknown.
             attainable: likewise, what its device was measured to attain.
             thresholds: of verdicts; the defaults if None.
+            telemetry: looks at the ranks' GPUs; nobody does if None. Whoever made it closes it.
             notes: what every server's view says too.
             only_group: look at one server or program only.
             own_writers: gives the journals that this very process writes; see `JournalReader`.
@@ -85,6 +88,7 @@ class Collector:
         self._thresholds = thresholds or Thresholds()
         self._judge = Judge(self._thresholds)
         self._watches = Watches()
+        self._telemetry = telemetry
         self._ignored: set[Path] = set()
         self._views: list[ServerView] = []
         self._views_at = 0
@@ -117,6 +121,8 @@ class Collector:
                         rank.refresh()
                 self._grouping.update(self._processes)
                 self._watches.sample(self._processes.values(), now)
+                if self._telemetry is not None:
+                    self._telemetry.watch(self._processes.values())
                 for path, rank in self._ranks.items():
                     rank.fold(self._pending_of(path), now)
                 self._forget(now)
@@ -278,6 +284,7 @@ class Collector:
             ranks = [_without_gaps(rank) for rank in ranks]
         missing = self._missing(processes, ranks, engines)
         notes = sorted({note for process in processes for note in process.facts.get("notes", ())})
+        notes += [f"rank {rank.rank}: {note}" for rank in ranks if rank.gpu for note in rank.gpu.notes]
         notes += self._notes
         loads = [process.load for process in processes if process.load is not None]
         return ServerView(
@@ -338,6 +345,8 @@ class Collector:
                 phase: {name: list(sums) for name, sums in of_phase.items()}
                 for phase, of_phase in rank.operator_floors.items()
             },
+            counters=self._telemetry.counters(facts) if self._telemetry else None,
+            gpu=self._telemetry.gpu(facts) if self._telemetry else None,
             host=self._watches.signals(process),
             host_totals=self._watches.totals(process),
             stall=find_stall(rank, self._pending_of(process.path), now) if armed else None,
@@ -367,9 +376,14 @@ class Collector:
                 missing["mbu_ratio"] = missing["mfu_ratio"] = f"no model of the work: {rank.model_problem}"
             elif rank.peaks is None:
                 device = view.facts.get("device") or {}
+                name = device.get("name", "this device")
+                if view.gpu is not None and view.gpu.mig:
+                    name = f"a MIG slice of {name}"
                 missing["mbu_ratio"] = missing["mfu_ratio"] = (
-                    f"no peak rates for {device.get('name', 'this device')}: run `llmprobe calibrate`"
+                    f"no peak rates for {name}: run `llmprobe calibrate`"
                 )
+            if self._telemetry is not None:
+                missing |= self._telemetry.missing(view.facts)
             missing["launch_gap"] = "gaps inside a step need kernel windows; they are off"
         return missing
 

@@ -9,14 +9,17 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from llmprobe.collect.nvml import Hardware
 from llmprobe.compute.hardware import Peaks, canonical_dtype, lookup
 
 _SCHEMA = 1
+#: NVML's bandwidth beyond this factor of the published one means something else than we think.
+_PLAUSIBLE_RATIO = 1.3
 
 
 @dataclass(frozen=True)
@@ -92,20 +95,26 @@ def save_peaks(calibrations: Iterable[Calibration], path: Path | None = None) ->
     return path
 
 
-def peaks_for(facts: Mapping[str, Any], path: Path | None = None) -> Peaks | None:
+def peaks_for(
+    facts: Mapping[str, Any], path: Path | None = None, gpu: Hardware | None = None
+) -> Peaks | None:
     """The roofs that a worker's utilisation is a ratio of.
 
     Args:
         facts: a journal's facts: ``device`` (``type``, ``name``, ``uuid``, ``threads`` where known) and
             ``model.compute_dtype``.
         path: other than the default file.
+        gpu: what NVML says about the device, where it was asked.
 
     Returns:
-        Published rates if there are any for this device and dtype, so that ratios compare between machines;
-        else measured ones; else None.
+        Published rates if there are any for this device and dtype, so that ratios compare between machines,
+        with NVML's bandwidth where it tells one; else measured ones; else None. A slice of a GPU has no
+        published rates.
     """
     device, dtype = _device_and_dtype(facts)
-    published = lookup(str(device.get("name", "")), dtype)
+    published = None if gpu is not None and gpu.mig else lookup(str(device.get("name", "")), dtype)
+    if published is not None and gpu is not None:
+        published = _with_bandwidth_of(gpu, published)
     return published or _measured(device, dtype, "calibrated", path)
 
 
@@ -113,6 +122,19 @@ def attainable_for(facts: Mapping[str, Any], path: Path | None = None) -> Peaks 
     """What a worker's device reached when it was measured; None if it was not. Arguments as `peaks_for`."""
     device, dtype = _device_and_dtype(facts)
     return _measured(device, dtype, "attainable", path)
+
+
+def _with_bandwidth_of(gpu: Hardware, published: Peaks) -> Peaks:
+    bandwidth = gpu.bandwidth_bytes_per_second
+    if bandwidth is None:
+        return published
+    ratio = bandwidth / published.bandwidth_bytes_per_second
+    clock = (gpu.memory_clock_max_hertz or 0.0) / 1e6
+    told = f"{gpu.bus_width_bits} bit x {clock:.0f} MHz x 2 by NVML"
+    if not 1 / _PLAUSIBLE_RATIO <= ratio <= _PLAUSIBLE_RATIO:
+        return replace(published, detail=f"{published.detail} ({told} is {ratio:.2f} of that: not used)")
+    detail = f"FLOP/s: {published.detail}; bandwidth: {told}"
+    return replace(published, bandwidth_bytes_per_second=bandwidth, detail=detail)
 
 
 def _measured(device: Mapping[str, Any], dtype: str, source: str, path: Path | None) -> Peaks | None:

@@ -177,8 +177,8 @@ class Rank:
         if changed:
             self._said = said
             self.model, self.model_problem = _model(self.process.facts)
-        if changed or self.peaks is None:
-            self.peaks = self._peaks_of(self.process.facts)
+        # Asked again: published peaks are refined once NVML has told of the GPU.
+        self.peaks = self._peaks_of(self.process.facts)
         if changed or self.attainable is None:
             self.attainable = self._attainable_of(self.process.facts)
 

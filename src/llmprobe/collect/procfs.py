@@ -100,3 +100,11 @@ def numa_nodes(root: Path) -> list[frozenset[int]] | None:
     except (OSError, ValueError):
         return None
     return [node for node in nodes if node] or None
+
+
+def parent(text: str) -> int:
+    """The parent's pid, from ``/proc/PID/stat``; 0 if it is in another namespace. Raises ValueError."""
+    fields = text.rpartition(")")[2].split()
+    if len(fields) < 2:
+        raise ValueError(f"not a process's stat: {text[:80]!r}")
+    return int(fields[1])

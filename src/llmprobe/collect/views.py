@@ -41,6 +41,45 @@ class HistogramView:
         return int(self.counts.sum())
 
 
+@dataclass(frozen=True)
+class GpuView:
+    """The GPU that a rank uses, as NVML sees it: the whole GPU, whoever uses it.
+
+    Ratios are means over the last 10 s. None where this GPU or driver does not tell.
+    """
+
+    uuid: str
+    name: str
+    driver_version: str
+    mig: bool  # the rank uses a slice of it
+    bandwidth_bytes_per_second: float | None  # nominal: bus width x highest memory clock x 2
+    dram_active_ratio: float | None
+    tensor_active_ratio: float | None
+    sm_active_ratio: float | None
+    sm_occupancy_ratio: float | None
+    graphics_active_ratio: float | None
+    #: Cumulative since the agent first saw it: counter → ratio x seconds; and the seconds that were counted.
+    active_seconds: dict[str, float]
+    counted_seconds: float
+    power_watts: float | None
+    power_limit_watts: float | None
+    sm_clock_hertz: float | None
+    sm_clock_max_hertz: float | None
+    memory_clock_hertz: float | None
+    memory_clock_max_hertz: float | None
+    memory_used_bytes: int | None
+    memory_capacity_bytes: int | None
+    temperature_celsius: float | None
+    throttle_reasons: dict[str, bool] | None  # `llmprobe.collect.nvml.THROTTLE_REASONS`, now
+    #: Share of the last 10 s in which heat, the power supply or the hardware held the SM clock down; and in
+    #: which the power limit did.
+    throttled_ratio: float | None
+    power_capped_ratio: float | None
+    shared: bool | None  # another process uses it; None if that cannot be told
+    notes: tuple[str, ...] = ()
+    age_seconds: float = 0.0
+
+
 @dataclass
 class RankView:
     """One worker process: one rank of one engine of a server."""
@@ -85,6 +124,8 @@ class RankView:
     kernels: dict[str, KernelEvidence] = field(default_factory=dict)
     #: Hardware counters over the last 10 s; None where they are not read.
     counters: CounterEvidence | None = None
+    #: None where it has none, or NVML does not answer.
+    gpu: GpuView | None = None
     #: Of the worker's process; None while nobody watches it.
     host: HostSignals | None = None
     #: Cumulative, likewise.
