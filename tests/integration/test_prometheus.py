@@ -22,6 +22,7 @@ import pytest
 from engine import complete
 
 from llmprobe.demo.server import VllmServer
+from llmprobe.export.catalogue import SECTIONS
 
 pytestmark = pytest.mark.integration
 
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "integrations/grafana/dashboards/llmprobe.json"
 PROMETHEUS_CONFIG = ROOT / "integrations/prometheus/prometheus.yml"
 DEADLINE_SECONDS = 90.0
+#: Families that only a rank on a GPU has.
+ON_GPU = {family.name for section in SECTIONS if section.title == "GPU" for family in section.families}
 
 
 def free_port() -> int:
@@ -147,6 +150,10 @@ def panel_queries(server: str) -> list[tuple[str, str]]:
     return filled
 
 
+def asks_for_a_gpu(expression: str) -> bool:
+    return not ON_GPU.isdisjoint(re.findall(r"\bllmprobe_\w+", expression))
+
+
 def test_prometheus_scrapes_the_agent_without_complaint(prometheus: str) -> None:
     def scraped() -> dict[str, Any] | None:
         targets = get_json(f"{prometheus}/api/v1/targets")["data"]["activeTargets"]
@@ -158,6 +165,9 @@ def test_prometheus_scrapes_the_agent_without_complaint(prometheus: str) -> None
 def test_every_panel_has_data(prometheus: str, engine: str) -> None:
     queries = panel_queries(engine)
     assert len(queries) > 30
+    (found, *_) = wait_for("engine", lambda: query(prometheus, "llmprobe_hook_info"))
+    if found["metric"]["clock"] != "cuda":
+        queries = [item for item in queries if not asks_for_a_gpu(item[1])]
     waiting = dict.fromkeys(queries)
 
     def all_answered() -> bool:
@@ -170,6 +180,14 @@ def test_every_panel_has_data(prometheus: str, engine: str) -> None:
         wait_for("data behind every panel", all_answered)
     except pytest.fail.Exception:
         pytest.fail("no data behind: " + "; ".join(f"{title}: {expr}" for title, expr in waiting))
+
+
+def test_on_a_cpu_nothing_is_said_about_a_gpu(prometheus: str, engine: str) -> None:
+    (found, *_) = wait_for("engine", lambda: query(prometheus, "llmprobe_hook_info"))
+    if found["metric"]["clock"] == "cuda":
+        pytest.skip("this engine runs on a GPU")
+    assert any(asks_for_a_gpu(expression) for _, expression in panel_queries(engine))
+    assert query(prometheus, '{__name__=~"llmprobe_gpu_.*"}') == []
 
 
 def test_template_variables_find_the_server(prometheus: str, engine: str) -> None:

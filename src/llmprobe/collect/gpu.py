@@ -23,6 +23,7 @@ WINDOW_NS = 10 * 10**9
 _SLOW_EVERY_NS = 5 * 10**9
 #: Beyond it nobody knows what was so between two looks.
 _LONGEST_GAP_NS = 5 * 10**9
+_LOOKS_WITH_COUNTERS = 3
 _HELD_DOWN = ("hardware_slowdown", "software_thermal", "hardware_thermal", "power_brake")
 _LOW_CLOCK_RATIO = 0.97
 
@@ -132,8 +133,11 @@ class GpuWatch:
 
     @property
     def no_counters(self) -> str:
-        """Why there are none; empty if there are."""
-        return self._gpu.no_counters
+        """Why there are none; empty if there are, or will be after a few looks."""
+        if self._gpu.no_counters:
+            return self._gpu.no_counters
+        mute = len(self._looks) >= _LOOKS_WITH_COUNTERS and self.counters(0.0) is None
+        return "NVML counts on this GPU, but gives no values for its memory and tensor cores" if mute else ""
 
     def close(self) -> None:
         """Look no more."""

@@ -26,8 +26,8 @@ from llmprobe.compute.evidence import CounterEvidence
 
 #: Figures that only a GPU's counters give.
 COUNTER_FIGURES = ("gpu_dram_active_ratio", "gpu_tensor_active_ratio")
-#: Figures that NVML gives for any GPU.
-GPU_FIGURES = ("gpu_power_watts",)
+#: Figures that every rank on a GPU should have.
+GPU_FIGURES = ("gpu_power_watts", *COUNTER_FIGURES)
 
 _EVERY_SECONDS = 1.0
 _RETRY_NS = 60 * 10**9
@@ -129,7 +129,7 @@ class Telemetry:
             return {}
         if seen.problem or self._clock() - seen.at_ns > _STALE_NS:
             silent = f"NVML has not answered for {(self._clock() - seen.at_ns) / 1e9:.0f} s"
-            return dict.fromkeys((*GPU_FIGURES, *COUNTER_FIGURES), seen.problem or silent)
+            return dict.fromkeys(GPU_FIGURES, seen.problem or silent)
         return dict.fromkeys(COUNTER_FIGURES, seen.no_counters) if seen.no_counters else {}
 
     def sample(self) -> None:

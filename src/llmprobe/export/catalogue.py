@@ -231,6 +231,95 @@ SECTIONS = (
             Family(
                 "llmprobe_engine_context_switches_total",
                 "counter",
+    Section(
+        "GPU",
+        "Of the GPU that a rank uses, as NVML sees it: the whole GPU, whoever uses it. Read once a second by "
+        "the agent; ratios are means over the last 10 s. Absent on a CPU, and where this GPU or its driver "
+        "does not tell: counters need Hopper or newer, and a GPU that is not split by MIG.",
+        (
+            Family(
+                "llmprobe_gpu_info",
+                "gauge",
+                "info",
+                (*RANK, "gpu_uuid", "gpu_name", "driver_version"),
+                ("reported",),
+                "Always 1. The GPU that the rank uses.",
+            ),
+            Family(
+                "llmprobe_gpu_dram_active_ratio",
+                "gauge",
+                "ratio",
+                RANK,
+                ("counter",),
+                "Share of the memory's bandwidth that was in use, reads and writes.",
+            ),
+            Family(
+                "llmprobe_gpu_sm_active_ratio",
+                "gauge",
+                "ratio",
+                RANK,
+                ("counter",),
+                "Share of time, over all SMs, in which an SM had work. Narrow kernels leave SMs idle, so it "
+                "may be far below the share of time in which the GPU was busy.",
+            ),
+            Family(
+                "llmprobe_gpu_tensor_active_ratio",
+                "gauge",
+                "ratio",
+                RANK,
+                ("counter",),
+                "Share of time, over all SMs, in which tensor cores worked.",
+            ),
+            Family(
+                "llmprobe_gpu_power_watts", "gauge", "watts", RANK, ("measured",), "Power that the GPU draws."
+            ),
+            Family(
+                "llmprobe_gpu_sm_clock_hertz", "gauge", "hertz", RANK, ("measured",), "Clock of the SMs now."
+            ),
+            Family(
+                "llmprobe_gpu_memory_clock_hertz",
+                "gauge",
+                "hertz",
+                RANK,
+                ("measured",),
+                "Clock of the memory now. The nominal bandwidth is that of its highest one.",
+            ),
+            Family(
+                "llmprobe_gpu_throttle_reason",
+                "gauge",
+                "bool",
+                (*RANK, "reason"),
+                ("measured",),
+                "1 while the clocks are held down for this reason: software_power_cap (the power limit; "
+                "usual under heavy matrix products), hardware_thermal, software_thermal, hardware_slowdown "
+                "or power_brake. /api/status has the rarer ones too.",
+            ),
+            Family(
+                "llmprobe_gpu_temperature_celsius",
+                "gauge",
+                "celsius",
+                RANK,
+                ("measured",),
+                "Temperature of the GPU.",
+            ),
+            Family(
+                "llmprobe_gpu_memory_used_bytes",
+                "gauge",
+                "bytes",
+                RANK,
+                ("measured",),
+                "Device memory in use by all processes.",
+            ),
+            Family(
+                "llmprobe_gpu_memory_capacity_bytes",
+                "gauge",
+                "bytes",
+                RANK,
+                ("reported",),
+                "Device memory that there is.",
+            ),
+        ),
+    ),
                 "switches",
                 (*RANK, "kind"),
                 ("measured",),

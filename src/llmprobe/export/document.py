@@ -78,7 +78,7 @@ def _sizes() -> Iterator[str]:
     yield ""
     yield (
         f"An engine's latencies come to {engine} series, a rank's step durations to {rank} (prefill, decode "
-        "and mixed all seen); all that is not a histogram to 7 an engine, at most 100 a rank with those "
+        "and mixed all seen); all that is not a histogram to 7 an engine, at most 150 a rank with those "
         "three phases, and about 50 a server."
     )
 

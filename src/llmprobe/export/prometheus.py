@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from llmprobe.collect.host_threads import OTHER
+from llmprobe.collect.telemetry import GPU_FIGURES
 from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
 from llmprobe.compute.accounting import IDLE_COMPONENTS, NO_PHASE
 from llmprobe.compute.histogram import rebucket
@@ -26,6 +27,9 @@ _FINE = bucket_bounds_seconds()
 #: Components that nobody has measured while they are 0: only kernels tell most of them apart.
 _MAYBE_UNMEASURED = frozenset({"inefficiency", "launch_gap", "communication", "transfer", "blocked"})
 _MOST_THREADS = 3  # of the CPU time of a process, besides all others together
+_THROTTLE_REASONS = frozenset(
+    {"software_power_cap", "hardware_slowdown", "software_thermal", "hardware_thermal", "power_brake"}
+)
 #: Figures that every server should have; `ServerView.missing` says which it lacks.
 EXPECTED_FIGURES = (
     "device_time_seconds",
@@ -134,6 +138,7 @@ def _server(samples: _Samples, view: ServerView) -> None:
         _time(samples, labels, rank)
         _limits(samples, labels, rank)
         _host(samples, labels, rank)
+        _gpu(samples, labels, rank)
         alone = sum(other.engine == rank.engine for other in view.ranks) == 1
         _memory(samples, labels, rank, engines.get(rank.engine), alone)
         _health(samples, labels, rank, view)
@@ -157,7 +162,8 @@ def _verdicts(samples: _Samples, server: tuple[str, ...], view: ServerView) -> N
 
 def figures_of(view: ServerView) -> set[str]:
     """Every figure that is, or should be, known about a server."""
-    return {*EXPECTED_FIGURES, *view.missing}
+    on_gpu = GPU_FIGURES if any(rank.gpu is not None for rank in view.ranks) else ()
+    return {*EXPECTED_FIGURES, *on_gpu, *view.missing}
 
 
 def _engine(samples: _Samples, labels: tuple[str, ...], engine: EngineView) -> None:
@@ -218,6 +224,25 @@ def _host(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
     # Names keep their places for life, so what is summed up here never runs backwards.
     rest = totals.cpu_seconds.get(OTHER, 0.0) + sum(seconds for _, seconds in named[_MOST_THREADS:])
     samples.add("llmprobe_engine_cpu_seconds_total", (*labels, OTHER), rest)
+def _gpu(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+    gpu = rank.gpu
+    if gpu is None:
+        return
+    samples.add("llmprobe_gpu_info", (*labels, gpu.uuid, gpu.name, gpu.driver_version), 1.0)
+    samples.add("llmprobe_gpu_dram_active_ratio", labels, gpu.dram_active_ratio)
+    samples.add("llmprobe_gpu_sm_active_ratio", labels, gpu.sm_active_ratio)
+    samples.add("llmprobe_gpu_tensor_active_ratio", labels, gpu.tensor_active_ratio)
+    samples.add("llmprobe_gpu_power_watts", labels, gpu.power_watts)
+    samples.add("llmprobe_gpu_sm_clock_hertz", labels, gpu.sm_clock_hertz)
+    samples.add("llmprobe_gpu_memory_clock_hertz", labels, gpu.memory_clock_hertz)
+    for reason, now in (gpu.throttle_reasons or {}).items():
+        if reason in _THROTTLE_REASONS:
+            samples.add("llmprobe_gpu_throttle_reason", (*labels, reason), float(now))
+    samples.add("llmprobe_gpu_temperature_celsius", labels, gpu.temperature_celsius)
+    samples.add("llmprobe_gpu_memory_used_bytes", labels, gpu.memory_used_bytes)
+    samples.add("llmprobe_gpu_memory_capacity_bytes", labels, gpu.memory_capacity_bytes)
+
+
     samples.add("llmprobe_engine_run_queue_seconds_total", labels, totals.run_queue_seconds)
     for kind, switches in totals.context_switches.items():
         samples.add("llmprobe_engine_context_switches_total", (*labels, kind), switches)

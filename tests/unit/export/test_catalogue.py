@@ -75,8 +75,9 @@ def test_series_stay_within_the_budget() -> None:
         for sample in family.samples
     ]
     plain = [sample for sample in samples if not _SUFFIX.search(sample.name)]
-    assert len(plain) <= 150
-    assert len(samples) <= 420
+    assert sum("rank" in sample.labels for sample in plain) <= 150
+    assert sum("rank" not in sample.labels for sample in plain) <= 60
+    assert len(samples) <= 480
 
 
 def test_metrics_page_is_what_the_generator_prints() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from llmprobe.collect.host import MOST_LABELS, HostTotals
-from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
+from llmprobe.collect.nvml import THROTTLE_REASONS
+from llmprobe.collect.views import EngineView, GpuView, HistogramView, RankView, ServerView
 from llmprobe.compute.accounting import COMPONENTS
 from llmprobe.compute.advice import Advice
 from llmprobe.compute.evidence import Evidence
@@ -38,6 +39,37 @@ def figures(**changes: Any) -> PhaseFigures:
     return PhaseFigures(**{**values, **changes})
 
 
+def gpu(**changes: Any) -> GpuView:
+    view = GpuView(
+        uuid="GPU-1",
+        name="NVIDIA H100 80GB HBM3",
+        driver_version="580.159",
+        mig=False,
+        bandwidth_bytes_per_second=3352e9,
+        dram_active_ratio=0.6,
+        tensor_active_ratio=0.1,
+        sm_active_ratio=0.7,
+        sm_occupancy_ratio=0.3,
+        graphics_active_ratio=0.99,
+        active_seconds={"dram_active": 6.0},
+        counted_seconds=10.0,
+        power_watts=400.0,
+        power_limit_watts=700.0,
+        sm_clock_hertz=1980e6,
+        sm_clock_max_hertz=1980e6,
+        memory_clock_hertz=2619e6,
+        memory_clock_max_hertz=2619e6,
+        memory_used_bytes=70_000_000_000,
+        memory_capacity_bytes=85_520_809_984,
+        temperature_celsius=45.0,
+        throttle_reasons=dict.fromkeys(THROTTLE_REASONS, False),
+        throttled_ratio=0.0,
+        power_capped_ratio=0.0,
+        shared=False,
+    )
+    return dataclasses.replace(view, **changes)
+
+
 def rank(**changes: Any) -> RankView:
     view = RankView(
         engine=0,
@@ -64,6 +96,7 @@ def rank(**changes: Any) -> RankView:
         errors=1,
         dropped=2,
         lost=3,
+        gpu=gpu(),
         host_totals=HostTotals(
             {"main": 9.0, **{f"name{number}": 1.5 for number in range(MOST_LABELS - 2)}, "other": 0.5},
             {"minor": 100, "major": 0},
