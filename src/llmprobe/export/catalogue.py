@@ -199,39 +199,6 @@ SECTIONS = (
         ),
     ),
     Section(
-        "Host of the engine",
-        "Of each worker's process, read from /proc and cgroups once a second, at no cost to the engine. "
-        "Absent where this kernel or container does not tell, or shows another namespace.",
-        (
-            Family(
-                "llmprobe_step_stalled",
-                "gauge",
-                "bool",
-                RANK,
-                ("measured",),
-                "1 while the rank has been in one step, or without one, for longer than its own recent steps "
-                "explain, with work pending; /api/status says in which.",
-            ),
-            Family(
-                "llmprobe_engine_cpu_seconds_total",
-                "counter",
-                "seconds",
-                (*RANK, "thread"),
-                ("measured",),
-                "CPU time by thread: main, at most two names, and other for all the rest.",
-            ),
-            Family(
-                "llmprobe_engine_run_queue_seconds_total",
-                "counter",
-                "seconds",
-                RANK,
-                ("measured",),
-                "Time in which a thread could have run but waited for a core, all threads together.",
-            ),
-            Family(
-                "llmprobe_engine_context_switches_total",
-                "counter",
-    Section(
         "GPU",
         "Of the GPU that a rank uses, as NVML sees it: the whole GPU, whoever uses it. Read once a second by "
         "the agent; ratios are means over the last 10 s. Absent on a CPU, and where this GPU or its driver "
@@ -320,6 +287,39 @@ SECTIONS = (
             ),
         ),
     ),
+    Section(
+        "Host of the engine",
+        "Of each worker's process, read from /proc and cgroups once a second, at no cost to the engine. "
+        "Absent where this kernel or container does not tell, or shows another namespace.",
+        (
+            Family(
+                "llmprobe_step_stalled",
+                "gauge",
+                "bool",
+                RANK,
+                ("measured",),
+                "1 while the rank has been in one step, or without one, for longer than its own recent steps "
+                "explain, with work pending; /api/status says in which.",
+            ),
+            Family(
+                "llmprobe_engine_cpu_seconds_total",
+                "counter",
+                "seconds",
+                (*RANK, "thread"),
+                ("measured",),
+                "CPU time by thread: main, at most two names, and other for all the rest.",
+            ),
+            Family(
+                "llmprobe_engine_run_queue_seconds_total",
+                "counter",
+                "seconds",
+                RANK,
+                ("measured",),
+                "Time in which a thread could have run but waited for a core, all threads together.",
+            ),
+            Family(
+                "llmprobe_engine_context_switches_total",
+                "counter",
                 "switches",
                 (*RANK, "kind"),
                 ("measured",),

@@ -137,8 +137,8 @@ def _server(samples: _Samples, view: ServerView) -> None:
         labels = (*server, str(rank.engine), str(rank.rank))
         _time(samples, labels, rank)
         _limits(samples, labels, rank)
-        _host(samples, labels, rank)
         _gpu(samples, labels, rank)
+        _host(samples, labels, rank)
         alone = sum(other.engine == rank.engine for other in view.ranks) == 1
         _memory(samples, labels, rank, engines.get(rank.engine), alone)
         _health(samples, labels, rank, view)
@@ -212,18 +212,6 @@ def _limits(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
         samples.add("llmprobe_ridge_flops_per_byte", labels, peaks.ridge_flops_per_byte)
 
 
-def _host(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
-    if rank.armed and not rank.inert:
-        samples.add("llmprobe_step_stalled", labels, float(rank.stall is not None))
-    totals = rank.host_totals
-    if totals is None:
-        return
-    named = [item for item in totals.cpu_seconds.items() if item[0] != OTHER]
-    for thread, seconds in named[:_MOST_THREADS]:
-        samples.add("llmprobe_engine_cpu_seconds_total", (*labels, thread), seconds)
-    # Names keep their places for life, so what is summed up here never runs backwards.
-    rest = totals.cpu_seconds.get(OTHER, 0.0) + sum(seconds for _, seconds in named[_MOST_THREADS:])
-    samples.add("llmprobe_engine_cpu_seconds_total", (*labels, OTHER), rest)
 def _gpu(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
     gpu = rank.gpu
     if gpu is None:
@@ -243,6 +231,18 @@ def _gpu(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
     samples.add("llmprobe_gpu_memory_capacity_bytes", labels, gpu.memory_capacity_bytes)
 
 
+def _host(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+    if rank.armed and not rank.inert:
+        samples.add("llmprobe_step_stalled", labels, float(rank.stall is not None))
+    totals = rank.host_totals
+    if totals is None:
+        return
+    named = [item for item in totals.cpu_seconds.items() if item[0] != OTHER]
+    for thread, seconds in named[:_MOST_THREADS]:
+        samples.add("llmprobe_engine_cpu_seconds_total", (*labels, thread), seconds)
+    # Names keep their places for life, so what is summed up here never runs backwards.
+    rest = totals.cpu_seconds.get(OTHER, 0.0) + sum(seconds for _, seconds in named[_MOST_THREADS:])
+    samples.add("llmprobe_engine_cpu_seconds_total", (*labels, OTHER), rest)
     samples.add("llmprobe_engine_run_queue_seconds_total", labels, totals.run_queue_seconds)
     for kind, switches in totals.context_switches.items():
         samples.add("llmprobe_engine_context_switches_total", (*labels, kind), switches)
