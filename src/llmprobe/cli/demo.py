@@ -22,6 +22,7 @@ from llmprobe.cli.demo_view import comparison, progress, watch
 from llmprobe.cli.output import err, out, print_json
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.peaks import attainable_for, load_peaks, peaks_for, peaks_path
+from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.views import ServerView
 from llmprobe.demo.client import BenchClient, ClientFailed, ClientResult, Load, client_environment
 from llmprobe.demo.model import is_made
@@ -80,7 +81,14 @@ def _serve(model: Path, seconds: float, keep: bool, as_json: bool, stack: contex
         server.wait_ready(600, show)
         metrics = server.wait_agent() + "/metrics"
     err.print(f"the server is ready; its metrics: [bold]{metrics}[/]")
-    collector = Collector(directory, peaks=peaks_for, attainable=attainable_for)
+    telemetry = Telemetry()
+    stack.callback(telemetry.close)
+    collector = Collector(
+        directory,
+        peaks=lambda facts: peaks_for(facts, gpu=telemetry.hardware(facts)),
+        attainable=attainable_for,
+        telemetry=telemetry,
+    )
     stack.callback(collector.close)
     begin = _views(collector)
     runs = []

@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 from llmprobe.cli.console import fail
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.peaks import attainable_for, peaks_for
+from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.export.report import report, text
 from llmprobe.settings import Settings, SettingsError
@@ -170,11 +171,13 @@ def _watch(
     thresholds, problem = load_thresholds(settings.thresholds)
     if problem:
         typer.echo(f"llmprobe: {problem}", err=True)
+    telemetry = Telemetry()
     collector = Collector(
         settings.directory,
-        peaks=peaks_for,
+        peaks=lambda facts: peaks_for(facts, gpu=telemetry.hardware(facts)),
         attainable=attainable_for,
         thresholds=thresholds,
+        telemetry=telemetry,
         only_group=environment["LLMPROBE_GROUP"],
         keep_dead=True,
     )
@@ -190,6 +193,7 @@ def _watch(
     collector.tick(final=True)
     document = report(collector.views())
     collector.close()
+    telemetry.close()
     document.update(command=command, started=started, seconds=time.time() - started, exit_code=_status(code))
     return _status(code), document
 

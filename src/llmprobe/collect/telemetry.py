@@ -50,7 +50,6 @@ class _Seen:
     view: GpuView | None = None
     counters: CounterEvidence | None = None
     no_counters: str = ""
-    hardware: Hardware | None = None
     problem: str = ""
 
 
@@ -80,6 +79,7 @@ class Telemetry:
         self._ended = threading.Event()
         self._uses: Mapping[str, _Use] = {}
         self._seen: Mapping[str, _Seen] = {}
+        self._hardware: dict[str, Hardware] = {}  # of every GPU that was ever seen
         self._nvml: Nvml | None = None
         self._watches: dict[str, GpuWatch] = {}
         self._retry_ns: dict[str, int] = {}  # GPU, or "" for NVML itself → not to be tried before
@@ -117,9 +117,8 @@ class Telemetry:
         )
 
     def hardware(self, facts: Mapping[str, Any]) -> Hardware | None:
-        """What does not change about it; None before it was seen."""
-        seen = self._seen.get(gpu_of(facts))
-        return seen.hardware if seen is not None else None
+        """What does not change about it; None before it was seen. Known for good from then on."""
+        return self._hardware.get(gpu_of(facts))
 
     def missing(self, facts: Mapping[str, Any]) -> dict[str, str]:
         """Figure → why it is not known, of a rank with these facts; empty where it uses no GPU."""
@@ -166,11 +165,8 @@ class Telemetry:
             watch = self._watch_of(uuid, now)
             if watch is None:
                 return _Seen(now, problem=self._problems.get(uuid) or self._problems.get("", ""))
-            watch.sample(
-                now,
-                lambda listed, used: users(listed, use.own, use.ranks, used, self._root),
-            )
-            return _Seen(now, watch.view(), watch.counters(0.0), watch.no_counters, watch.hardware)
+            watch.sample(now, lambda listed, used: users(listed, use.own, use.ranks, used, self._root))
+            return _Seen(now, watch.view(), watch.counters(0.0), watch.no_counters)
         except Exception as error:  # noqa: BLE001 - a GPU that goes, or NVML's surprises, must not end the rest
             self._drop(uuid)
             self._failed(uuid, error, now)
@@ -191,6 +187,7 @@ class Telemetry:
                 return None
         self._problems.pop("", None)
         watch = self._watches[uuid] = GpuWatch(self._nvml.gpu(uuid))
+        self._hardware[uuid] = watch.hardware
         self._problems.pop(uuid, None)
         return watch
 
