@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from llmprobe.cli.checks import Check, machine, packages, probe
+from llmprobe.cli.checks import Check, gpus, machine, packages, probe
 from llmprobe.cli.output import out, print_json
 
 _STYLES = {"ok": "green", "not ok": "yellow", "absent": "dim"}
@@ -40,6 +40,7 @@ def doctor(
 def all_checks(environ: Mapping[str, str]) -> list[Check]:
     """Every check, in the order in which they are shown."""
     settings_check, settings = probe.settings(environ)
+    seen = gpus.look()
     return [
         packages.python(),
         packages.torch(),
@@ -52,10 +53,11 @@ def all_checks(environ: Mapping[str, str]) -> list[Check]:
         probe.shared_memory(settings.directory),
         probe.port(settings.listen, settings.directory),
         probe.agent(settings.directory),
-        machine.gpu(),
-        machine.gpm(),
+        gpus.present(seen),
+        gpus.counters(seen),
+        *((gpus.slices(seen), gpus.clocks(seen), gpus.users(seen)) if seen.found else ()),
         machine.profiling_permission(),
-        machine.peaks(),
+        machine.peaks(seen),
         packages.nvtx(),
         packages.nsys(),
     ]

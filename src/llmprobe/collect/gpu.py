@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from llmprobe.collect.gpu_clocks import held_down_by, held_down_note, limit_notes, power_capped
 from llmprobe.collect.gpu_users import Users
 from llmprobe.collect.nvml import (
-    IDLE_REASON,
     THROTTLE_REASONS,
     Gpu,
     GpuProcess,
@@ -24,22 +24,23 @@ _SLOW_EVERY_NS = 5 * 10**9
 #: Beyond it nobody knows what was so between two looks.
 _LONGEST_GAP_NS = 5 * 10**9
 _LOOKS_WITH_COUNTERS = 3
-_HELD_DOWN = ("hardware_slowdown", "software_thermal", "hardware_thermal", "power_brake")
-_LOW_CLOCK_RATIO = 0.97
 
 #: What NVML lists and the memory in use → who uses the GPU.
 WhoUses = Callable[["list[GpuProcess] | None", "int | None"], Users]
 
 
 class _Look(NamedTuple):
-    """One second, or what was between two looks. ``ratios`` are means over it."""
+    """What was between two looks. ``ratios`` are means over it; the rest is as of its end."""
 
     begin_ns: int
     end_ns: int
     ratios: dict[str, float]
-    held_down: bool | None
+    held_down_by: tuple[str, ...] | None
     power_capped: bool | None
-    reasons: int
+
+    @property
+    def length_ns(self) -> int:
+        return self.end_ns - self.begin_ns
 
 
 class GpuWatch:
@@ -90,7 +91,6 @@ class GpuWatch:
         """As of the last look."""
         hardware, now, slow = self.hardware, self._readings, self._slow
         reasons = now.clocks_event_reasons
-        means = {name: self._mean(name) for name in ("dram_active", "tensor_active", "sm_active")}
         users = self._users_now()
         return GpuView(
             uuid=hardware.uuid,
@@ -98,11 +98,11 @@ class GpuWatch:
             driver_version=hardware.driver_version,
             mig=hardware.mig,
             bandwidth_bytes_per_second=hardware.bandwidth_bytes_per_second,
-            dram_active_ratio=means["dram_active"],
-            tensor_active_ratio=means["tensor_active"],
-            sm_active_ratio=means["sm_active"],
-            sm_occupancy_ratio=self._mean("sm_occupancy"),
-            graphics_active_ratio=self._mean("graphics_active"),
+            dram_active_ratio=self._ratio("dram_active"),
+            tensor_active_ratio=self._ratio("tensor_active"),
+            sm_active_ratio=self._ratio("sm_active"),
+            sm_occupancy_ratio=self._ratio("sm_occupancy"),
+            graphics_active_ratio=self._ratio("graphics_active"),
             active_seconds=dict(self._active),
             counted_seconds=self._counted,
             power_watts=now.power_watts,
@@ -117,19 +117,19 @@ class GpuWatch:
             throttle_reasons=None
             if reasons is None
             else {name: bool(reasons & bit) for name, bit in THROTTLE_REASONS.items()},
-            throttled_ratio=self._share([(look, look.held_down) for look in self._looks]),
-            power_capped_ratio=self._share([(look, look.power_capped) for look in self._looks]),
+            throttled_ratio=self._throttled_ratio(),
+            power_capped_ratio=self._mean(lambda look: look.power_capped),
             shared=users.shared,
             notes=tuple(self._notes(users)),
         )
 
     def counters(self, age_seconds: float) -> CounterEvidence | None:
         """Counters over the last 10 s; None where there are none, or not yet."""
-        dram, tensor = self._mean("dram_active"), self._mean("tensor_active")
+        dram, tensor = self._ratio("dram_active"), self._ratio("tensor_active")
         if dram is None or tensor is None:
             return None
         shared = self._users_now().shared
-        return CounterEvidence(dram, tensor, self._mean("sm_active"), age_seconds, shared)
+        return CounterEvidence(dram, tensor, self._ratio("sm_active"), age_seconds, shared)
 
     @property
     def no_counters(self) -> str:
@@ -144,32 +144,27 @@ class GpuWatch:
         self._gpu.close()
 
     def _take(self, begin_ns: int, end_ns: int, ratios: dict[str, float]) -> None:
-        reasons, clock = self._readings.clocks_event_reasons, self._readings.sm_clock_hertz
-        most = self.hardware.sm_clock_max_hertz
-        low = clock is None or most is None or clock < _LOW_CLOCK_RATIO * most
-        held = capped = None
-        if reasons is not None:
-            held = low and any(reasons & THROTTLE_REASONS[name] for name in _HELD_DOWN)
-            capped = low and bool(reasons & THROTTLE_REASONS["software_power_cap"])
-        self._looks.append(_Look(begin_ns, end_ns, ratios, held, capped, reasons or 0))
+        hardware, now = self.hardware, self._readings
+        held, capped = held_down_by(hardware, now), power_capped(hardware, now)
+        look = _Look(begin_ns, end_ns, ratios, held, capped)
+        self._looks.append(look)
         if ratios:
-            seconds = (end_ns - begin_ns) / 1e9
+            seconds = look.length_ns / 1e9
             self._counted += seconds
             for name, ratio in ratios.items():
                 self._active[name] = self._active.get(name, 0.0) + ratio * seconds
 
-    def _mean(self, name: str) -> float | None:
-        known = [
-            (look.end_ns - look.begin_ns, look.ratios[name]) for look in self._looks if name in look.ratios
-        ]
+    def _mean(self, value: Callable[[_Look], float | None]) -> float | None:
+        """Over the window, of the looks that have one."""
+        known = [(look.length_ns, found) for look in self._looks if (found := value(look)) is not None]
         total = sum(length for length, _ in known)
-        return sum(length * ratio for length, ratio in known) / total if total else None
+        return sum(length * found for length, found in known) / total if total else None
 
-    @staticmethod
-    def _share(looks: list[tuple[_Look, bool | None]]) -> float | None:
-        known = [(look.end_ns - look.begin_ns, found) for look, found in looks if found is not None]
-        total = sum(length for length, _ in known)
-        return sum(length for length, found in known if found) / total if total else None
+    def _ratio(self, counter: str) -> float | None:
+        return self._mean(lambda look: look.ratios.get(counter))
+
+    def _throttled_ratio(self) -> float | None:
+        return self._mean(lambda look: None if look.held_down_by is None else float(bool(look.held_down_by)))
 
     def _users_now(self) -> Users:
         """Whoever was there in the window; else as of the last look."""
@@ -177,28 +172,10 @@ class GpuWatch:
         return next((users for users in reversed(seen) if users.shared), seen[-1] if seen else Users(None))
 
     def _notes(self, users: Users) -> list[str]:
-        hardware, now, slow = self.hardware, self._readings, self._slow
         notes = []
-        throttled = self._share([(look, look.held_down) for look in self._looks])
-        if throttled:
-            seen = 0
-            for look in self._looks:
-                seen |= look.reasons if look.held_down else 0
-            why = ", ".join(name for name in _HELD_DOWN if seen & THROTTLE_REASONS[name])
-            clocks = f"{_megahertz(now.sm_clock_hertz)} of {_megahertz(hardware.sm_clock_max_hertz)}"
-            notes.append(f"clocks are held down {throttled:.0%} of the time ({why}): SM {clocks}")
-        limit, default = slow.power_limit_watts, hardware.power_limit_default_watts
-        if limit is not None and default is not None and limit < 0.99 * default:
-            notes.append(f"its power limit is {limit:.0f} W, {default:.0f} W by default")
-        clock, most = now.memory_clock_hertz, hardware.memory_clock_max_hertz
-        working = now.clocks_event_reasons is not None and not now.clocks_event_reasons & IDLE_REASON
-        if working and clock is not None and most is not None and clock < _LOW_CLOCK_RATIO * most:
-            clocks = f"{_megahertz(clock)} of {_megahertz(most)}"
-            notes.append(f"its memory runs at {clocks}; MBU is a ratio of the full clock's bandwidth")
-        if users.note:
-            notes.append(users.note)
-        return notes
-
-
-def _megahertz(hertz: float | None) -> str:
-    return "?" if hertz is None else f"{hertz / 1e6:.0f} MHz"
+        if throttled := self._throttled_ratio():
+            reasons = dict.fromkeys(reason for look in self._looks for reason in look.held_down_by or ())
+            when = f"{throttled:.0%} of the time"
+            notes.append(held_down_note(self.hardware, self._readings, reasons, when))
+        notes += limit_notes(self.hardware, self._readings, self._slow)
+        return [*notes, users.note] if users.note else notes

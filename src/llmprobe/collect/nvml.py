@@ -121,6 +121,9 @@ class Gpu(Protocol):
 class Nvml(Protocol):
     """The library, initialised."""
 
+    def uuids(self) -> list[str]:
+        """Every GPU that is visible here, in NVML's order. Raises `NvmlError`."""
+
     def gpu(self, uuid: str) -> Gpu:
         """The GPU that CUDA calls ``uuid`` (``GPU-…``). Raises `NvmlError`."""
 
@@ -148,6 +151,13 @@ class PyNvml:
         self._library = library
         with _raising(library, "NVML"):
             library.nvmlInit()
+
+    def uuids(self) -> list[str]:
+        """See `Nvml.uuids`."""
+        library = self._library
+        with _raising(library, "NVML"):
+            handles = [library.nvmlDeviceGetHandleByIndex(i) for i in range(library.nvmlDeviceGetCount())]
+            return [_text(library.nvmlDeviceGetUUID(handle)) for handle in handles]
 
     def gpu(self, uuid: str) -> Gpu:
         """See `Nvml.gpu`."""

@@ -13,6 +13,7 @@ import pytest
 
 import llmprobe
 from llmprobe.cli.checks import Check, machine, packages, probe
+from llmprobe.cli.checks.gpus import Gpus
 from llmprobe.collect.peaks import Calibration, cpu_key, save_peaks
 from llmprobe.settings import Settings
 
@@ -171,12 +172,10 @@ def test_counters_for_root_only(tmp_path):
 
 def test_peaks_are_missing_until_measured(tmp_path):
     path = tmp_path / "peaks.json"
-    if machine.gpu().state == "ok":
-        pytest.skip("on a machine with GPUs their peaks count")
-    assert machine.peaks(path).state == "not ok"
+    assert machine.peaks(Gpus(), path).state == "not ok"
     cpus = os.cpu_count() or 1
     save_peaks([Calibration(cpu_key("X", cpus, 1), "X", 1e10, {"float32": 1e11}, 0.0, 1)], path)
-    assert machine.peaks(path).state == "ok"
+    assert machine.peaks(Gpus(), path).state == "ok"
 
 
 def test_defaults_are_used_for_the_other_checks_when_a_setting_is_wrong():

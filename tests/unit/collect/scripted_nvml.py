@@ -86,6 +86,9 @@ class ScriptedNvml:
             raise NvmlError(self.problem)
         return self
 
+    def uuids(self) -> list[str]:
+        return list(self.gpus)
+
     def gpu(self, uuid: str) -> ScriptedGpu:
         if uuid not in self.gpus:
             raise NvmlError(f"{uuid} is no GPU that NVML shows here: Not Found")
