@@ -35,6 +35,8 @@ GPM_METRICS: dict[str, int] = {
     "dram_active": 10,
 }
 
+_MOST_FAILURES = 3
+
 _T = TypeVar("_T")
 
 
@@ -184,6 +186,7 @@ class _PyGpu:
         self._asked: Any = None
         self._samples: list[Any] = []
         self._counted = False
+        self._failures = 0  # of counting, one after the other
         mode = self._maybe(lambda: library.nvmlDeviceGetMigMode(handle)[0])
         self.hardware = Hardware(
             uuid=uuid,
@@ -233,22 +236,26 @@ class _PyGpu:
         return [GpuProcess(int(entry.pid), entry.usedGpuMemory) for entry in found]
 
     def ratios(self) -> Mapping[str, float] | None:
-        library = self._library
         if self.no_counters:
             return None
-        with _raising(library, self._uuid):
-            before, now = self._samples
+        library = self._library
+        before, now = self._samples
+        asked = self._asked
+        try:
             library.nvmlGpmSampleGet(self._handle, now)
             self._samples = [now, before]
             if not self._counted:
                 self._counted = True
                 return None
-            asked = self._asked
             asked.version, asked.numMetrics = library.NVML_GPM_METRICS_GET_VERSION, len(GPM_METRICS)
             asked.sample1, asked.sample2 = before, now
             for index, metric in enumerate(GPM_METRICS.values()):
                 asked.metrics[index].metricId = metric
             library.nvmlGpmMetricsGet(asked)
+        except library.NVMLError as error:
+            self._counters_failed(error)
+            return None
+        self._failures = 0
         answers = zip(GPM_METRICS, asked.metrics[: len(GPM_METRICS)], strict=True)
         return {
             name: min(max(answer.value / 100, 0.0), 1.0)
@@ -261,6 +268,15 @@ class _PyGpu:
         for sample in samples:
             with contextlib.suppress(self._library.NVMLError):
                 self._library.nvmlGpmSampleFree(sample)
+
+    def _counters_failed(self, error: Any) -> None:
+        """Virtual GPUs claim to count and then fail; the rest of what NVML tells does not depend on it."""
+        self._raise_if_gone(error)
+        self._counted = False
+        self._failures += 1
+        if self._failures >= _MOST_FAILURES:
+            self.no_counters = f"NVML refuses counters: {error}"
+            self.close()
 
     def _prepare_counters(self) -> str:
         library = self._library
@@ -290,15 +306,18 @@ class _PyGpu:
         except AttributeError:
             return None
         except library.NVMLError as error:
-            gone = (
-                library.NVML_ERROR_GPU_IS_LOST,
-                library.NVML_ERROR_RESET_REQUIRED,
-                library.NVML_ERROR_UNINITIALIZED,
-                library.NVML_ERROR_DRIVER_NOT_LOADED,
-            )
-            if error.value in gone:
-                raise NvmlError(f"{self._uuid}: {error}") from None
+            self._raise_if_gone(error)
             return None
+
+    def _raise_if_gone(self, error: Any) -> None:
+        library = self._library
+        if error.value in (
+            library.NVML_ERROR_GPU_IS_LOST,
+            library.NVML_ERROR_RESET_REQUIRED,
+            library.NVML_ERROR_UNINITIALIZED,
+            library.NVML_ERROR_DRIVER_NOT_LOADED,
+        ):
+            raise NvmlError(f"{self._uuid}: {error}") from None
 
 
 @contextlib.contextmanager

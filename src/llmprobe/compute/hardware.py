@@ -105,7 +105,13 @@ DEVICES = (
         _rates(209.5, tf32=104.8, fp8=419, int8=838, fp4=1676, float32=104.8),
         "NVIDIA RTX Blackwell GPU Architecture whitepaper, FP32 accumulation",
     ),
-    Device(r"h100 pcie", 2039, _rates(756, tf32=378, fp8=1513, int8=1513, float32=51.2), _H100_PAPER),
+    # The product brief rounds to 2000 GB/s what its 5120 bit at 1593 MHz come to.
+    Device(
+        r"h100 pcie",
+        2039,
+        _rates(756, tf32=378, fp8=1513, int8=1513, float32=51.2),
+        f"{_H100_PAPER}; NVIDIA H100 PCIe product brief PB-11133 (bandwidth)",
+    ),
     Device(r"h100 (sxm5 )?80gb hbm3", 3352, _HOPPER, _H100_PAPER),
     Device(r"h100 nvl", 3938, _HOPPER_NVL, "NVIDIA H100 NVL datasheet, halved to dense"),
     Device(r"h200", 4800, _HOPPER, "NVIDIA H200 datasheet, halved to dense"),
@@ -116,9 +122,9 @@ DEVICES = (
     ),
     Device(
         r"b200",
-        8000,
+        7700,
         _rates(2250, tf32=1125, fp8=4500, int8=4500, fp4=9000, float32=75),
-        "NVIDIA DGX B200 datasheet, per GPU, dense",
+        "NVIDIA Blackwell datasheet, HGX B200 (180 GB), per GPU, halved to dense",
     ),
     Device(
         r"gb200",

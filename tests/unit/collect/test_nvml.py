@@ -225,6 +225,32 @@ def test_a_counter_that_is_no_number_is_absent() -> None:
     assert found.ratios() == {"sm_active": 0.5}
 
 
+def test_counting_that_keeps_failing_is_given_up_and_the_rest_goes_on() -> None:
+    library = Library(nvmlGpmSampleGet=pynvml.NVML_ERROR_UNKNOWN)
+    found = PyNvml(library).gpu("GPU-1")
+    for _ in range(2):
+        assert found.ratios() is None
+        assert found.no_counters == ""
+    assert found.ratios() is None
+    assert found.no_counters == "NVML refuses counters: Unknown Error"
+    assert len(library.freed) == 2
+    assert found.readings().power_watts == 412.5
+
+
+def test_counting_that_failed_once_starts_anew() -> None:
+    library = Library()
+    found = PyNvml(library).gpu("GPU-1")
+    found.ratios()
+    good, library.answers["nvmlGpmMetricsGet"] = (
+        library.answers["nvmlGpmMetricsGet"],
+        pynvml.NVML_ERROR_NO_DATA,
+    )
+    assert found.ratios() is None
+    library.answers["nvmlGpmMetricsGet"] = good
+    assert found.ratios() is None, "since when is not known"
+    assert found.ratios() is not None
+
+
 def test_samples_are_freed() -> None:
     library = Library()
     found = PyNvml(library).gpu("GPU-1")

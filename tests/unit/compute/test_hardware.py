@@ -31,7 +31,7 @@ from llmprobe.compute.hardware import DEVICES, Peaks, canonical_dtype, lookup, n
         ("NVIDIA H200", "bfloat16", 4800, 989.4),
         ("NVIDIA GH200 480GB", "bfloat16", 4000, 989.4),
         ("NVIDIA GH200 144G HBM3e", "bfloat16", 4900, 989.4),
-        ("NVIDIA B200", "nvfp4", 8000, 9000),
+        ("NVIDIA B200", "nvfp4", 7700, 9000),
         ("NVIDIA GB200", "bfloat16", 8000, 2500),
     ],
 )
@@ -84,6 +84,26 @@ def test_the_ridge_is_where_the_roofs_meet() -> None:
     assert Peaks(2e12, 1e15, "bfloat16", "nominal", "").ridge_flops_per_byte == 500
 
 
-def test_bandwidth_from_nvml_s_figures() -> None:
-    assert nominal_bandwidth(5120, 2619) == pytest.approx(3352e9, rel=1e-4)  # H100 SXM
-    assert nominal_bandwidth(384, 10501) == pytest.approx(1008e9, rel=1e-3)  # RTX 4090
+@pytest.mark.parametrize(
+    ("name", "bus_bits", "megahertz"),  # as nvidia-smi and deviceQuery show them
+    [
+        ("NVIDIA A100-SXM4-40GB", 5120, 1215),
+        ("NVIDIA A100-SXM4-80GB", 5120, 1593),
+        ("NVIDIA A100 80GB PCIe", 5120, 1512),
+        ("NVIDIA H100 80GB HBM3", 5120, 2619),
+        ("NVIDIA H100 PCIe", 5120, 1593),
+        ("NVIDIA A10", 384, 6251),
+        ("NVIDIA L4", 192, 6251),
+        ("NVIDIA L40S", 384, 9001),
+        ("NVIDIA GeForce RTX 4090", 384, 10501),
+        ("NVIDIA GeForce RTX 5090", 512, 14001),
+    ],
+)
+def test_bandwidth_from_nvml_s_figures_is_what_is_published(
+    name: str, bus_bits: int, megahertz: float
+) -> None:
+    published = lookup(name, "bfloat16")
+    assert published is not None
+    assert nominal_bandwidth(bus_bits, megahertz) == pytest.approx(
+        published.bandwidth_bytes_per_second, rel=2e-3
+    )
