@@ -346,6 +346,7 @@ class Collector:
                 for phase, of_phase in rank.operator_floors.items()
             },
             counters=self._telemetry.counters(facts) if self._telemetry else None,
+            counters_lately=self._telemetry.counters_lately(facts) if self._telemetry else None,
             gpu=self._telemetry.gpu(facts) if self._telemetry else None,
             host=self._watches.signals(process),
             host_totals=self._watches.totals(process),

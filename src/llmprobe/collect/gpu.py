@@ -19,7 +19,8 @@ from llmprobe.collect.nvml import (
 from llmprobe.collect.views import GpuView
 from llmprobe.compute.evidence import CounterEvidence
 
-WINDOW_NS = 10 * 10**9
+WINDOW_SECONDS = 10.0
+_WINDOW_NS = round(WINDOW_SECONDS * 1e9)
 _SLOW_EVERY_NS = 5 * 10**9
 #: Beyond it nobody knows what was so between two looks.
 _LONGEST_GAP_NS = 5 * 10**9
@@ -82,9 +83,9 @@ class GpuWatch:
         if self._at_ns is not None and now_ns - self._at_ns < _LONGEST_GAP_NS:
             self._take(self._at_ns, now_ns, dict(ratios or {}))
         self._at_ns = now_ns
-        while self._looks and self._looks[0].end_ns <= now_ns - WINDOW_NS:
+        while self._looks and self._looks[0].end_ns <= now_ns - _WINDOW_NS:
             self._looks.popleft()
-        while len(self._users) > 1 and self._users[1][0] <= now_ns - WINDOW_NS:
+        while len(self._users) > 1 and self._users[1][0] <= now_ns - _WINDOW_NS:
             self._users.popleft()
 
     def view(self) -> GpuView:
@@ -123,20 +124,21 @@ class GpuWatch:
             notes=tuple(self._notes(users)),
         )
 
-    def counters(self, age_seconds: float) -> CounterEvidence | None:
-        """Counters over the last 10 s; None where there are none, or not yet."""
-        dram, tensor = self._ratio("dram_active"), self._ratio("tensor_active")
+    def counters(self, seconds: float) -> CounterEvidence | None:
+        """Counters over the last ``seconds``, at most 10; None where there are none, or not yet."""
+        window_ns = round(seconds * 1e9)
+        dram, tensor = (self._ratio(name, window_ns) for name in ("dram_active", "tensor_active"))
         if dram is None or tensor is None:
             return None
-        shared = self._users_now().shared
-        return CounterEvidence(dram, tensor, self._ratio("sm_active"), age_seconds, shared)
+        sm_active = self._ratio("sm_active", window_ns)
+        return CounterEvidence(dram, tensor, sm_active, 0.0, self._users_now().shared)
 
     @property
     def no_counters(self) -> str:
         """Why there are none; empty if there are, or will be after a few looks."""
         if self._gpu.no_counters:
             return self._gpu.no_counters
-        mute = len(self._looks) >= _LOOKS_WITH_COUNTERS and self.counters(0.0) is None
+        mute = len(self._looks) >= _LOOKS_WITH_COUNTERS and self.counters(WINDOW_SECONDS) is None
         return "NVML counts on this GPU, but gives no values for its memory and tensor cores" if mute else ""
 
     def close(self) -> None:
@@ -154,14 +156,16 @@ class GpuWatch:
             for name, ratio in ratios.items():
                 self._active[name] = self._active.get(name, 0.0) + ratio * seconds
 
-    def _mean(self, value: Callable[[_Look], float | None]) -> float | None:
+    def _mean(self, value: Callable[[_Look], float | None], window_ns: int = _WINDOW_NS) -> float | None:
         """Over the window, of the looks that have one."""
-        known = [(look.length_ns, found) for look in self._looks if (found := value(look)) is not None]
+        since = (self._at_ns or 0) - window_ns
+        looks = [look for look in self._looks if look.end_ns > since]
+        known = [(look.length_ns, found) for look in looks if (found := value(look)) is not None]
         total = sum(length for length, _ in known)
         return sum(length * found for length, found in known) / total if total else None
 
-    def _ratio(self, counter: str) -> float | None:
-        return self._mean(lambda look: look.ratios.get(counter))
+    def _ratio(self, counter: str, window_ns: int = _WINDOW_NS) -> float | None:
+        return self._mean(lambda look: look.ratios.get(counter), window_ns)
 
     def _throttled_ratio(self) -> float | None:
         return self._mean(lambda look: None if look.held_down_by is None else float(bool(look.held_down_by)))

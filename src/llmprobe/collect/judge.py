@@ -119,7 +119,7 @@ class Judge:
                 found = long.get(phase)
                 weight = found.seconds if found else 0.0
                 whole[phase].append((weight, classify(seen, self._limits, state.standing)))
-                observed[phase] = weight, seen
+                observed[phase] = weight, dataclasses.replace(seen, counters=shown.counters_lately)
                 if found and (phase not in largest or found.seconds > largest[phase].seconds):
                     largest[phase] = found
             short.append(functools.partial(self._lately, key, observed, lately))

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprobe.collect.gpu import GpuWatch
+from llmprobe.collect.gpu import WINDOW_SECONDS, GpuWatch
 from llmprobe.collect.gpu_users import users
 from llmprobe.collect.host import lock_holder
 from llmprobe.collect.nvml import Hardware, Nvml, NvmlError, open_nvml
 from llmprobe.collect.process import Process
 from llmprobe.collect.views import GpuView
 from llmprobe.compute.evidence import CounterEvidence
+from llmprobe.compute.steady import SHORT_SECONDS
 
 #: Figures that only a GPU's counters give.
 COUNTER_FIGURES = ("gpu_dram_active_ratio", "gpu_tensor_active_ratio")
@@ -49,6 +50,7 @@ class _Seen:
     at_ns: int
     view: GpuView | None = None
     counters: CounterEvidence | None = None
+    counters_lately: CounterEvidence | None = None
     no_counters: str = ""
     problem: str = ""
 
@@ -108,13 +110,16 @@ class Telemetry:
         return dataclasses.replace(seen.view, age_seconds=age) if seen is not None and seen.view else None
 
     def counters(self, facts: Mapping[str, Any]) -> CounterEvidence | None:
-        """Likewise its counters."""
+        """Likewise its counters over the last 10 s."""
         seen, age = self._of(facts)
-        return (
-            dataclasses.replace(seen.counters, age_seconds=age)
-            if seen is not None and seen.counters
-            else None
-        )
+        found = seen.counters if seen is not None else None
+        return dataclasses.replace(found, age_seconds=age) if found is not None else None
+
+    def counters_lately(self, facts: Mapping[str, Any]) -> CounterEvidence | None:
+        """Likewise over the last 3 s, the shorter of a verdict's windows."""
+        seen, age = self._of(facts)
+        found = seen.counters_lately if seen is not None else None
+        return dataclasses.replace(found, age_seconds=age) if found is not None else None
 
     def hardware(self, facts: Mapping[str, Any]) -> Hardware | None:
         """What does not change about it; None before it was seen. Known for good from then on."""
@@ -166,7 +171,13 @@ class Telemetry:
             if watch is None:
                 return _Seen(now, problem=self._problems.get(uuid) or self._problems.get("", ""))
             watch.sample(now, lambda listed, used: users(listed, use.own, use.ranks, used, self._root))
-            return _Seen(now, watch.view(), watch.counters(0.0), watch.no_counters)
+            return _Seen(
+                now,
+                watch.view(),
+                watch.counters(WINDOW_SECONDS),
+                watch.counters(SHORT_SECONDS),
+                watch.no_counters,
+            )
         except Exception as error:  # noqa: BLE001 - a GPU that goes, or NVML's surprises, must not end the rest
             self._drop(uuid)
             self._failed(uuid, error, now)

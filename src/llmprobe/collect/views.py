@@ -124,6 +124,7 @@ class RankView:
     kernels: dict[str, KernelEvidence] = field(default_factory=dict)
     #: Hardware counters over the last 10 s; None where they are not read.
     counters: CounterEvidence | None = None
+    counters_lately: CounterEvidence | None = None  # over the last 3 s
     #: None where it has none, or NVML does not answer.
     gpu: GpuView | None = None
     #: Of the worker's process; None while nobody watches it.

@@ -100,6 +100,9 @@ def test_counters_are_means_over_the_last_ten_seconds(
     assert counters is not None
     assert counters.dram_active_ratio == pytest.approx(0.4)
     assert counters.tensor_active_ratio == pytest.approx(0.3)
+    lately = telemetry.counters_lately(FACTS)
+    assert lately is not None
+    assert lately.dram_active_ratio == pytest.approx(0.2)
     look(telemetry, clock, 5)
     counters = telemetry.counters(FACTS)
     assert counters is not None
