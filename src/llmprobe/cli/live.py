@@ -17,8 +17,11 @@ def server_panel(server: dict[str, Any]) -> RenderableType:
         parts.append(
             _phases(rank) if rank["figures"] else Text(f"rank {rank['rank']}: no steps in the last 30 s")
         )
+        if gpu := rank.get("gpu"):
+            parts.append(Text(f"GPU of rank {rank['rank']}: {_gpu(gpu)}", style="dim"))
     parts += [
-        Text(f"not measured: {figure}: {why}", style="dim") for figure, why in server["missing"].items()
+        Text(f"not measured: {figures}: {why}", style="dim")
+        for why, figures in _by_reason(server["missing"]).items()
     ]
     parts += [Text(f"note: {note}", style="dim") for note in server["notes"]]
     title = f"{server['server']}  {server['model_name']}  {server['framework']} {server['framework_version']}"
@@ -65,6 +68,36 @@ def _phases(rank: dict[str, Any]) -> Table:
             "–" if gap is None else f"{bound}{gap:.1%}",
         )
     return table
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    """What NVML says, as far as it says it."""
+    parts = [
+        f"{name} {_ratio(gpu[key])}"
+        for name, key in (
+            ("DRAM", "dram_active_ratio"),
+            ("tensor", "tensor_active_ratio"),
+            ("SM", "sm_active_ratio"),
+        )
+        if gpu[key] is not None
+    ]
+    if gpu["power_watts"] is not None:
+        parts.append(f"{gpu['power_watts']:.0f} W")
+    if gpu["sm_clock_hertz"] is not None:
+        parts.append(f"{gpu['sm_clock_hertz'] / 1e6:.0f} MHz")
+    if gpu["temperature_celsius"] is not None:
+        parts.append(f"{gpu['temperature_celsius']:.0f} °C")
+    if gpu["memory_used_bytes"] is not None and gpu["memory_capacity_bytes"]:
+        parts.append(f"memory {gpu['memory_used_bytes'] / gpu['memory_capacity_bytes']:.1%}")
+    return "   ".join(parts)
+
+
+def _by_reason(missing: dict[str, str]) -> dict[str, str]:
+    """Reason → the figures that are missing for it."""
+    found: dict[str, list[str]] = {}
+    for figure, why in missing.items():
+        found.setdefault(why, []).append(figure)
+    return {why: ", ".join(figures) for why, figures in found.items()}
 
 
 def _ms(recent: dict[str, dict[str, float]], name: str) -> str:

@@ -151,8 +151,13 @@ class PyNvml:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        with _raising(library, "NVML"):
+        try:
             library.nvmlInit()
+        except library.NVMLError as error:
+            hint = ""
+            if error.value == library.NVML_ERROR_LIBRARY_NOT_FOUND:
+                hint = " (libnvidia-ml.so.1; in a container, pass the GPU with its utility capability)"
+            raise NvmlError(f"NVML: {error}{hint}") from None
 
     def uuids(self) -> list[str]:
         """See `Nvml.uuids`."""
