@@ -31,7 +31,9 @@ DASHBOARD = ROOT / "integrations/grafana/dashboards/llmprobe.json"
 PROMETHEUS_CONFIG = ROOT / "integrations/prometheus/prometheus.yml"
 DEADLINE_SECONDS = 90.0
 #: Families that only a rank on a GPU has.
-ON_GPU = {family.name for section in SECTIONS if section.title == "GPU" for family in section.families}
+ON_GPU = {
+    family.name for section in SECTIONS if section.title in ("GPU", "Kernels") for family in section.families
+}
 
 
 def free_port() -> int:

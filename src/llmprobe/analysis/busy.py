@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprobe.analysis.classes import COMMUNICATION, kernel_class
 from llmprobe.analysis.events import COPY, KERNEL, SET, UNKNOWN, Activities, Ints, Trace
-from llmprobe.compute.intervals import Intervals, subtract, union
+from llmprobe.compute.device_activity import COMMUNICATION, COMPUTE, TRANSFER, device_activity
+from llmprobe.compute.intervals import Intervals
+from llmprobe.compute.kernel_classes import COMMUNICATION as COMMUNICATION_CLASS
+from llmprobe.compute.kernel_classes import kernel_class
 
 
 @dataclass(frozen=True)
@@ -71,30 +73,24 @@ def window_of(trace: Trace) -> tuple[int, int]:
 def occupations(trace: Trace) -> list[Occupation]:
     """Each GPU of the trace, over the same window."""
     window = window_of(trace)
-    communicates = np.array([label == COMMUNICATION for label in classes_of(trace)] or [False])
+    communicates = np.array([label == COMMUNICATION_CLASS for label in classes_of(trace)] or [False])
     found = []
     for device in range(len(trace.devices)):
         mine = trace.activities
         if len(trace.devices) > 1:
             mine = mine.where(trace.activities.device == device)
-        role = np.where((mine.kind == KERNEL) & communicates[mine.name], _COMMUNICATION, _COMPUTE)
-        role[(mine.kind == COPY) | (mine.kind == SET)] = _TRANSFER
-        rows = np.stack((mine.begin_ns, mine.end_ns), axis=1)
-        busy = union(rows)
-        compute = busy if (role == _COMPUTE).all() else union(rows[role == _COMPUTE])
-        communication = subtract(union(rows[role == _COMMUNICATION]), compute)
-        transfer = union(rows[role == _TRANSFER])
-        if len(transfer):
-            transfer = subtract(transfer, union(rows[role != _TRANSFER]))
+        role = np.where((mine.kind == KERNEL) & communicates[mine.name], COMMUNICATION, COMPUTE)
+        role[(mine.kind == COPY) | (mine.kind == SET)] = TRANSFER
+        ran = device_activity(np.stack((mine.begin_ns, mine.end_ns), axis=1), role)
         found.append(
             Occupation(
                 device=device,
                 activities=mine,
-                busy=busy,
-                gaps=_gaps(mine, busy),
+                busy=ran.busy,
+                gaps=_gaps(mine, ran.busy),
                 window_ns=window,
-                exposed_communication=communication,
-                exposed_transfer=transfer,
+                exposed_communication=ran.exposed_communication,
+                exposed_transfer=ran.exposed_transfer,
             )
         )
     return found
@@ -103,10 +99,6 @@ def occupations(trace: Trace) -> list[Occupation]:
 def length_ns(intervals: Intervals) -> int:
     """All of their time."""
     return int((intervals[:, 1] - intervals[:, 0]).sum())
-
-
-#: A kernel that copies or fills counts as computing: it holds the same execution units.
-_COMPUTE, _COMMUNICATION, _TRANSFER = range(3)
 
 
 def _gaps(activities: Activities, busy: Intervals) -> Gaps:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from llmprobe.analysis.busy import Occupation, classes_of, length_ns, occupations
-from llmprobe.analysis.classes import COPY as COPY_CLASS
-from llmprobe.analysis.classes import GRAPH as GRAPH_CLASS
-from llmprobe.analysis.classes import SET as SET_CLASS
 from llmprobe.analysis.events import COPY, GRAPH, KERNEL, SET, UNKNOWN, HostOperator, Source, Trace
 from llmprobe.analysis.findings import Finding, find
 from llmprobe.analysis.phases import PhaseTimes, phase_times
 from llmprobe.analysis.text import render
 from llmprobe.analysis.trust import Trust, judge
+from llmprobe.compute.kernel_classes import COPY as COPY_CLASS
+from llmprobe.compute.kernel_classes import GRAPH as GRAPH_CLASS
+from llmprobe.compute.kernel_classes import SET as SET_CLASS
 
 SCHEMA_VERSION = 1
 LONGEST_GAPS = 20

@@ -28,6 +28,7 @@ from llmprobe.compute.thresholds import Thresholds
 from llmprobe.record import layout
 from llmprobe.record.journal import JournalError, JournalWriter
 from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.window_file import window_path
 
 WINDOW_NS = 30 * 10**9
 _VIEW_EVERY_NS, _VIEW_EVERY_NS_A_RANK, _VIEW_AT_LATEST_NS = 10**9, 250_000_000, 2 * 10**9
@@ -237,8 +238,9 @@ class Collector:
             self._pending.pop(path, None)
             self._ignored.add(path)
             if self._remove_dead:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+                for left in (path, window_path(path)):
+                    with contextlib.suppress(OSError):
+                        left.unlink()
         self._ignored = {path for path in self._ignored if path.exists()}
         living = self._grouping.living()
         self._front_ends.keep(living)
@@ -350,6 +352,9 @@ class Collector:
             gpu=self._telemetry.gpu(facts) if self._telemetry else None,
             host=self._watches.signals(process),
             host_totals=self._watches.totals(process),
+            kernels=rank.windows.evidence(now),
+            top_kernels=rank.windows.top(now),
+            kernel_totals=rank.windows.totals(),
             stall=find_stall(rank, self._pending_of(process.path), now) if armed else None,
         )
 
@@ -385,8 +390,18 @@ class Collector:
                 )
             if self._telemetry is not None:
                 missing |= self._telemetry.missing(view.facts)
-            missing["launch_gap"] = "gaps inside a step need kernel windows; they are off"
+            if not view.kernels:
+                missing["launch_gap"] = _no_windows(view)
         return missing
+
+
+def _no_windows(rank: RankView) -> str:
+    """Why nobody has seen the kernels of a rank."""
+    if rank.clock != "cuda":
+        return "gaps inside a step need kernel windows, and those a CUDA device"
+    said = rank.facts.get("kernel_windows") or {}
+    why = "LLMPROBE_KERNEL_WINDOWS is off" if not said else str(said.get("reason") or "none was opened yet")
+    return f"gaps inside a step need kernel windows: {why}"
 
 
 def _without_gaps(rank: RankView) -> RankView:

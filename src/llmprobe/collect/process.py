@@ -12,16 +12,20 @@ import numpy as np
 
 from llmprobe.collect.kept import KeptAccounts
 from llmprobe.collect.views import HistogramView
+from llmprobe.collect.windows import Windows
 from llmprobe.compute import accounting, intervals, traffic
 from llmprobe.compute.accounting import StepAccounts
 from llmprobe.compute.facts import OPERATORS, FactsError, ModelFacts
 from llmprobe.compute.figures import PhaseFigures, summarise
 from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.sampled import apply_windows
 from llmprobe.record import layout
 from llmprobe.record.journal_reader import JournalReader, Records
 
 KEEP_NS = 32 * 10**9  #: how long accounts of single steps are kept: the longest window, and a little
 RECENT_STEPS = 4096
+#: Kernel windows older than this are not applied to new steps: by then the load may be another.
+WINDOW_GOOD_SECONDS = 60.0
 _NOTHING_YET = object()
 _BOUNDS = layout.bucket_bounds_seconds()
 #: Requests whose arrival is in the journal only later: idle time younger than this is not yet booked.
@@ -166,6 +170,7 @@ class Rank:
         self.flops: dict[str, float] = {}
         #: Cumulative: phase → operator → seconds of floor by memory, by compute.
         self.operator_floors: dict[str, dict[str, list[float]]] = {}
+        self.windows = Windows(process.path)
         self._kept: dict[int, KeptAccounts] = {}  # by index of the phase
         self._recent: deque[np.ndarray] = deque()
         self._waiting: list[np.ndarray] = []
@@ -229,10 +234,11 @@ class Rank:
             pending: when requests were unfinished; None where nobody tells: idle time is then
                 ``unattributed``, because it cannot be split into waiting for the host and no work.
         """
+        self.windows.look(now_ns, lambda: self.recent(RECENT_STEPS))
         if self._waiting:
             steps = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
             self._waiting = []
-            self._account(steps, pending)
+            self._account(steps, pending, now_ns)
         idle = self.running_since() is None and self.process.alive
         if self.cursor_ns is not None and pending is not None and idle:
             components, self.cursor_ns = accounting.idle(self.cursor_ns, now_ns - _SETTLE_NS, pending, None)
@@ -245,7 +251,7 @@ class Rank:
             return None
         return progress.time
 
-    def _account(self, steps: np.ndarray, pending: intervals.Intervals | None) -> None:
+    def _account(self, steps: np.ndarray, pending: intervals.Intervals | None, now_ns: int) -> None:
         rows = accounting.account(
             steps,
             cursor_ns=self.cursor_ns,
@@ -254,6 +260,10 @@ class Rank:
             blocked=None,
             model=self.model,
             peaks=self.peaks,
+        )
+        kernels = self.windows.evidence(now_ns)
+        apply_windows(
+            rows, {phase: seen for phase, seen in kernels.items() if seen.age_seconds <= WINDOW_GOOD_SECONDS}
         )
         if pending is None:
             index = accounting.COMPONENTS.index
@@ -314,6 +324,7 @@ class Rank:
             "bytes": self.bytes,
             "flops": self.flops,
             "operator_floors": self.operator_floors,
+            "windows": self.windows.save(),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -326,6 +337,8 @@ class Rank:
         self.bytes = saved["bytes"]
         self.flops = saved["flops"]
         self.operator_floors = saved.get("operator_floors", {})
+        if windows := saved.get("windows"):
+            self.windows.restore(windows)
 
 
 def _model(facts: dict[str, Any]) -> tuple[ModelFacts | None, str]:

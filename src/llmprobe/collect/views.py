@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from llmprobe.collect.host import HostTotals
+from llmprobe.collect.windows import KernelTotals
 from llmprobe.compute.advice import Advice
 from llmprobe.compute.attribution import Attribution
 from llmprobe.compute.evidence import CounterEvidence, KernelEvidence
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.host import HostSignals
+from llmprobe.compute.kernel_windows import TopKernel
 from llmprobe.compute.pressure import Pressure
 from llmprobe.compute.stall import Stall
 from llmprobe.compute.thresholds import Thresholds
@@ -120,8 +122,11 @@ class RankView:
     operator_floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     #: Over the last 10 s, by phase; mixed steps are split between prefill and decode.
     attribution: dict[str, Attribution] = field(default_factory=dict)
-    #: What kernel windows saw, by phase; empty while there are none.
+    #: What kernel windows saw, by phase; empty while there are none. And the kernels that took most there.
     kernels: dict[str, KernelEvidence] = field(default_factory=dict)
+    top_kernels: dict[str, tuple[TopKernel, ...]] = field(default_factory=dict)
+    #: Cumulative over all windows; None before the first.
+    kernel_totals: KernelTotals | None = None
     #: Hardware counters over the last 10 s; None where they are not read.
     counters: CounterEvidence | None = None
     counters_lately: CounterEvidence | None = None  # over the last 3 s

@@ -68,6 +68,7 @@ class StepAccounts:
     new_tokens: Ints  # (N,)
     above_peak: Bools  # (N,) a whole step beats its floor: a peak is too low, or the work overestimated
     empty: Bools  # (N,) a step without a token; its time counts, the step does not
+    sampled_kernels: Bools  # (N,) kernel windows were applied (`llmprobe.compute.sampled`)
     cursor_ns: int | None  # time is accounted for up to here; None before the first step
     last_step: int | None  # number of the last step
 
@@ -125,7 +126,7 @@ _COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
     **dict.fromkeys(("traffic_bytes", "flops"), (np.float64, (len(OPERATORS),))),
     "components": (np.float64, (len(COMPONENTS),)),
     **dict.fromkeys(("prompt_tokens", "decode_tokens", "sampled", "new_tokens"), (np.int64, ())),
-    **dict.fromkeys(("above_peak", "empty"), (np.bool_, ())),
+    **dict.fromkeys(("above_peak", "empty", "sampled_kernels"), (np.bool_, ())),
 }
 
 
@@ -213,6 +214,7 @@ def account(
         new_tokens=steps["new_tokens"].astype(np.int64),
         above_peak=too_high & (steps["e0"] >= begin),
         empty=(steps["flags"] & EMPTY) != 0,
+        sampled_kernels=np.zeros(len(steps), dtype=np.bool_),
         cursor_ns=int(end[-1]),
         last_step=int(number[-1]),
     )

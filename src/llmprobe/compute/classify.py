@@ -96,8 +96,12 @@ class _Case:
         # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
         self._device_queue = seen.clock != "host"
         self._stall = self._waiting()
-        busy = figures.span_seconds - figures.components.get("sample_gap", 0.0)
-        hidden = figures.span_seconds * (self._kernels.stall_ratio if self._kernels else 0.0)
+        # Of the bubbles that the windows saw, accounting may have taken some out of busy time already.
+        applied = figures.components.get("launch_gap", 0.0)
+        busy = figures.span_seconds - figures.components.get("sample_gap", 0.0) - applied
+        hidden = max(
+            figures.span_seconds * (self._kernels.stall_ratio if self._kernels else 0.0) - applied, 0.0
+        )
         correction = busy / (busy - hidden) if busy > hidden else 1.0
         self._mbu, self._mfu = _times(figures.mbu_busy, correction), _times(figures.mfu_busy, correction)
         of_span = busy / figures.span_seconds if figures.span_seconds > 0 else 0.0
@@ -164,8 +168,8 @@ class _Case:
     def _waiting(self) -> _Stall:
         figures, kernels = self._figures, self._kernels
         parts = {cause: figures.components.get(name, 0.0) for cause, name in CAUSES.items()}
-        parts["host_between_steps"] = figures.gap_seconds
         if kernels is not None:  # accounting may have applied the same windows already: not twice
+            parts["host_between_steps"] = figures.gap_seconds * (1 - (kernels.gap_busy_ratio or 0.0))
             parts["launch_bubbles"] = kernels.launch_gap_ratio * figures.span_seconds
             parts["communication"] = kernels.communication_ratio * figures.span_seconds
             parts["transfers"] = kernels.transfer_ratio * figures.span_seconds

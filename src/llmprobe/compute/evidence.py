@@ -26,9 +26,11 @@ class Evidence:
 class KernelEvidence:
     """What kernel windows or a capture saw inside the steps of one phase. Ratios of the steps' span.
 
-    ``launch_gap_ratio``: no kernel, copy or set ran. ``communication_ratio`` and ``transfer_ratio``: only
-    such ran, while no compute kernel did (exposed). ``clock_ratio``: span by kernels ÷ span by the step clock
-    over the same steps; None if not compared.
+    ``launch_gap_ratio``: no kernel, copy or set ran, the wait before sampling left out.
+    ``communication_ratio`` and ``transfer_ratio``: only such ran, while no compute kernel did (exposed).
+    ``clock_ratio``: span by kernels ÷ span by the step clock over the same steps; None if not compared.
+    ``gap_busy_ratio``: share of the time *between* steps in which something ran all the same, such as copies
+    and kernels that prepare the next step; None if there was no such time.
     """
 
     steps: int
@@ -37,6 +39,7 @@ class KernelEvidence:
     transfer_ratio: float
     age_seconds: float
     clock_ratio: float | None = None
+    gap_busy_ratio: float | None = None
 
     @property
     def stall_ratio(self) -> float:

@@ -11,6 +11,10 @@ from llmprobe.compute.facts import OPERATORS
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.steps import PHASES, Floats
 
+#: The components that are waiting.
+STALLS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
+_LAUNCH_GAP = COMPONENTS.index("launch_gap")
+
 
 @dataclass(frozen=True)
 class PhaseFigures:
@@ -18,11 +22,12 @@ class PhaseFigures:
 
     ``mbu_*`` and ``mfu_*`` are ratios of the peak; above 1 means that the peak is too low or the work
     overestimated. On the basis ``step`` they are over span and gap ((weights + KV)/TPOT ÷ peak), on the
-    basis ``busy`` over busy time. ``sync_gap_ratio`` is stall ÷ pending time; without kernels, bubbles inside
-    a step and exposed communication are not in it, so the truth may be higher. ``components`` leaves out
-    idle time that belongs to no step (`IDLE_COMPONENTS`). ``operator_floors`` are the seconds that
-    ``floor_memory`` and ``floor_compute`` consist of, by operator (`llmprobe.compute.facts.OPERATORS`); empty
-    where nobody asked for them.
+    basis ``busy`` over busy time. ``sync_gap_ratio`` is stall ÷ pending time. Without kernel windows, bubbles
+    inside a step and exposed communication are not in it, so that the truth may be higher
+    (``sync_gap_is_lower_bound``), and what prepares a step on the device before its forward counts as
+    waiting. ``components`` leaves out idle time that belongs to no step (`IDLE_COMPONENTS`).
+    ``operator_floors`` are the seconds that ``floor_memory`` and ``floor_compute`` consist of, by operator
+    (`llmprobe.compute.facts.OPERATORS`); empty where nobody asked for them.
     """
 
     steps: int
@@ -74,16 +79,17 @@ def _where(rows: StepAccounts, chosen: np.ndarray) -> StepAccounts:
 def _figures(rows: StepAccounts, window_seconds: float, peaks: Peaks | None) -> PhaseFigures:
     real = _where(rows, ~rows.empty)
     span, gap = float(rows.span_s.sum()), float(rows.gap_s.sum())
-    stall = gap + float(rows.sample_gap_s.sum())
     spans = np.sort(real.span_s)
     # Ratios over the steps whose work is known only, so that the others do not dilute them.
     known = _where(rows, rows.traffic_bytes.sum(axis=1) > 0)
     moved, done = float(known.traffic_bytes.sum()), float(known.flops.sum())
-    step, busy = float((known.span_s + known.gap_s).sum()), float(known.busy_s.sum())
+    step = float((known.span_s + known.gap_s).sum())
+    busy = float(known.busy_s.sum() - known.components[:, _LAUNCH_GAP].sum())
     bandwidth = peaks.bandwidth_bytes_per_second if peaks else None
     rate = peaks.flops_per_second if peaks else None
     floors = rows.floor_s[rows.floor_s > 0]
     sums = dict(zip(COMPONENTS, rows.components.sum(axis=0).tolist(), strict=True))
+    stall = sum(sums[name] for name in STALLS)
     return PhaseFigures(
         steps=len(real),
         seconds=span + gap,
@@ -100,7 +106,7 @@ def _figures(rows: StepAccounts, window_seconds: float, peaks: Peaks | None) -> 
         mfu_step=_utilisation(done, step, rate),
         mfu_busy=_utilisation(done, busy, rate),
         sync_gap_ratio=stall / (span + gap) if span + gap > 0 else None,
-        sync_gap_is_lower_bound=True,
+        sync_gap_is_lower_bound=not bool(rows.sampled_kernels.all()),
         intensity=done / moved if moved > 0 else None,
         components={name: seconds for name, seconds in sums.items() if name not in IDLE_COMPONENTS},
     )

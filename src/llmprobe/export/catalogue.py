@@ -128,6 +128,39 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Kernels",
+        "Of the steps that kernel windows saw (`LLMPROBE_KERNEL_WINDOWS`), a sample of all steps. Absent "
+        "before the first window.",
+        (
+            Family(
+                "llmprobe_kernel_seconds_total",
+                "counter",
+                "seconds",
+                (*RANK, "phase", "class"),
+                ("sampled",),
+                "Device time of kernels, by the phase of the step they ran in and the kind of work they do "
+                "(told by their names). Kernels that overlap each count in full.",
+            ),
+            Family(
+                "llmprobe_kernel_window_span_seconds_total",
+                "counter",
+                "seconds",
+                RANK,
+                ("sampled",),
+                "Device time of the steps that windows saw, from the start of the forward pass to the end of "
+                "sampling.",
+            ),
+            Family(
+                "llmprobe_kernel_window_busy_seconds_total",
+                "counter",
+                "seconds",
+                RANK,
+                ("sampled",),
+                "Of it, time in which any kernel, copy or set ran.",
+            ),
+        ),
+    ),
+    Section(
         "Distance from the hardware's limits",
         "Over the last 30 s, one series a rank and phase. Absent while the phase had no steps and where no "
         "peak is known. Basis `step` counts the gaps before a step, basis `busy` does not.",

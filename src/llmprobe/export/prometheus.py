@@ -136,6 +136,7 @@ def _server(samples: _Samples, view: ServerView) -> None:
     for rank in view.ranks:
         labels = (*server, str(rank.engine), str(rank.rank))
         _time(samples, labels, rank)
+        _kernels(samples, labels, rank)
         _limits(samples, labels, rank)
         _gpu(samples, labels, rank)
         _host(samples, labels, rank)
@@ -189,6 +190,17 @@ def _time(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
     for phase, histogram in rank.step_duration.items():
         if histogram.count:
             samples.histogram(FAMILIES["llmprobe_step_duration_seconds"], (*labels, phase), histogram)
+
+
+def _kernels(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+    totals = rank.kernel_totals
+    if totals is None:
+        return
+    for phase, classes in totals.seconds.items():
+        for name, seconds in classes.items():
+            samples.add("llmprobe_kernel_seconds_total", (*labels, phase, name), seconds)
+    samples.add("llmprobe_kernel_window_span_seconds_total", labels, totals.span_seconds)
+    samples.add("llmprobe_kernel_window_busy_seconds_total", labels, totals.busy_seconds)
 
 
 def _limits(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:

@@ -132,7 +132,18 @@ def _make(settings: Settings) -> Probe:
         os.environ[GROUP_VARIABLE] = secrets.token_hex(6)
     probe = Probe(settings)
     probe.on_armed.append(lambda recorder: _Housekeeping(probe, recorder).start())
+    probe.on_armed.append(lambda recorder: _watch_kernels(probe, recorder))
     return probe
+
+
+def _watch_kernels(probe: Probe, recorder: Recorder) -> None:
+    """Open kernel windows in a process that drives a CUDA device, if the settings ask for them."""
+    plan = probe.settings.kernel_windows
+    if plan is None or recorder.facts.get("clock") != "cuda":
+        return
+    from llmprobe.record.kernels import KernelWindowThread
+
+    KernelWindowThread(recorder, plan, active=lambda: probe.active, failed=probe.guard.failed).start()
 
 
 class _Housekeeping(threading.Thread):

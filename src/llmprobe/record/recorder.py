@@ -102,6 +102,11 @@ class Recorder:
             self.writer.close(remove=remove)
 
     @property
+    def begun(self) -> int:
+        """How many steps began so far."""
+        return self._begun
+
+    @property
     def facts(self) -> dict[str, Any]:
         """A copy of what the journal says about this process."""
         return dict(self._facts)

@@ -10,11 +10,13 @@ import numpy as np
 from llmprobe.collect.host import MOST_LABELS, HostTotals
 from llmprobe.collect.nvml import THROTTLE_REASONS
 from llmprobe.collect.views import EngineView, GpuView, HistogramView, RankView, ServerView
+from llmprobe.collect.windows import KernelTotals
 from llmprobe.compute.accounting import COMPONENTS
 from llmprobe.compute.advice import Advice
 from llmprobe.compute.evidence import Evidence
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.kernel_classes import OTHER, PATTERNS
 from llmprobe.compute.pressure import KINDS, Pressure
 from llmprobe.compute.verdict import Verdict
 from llmprobe.export.catalogue import LATENCIES
@@ -97,6 +99,12 @@ def rank(**changes: Any) -> RankView:
         dropped=2,
         lost=3,
         gpu=gpu(),
+        kernel_totals=KernelTotals(
+            {phase: dict.fromkeys((*(label for label, _ in PATTERNS), OTHER), 0.25) for phase in PHASES},
+            8.0,
+            7.5,
+            10,
+        ),
         host_totals=HostTotals(
             {"main": 9.0, **{f"name{number}": 1.5 for number in range(MOST_LABELS - 2)}, "other": 0.5},
             {"minor": 100, "major": 0},

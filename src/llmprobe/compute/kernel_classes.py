@@ -1,4 +1,4 @@
-"""What kind of work a kernel does, told by its name.
+"""What kind of work a kernel does, told by its name, be it demangled or not.
 
 The table is read from the top; the first pattern that is found in the lower-case name decides. Names come
 from cuBLAS, CUTLASS, Triton, FlashAttention, FlashInfer, NCCL, PyTorch and vLLM.

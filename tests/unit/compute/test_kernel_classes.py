@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llmprobe.analysis.classes import PATTERNS, kernel_class
+from llmprobe.compute.kernel_classes import PATTERNS, kernel_class
 
 
 @pytest.mark.parametrize(

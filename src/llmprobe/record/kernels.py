@@ -1,0 +1,161 @@
+"""Kernel windows: now and then, for a fraction of a second, see every kernel that runs.
+
+A thread beside the engine opens a window, lets a few whole steps pass, closes it and leaves what it saw in a
+file (`llmprobe.record.window_file`); the agent does the arithmetic. The engine's own thread is not involved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from llmprobe.record.cupti import Cupti, CuptiError, Window, injected
+from llmprobe.record.latch import Latch, died_in_a_window
+from llmprobe.record.recorder import Recorder
+from llmprobe.record.window_file import FOLDER, Seen, window_path, write_window
+from llmprobe.settings import KernelWindows, logger
+
+#: A window stays open beyond its length until so many steps began in it (the first and the last are cut off)
+#: but never longer than `_LONGEST_SECONDS`.
+_LEAST_STEPS = 4
+_LONGEST_SECONDS = 2.0
+_POLL_SECONDS = 0.005
+_ERRORS_AT_MOST = 3
+#: Steps of the past second are few or none: nothing to see.
+_BUSY_LOOK_SECONDS = 0.05
+
+
+class KernelWindowThread(threading.Thread):
+    """Opens windows while steps run, until the recorder is closed."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        plan: KernelWindows,
+        *,
+        active: Callable[[], bool],
+        failed: Callable[[str, Exception], None],
+    ) -> None:
+        """
+        Args:
+            recorder: of the process whose device is watched.
+            plan: how long and how often.
+            active: whether the probe is on.
+            failed: told of what went wrong here.
+        """
+        super().__init__(name="llmprobe-kernel-windows", daemon=True)
+        self._recorder = recorder
+        self._plan = plan
+        self._active = active
+        self._failed = failed
+        self._path = window_path(recorder.writer.path)
+        self._latch = Latch(self._path.parent, self._path.stem)
+        self._number = 0
+        self._said: dict[str, Any] | None = None
+
+    def run(self) -> None:
+        """See the class."""
+        try:
+            self._run()
+        except Exception as error:  # noqa: BLE001 - a thread of ours in the host's process
+            self._failed("kernel_windows", error)
+        finally:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+    def _run(self) -> None:
+        reason = forbidden(self._recorder)
+        cupti = None
+        if reason is None:
+            try:
+                cupti = Cupti()
+                # The first one sets CUPTI up, which takes longest: before the engine has work.
+                self._window(cupti, 0.0)
+            except (CuptiError, OSError) as error:
+                reason = str(error)
+        if cupti is None or reason is not None:
+            self._say(False, reason or "")
+            logger().info("no kernel windows: %s", reason)
+            return
+        self._say(True, "")
+        self._watch(cupti)
+
+    def _watch(self, cupti: Cupti) -> None:
+        errors = 0
+        next_at = time.monotonic() + self._plan.period / 2
+        while not self._recorder.closed:
+            time.sleep(max(min(next_at - time.monotonic(), 0.25), _POLL_SECONDS))
+            if time.monotonic() < next_at or not self._active():
+                continue
+            if not self._busy():
+                continue
+            if profiling():
+                self._say(False, "a torch profiler runs in this process")
+                next_at = time.monotonic() + self._plan.period
+                continue
+            next_at = time.monotonic() + self._plan.period
+            try:
+                window = self._window(cupti, self._plan.seconds)
+                if window is not None:
+                    self._number += 1
+                    write_window(self._path, Seen(self._number, window))
+                self._say(True, "")
+            except Exception as error:  # noqa: BLE001 - a thread of ours in the host's process
+                errors += 1
+                self._failed("kernel_windows", error)
+                if errors >= _ERRORS_AT_MOST:
+                    self._say(False, f"{errors} windows failed, the last with: {error}")
+                    return
+
+    def _busy(self) -> bool:
+        before = self._recorder.begun
+        time.sleep(_BUSY_LOOK_SECONDS)
+        return self._recorder.begun != before
+
+    def _window(self, cupti: Cupti, seconds: float) -> Window | None:
+        """One window; None if it saw too little, or a profiler came in between."""
+        self._latch.open_window()
+        try:
+            cupti.open()
+            begun, began = self._recorder.begun, time.monotonic()
+            disturbed = False
+            while not disturbed:
+                elapsed = time.monotonic() - began
+                enough = elapsed >= seconds and self._recorder.begun - begun >= _LEAST_STEPS
+                if enough or seconds == 0 or elapsed >= max(seconds, _LONGEST_SECONDS) or cupti.filling:
+                    break
+                time.sleep(_POLL_SECONDS)
+                disturbed = profiling()
+            window = cupti.close()
+            return None if disturbed or seconds == 0 else window
+        finally:
+            self._latch.close_window()
+
+    def _say(self, on: bool, reason: str) -> None:
+        said = {"on": on, "reason": reason, "seconds": self._plan.seconds, "period": self._plan.period}
+        if said != self._said:
+            self._said = said
+            self._recorder.update_facts(kernel_windows=said)
+
+
+def forbidden(recorder: Recorder) -> str | None:
+    """Why no window may be opened in this process; None if one may."""
+    if tool := injected():
+        return f"a profiler was injected into this process ({tool} is set): it sees the kernels itself"
+    folder = recorder.writer.path.parent.parent / FOLDER
+    if left := died_in_a_window(folder):
+        return f"an engine died while a window was open; remove {left} and start it again to try once more"
+    return None
+
+
+def profiling() -> bool:
+    """Whether a torch profiler runs in this process."""
+    torch = sys.modules.get("torch")
+    try:
+        return torch is not None and bool(torch._C._autograd._profiler_enabled())
+    except AttributeError:
+        return False

@@ -1,0 +1,124 @@
+"""Records as CUPTI lays them out, decoded; the library itself is scripted here and real in tests/gpu."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprobe.record import cupti
+from llmprobe.record.cupti import BUFFER_BYTES, COPY, KERNEL, MOST_BUFFERS, SET, _Buffers, _Names, _Sizes
+
+#: CUpti_ActivityKind → bytes of a record in CUPTI 13; 17 (overhead) is a kind that nobody asked for.
+SIZES = {10: 216, 1: 96, 2: 88, 17: 56}
+KIND = {10: KERNEL, 1: COPY, 2: SET}
+MESSAGES = [ctypes.create_string_buffer(name) for name in (b"_Z4gemmv", b"flash")]
+
+
+class Library:
+    """``cuptiActivityGetNextRecord`` as documented: from a record to the one after it."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def cuptiActivityGetNextRecord(self, buffer: Any, valid: Any, record: Any) -> int:
+        self.asked += 1
+        at = record._obj.value - buffer.value
+        kind = ctypes.c_uint32.from_address(record._obj.value).value
+        if at + SIZES[kind] >= valid.value:
+            return 12  # CUPTI_ERROR_MAX_LIMIT_REACHED
+        record._obj.value += SIZES[kind]
+        return 0
+
+
+def buffer_of(kinds: list[int]) -> tuple[np.ndarray, int]:
+    memory = np.full(sum(SIZES[kind] for kind in kinds) + 8, 10, dtype=np.uint8)  # looks like kernels inside
+    at = 0
+    for index, kind in enumerate(kinds):
+        record = memory[at : at + SIZES[kind]]
+        record[:4].view("<u4")[0] = kind
+        if kind in KIND:
+            offsets = cupti._OFFSETS[KIND[kind]]
+            record[offsets["begin"] :][:8].view("<u8")[0] = 1000 + index
+            record[offsets["end"] :][:8].view("<u8")[0] = 2000 + index
+            record[offsets["device"] :][:4].view("<u4")[0] = 3
+            record[offsets["stream"] :][:4].view("<u4")[0] = 7
+            if kind == 10:
+                record[offsets["name"] :][:8].view("<u8")[0] = ctypes.addressof(MESSAGES[index % 2])
+            if kind == 1:
+                record[offsets["copy_kind"]] = 1
+        at += SIZES[kind]
+    return memory, at
+
+
+@given(st.lists(st.sampled_from(sorted(SIZES)), max_size=60))
+def test_every_record_of_any_mixture_is_found_once(kinds: list[int]) -> None:
+    memory, valid = buffer_of(kinds)
+    library, names = Library(), _Names()
+    found = _Sizes(library).decode(memory, valid, names)
+    rows = np.concatenate(found) if found else np.zeros(0, cupti.ACTIVITY)
+    wanted = [(index, kind) for index, kind in enumerate(kinds) if kind in KIND]
+    assert rows["begin"].tolist() == [1000 + index for index, _ in wanted]
+    assert rows["end"].tolist() == [2000 + index for index, _ in wanted]
+    assert rows["kind"].tolist() == [KIND[kind] for _, kind in wanted]
+    assert set(rows["device"].tolist()) <= {3} and set(rows["stream"].tolist()) <= {7}
+    said = [names.names[name] for name in rows["name"]]
+    assert said == [
+        {1: "memcpy HtoD", 2: "memset"}.get(kind) or MESSAGES[index % 2].value.decode()
+        for index, kind in wanted
+    ]
+    # Once a kind, and once more for the last record, behind which nothing comes.
+    assert library.asked <= len(set(kinds)) + 1
+
+
+def test_a_buffer_that_ends_in_a_torn_record_gives_the_whole_ones() -> None:
+    memory, valid = buffer_of([10, 10, 10])
+    found = _Sizes(Library()).decode(memory, valid - 50, _Names())
+    assert sum(map(len, found)) == 2
+
+
+def test_memory_is_bounded_and_a_full_window_says_so() -> None:
+    buffers = _Buffers()
+    given_out = []
+    for _ in range(MOST_BUFFERS + 2):
+        buffer, size, most = (ctypes.c_void_p * 1)(), (ctypes.c_size_t * 1)(), (ctypes.c_size_t * 1)(9)
+        buffers.requested(buffer, size, most)
+        assert most[0] == 0
+        given_out.append((buffer[0], size[0]))
+    assert [size for _, size in given_out] == [BUFFER_BYTES] * MOST_BUFFERS + [0, 0]
+    assert len({address for address, _ in given_out[:MOST_BUFFERS]}) == MOST_BUFFERS
+    assert all(address % 8 == 0 for address, _ in given_out[:MOST_BUFFERS])
+    assert (buffers.refused, buffers.left) == (2, 0)
+    for address, _ in given_out[:MOST_BUFFERS]:
+        buffers.completed(None, 0, address, BUFFER_BYTES, 100)
+    buffers.completed(None, 0, 12345, BUFFER_BYTES, 100)  # somebody else's
+    assert len(buffers.take()) == MOST_BUFFERS
+    assert buffers.left == MOST_BUFFERS
+    buffers.reset()
+    assert (buffers.refused, buffers.take()) == (0, [])
+
+
+def test_the_library_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00-7f01 r-xp 00000000 08:01 42    /usr/lib/libcuda.so.1\n"
+        "7f02-7f03 r-xp 00000000 08:01 43    /opt/my torch/lib/libcupti.so.13\n"
+        "7f04-7f05 rw-p 00000000 00:00 0 \n"
+    )
+    assert cupti.loaded_library(maps) == "/opt/my torch/lib/libcupti.so.13"
+    maps.write_text("7f00-7f01 r-xp 00000000 08:01 42    /usr/lib/libcuda.so.1\n")
+    assert cupti.loaded_library(maps) is None
+    assert cupti.loaded_library(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID"]
+)
+def test_an_injected_tool_is_noticed(name: str) -> None:
+    assert cupti.injected({name: "/x", "PATH": "/bin"}) == name
+    assert cupti.injected({"PATH": "/bin", name: ""}) is None
