@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py                       both, one after the other
     python benchmarks/overhead.py vllm --blocks 10 --concurrency 1
-    python benchmarks/overhead.py vllm --model PATH --concurrency 256 -- --max-num-seqs 256
+    python benchmarks/overhead.py vllm --model PATH --concurrency 1 16 128 \\
+        --env LLMPROBE_KERNEL_WINDOWS=0.1/5 -- --load-format dummy
     python benchmarks/overhead.py transformers
 
 One process lives through the whole measurement; ``llmprobe off`` and ``on`` take turns in it. Exit status 1
@@ -38,23 +39,27 @@ def main() -> int:
     saved: dict[str, Any] = {"machine": machine, "command": command("overhead.py")}
     tables = []
     if options.what in ("vllm", "all"):
-        cost = vllm_cost.measure(
-            vllm_cost.Plan(
-                options.blocks,
-                options.block_seconds,
-                options.warm_up_seconds,
-                options.concurrency,
-                options.prompt_tokens,
-                options.output_tokens,
-                options.model,
-                options.flags,
-            )
+        plan = vllm_cost.Plan(
+            options.blocks,
+            options.block_seconds,
+            options.warm_up_seconds,
+            options.concurrency,
+            options.prompt_tokens,
+            options.output_tokens,
+            options.model,
+            options.flags,
+            dict(options.env),
         )
-        saved["vllm"] = asdict(cost)
-        tables.append(_vllm_table(cost, options, machine))
+        saved["vllm"] = []
+        for cost in vllm_cost.measure(plan):
+            saved["vllm"].append(asdict(cost))
+            tables.append(_vllm_table(cost, options, machine))
+            if options.json:  # also if a later concurrency fails
+                options.json.write_text(json.dumps(saved, indent=1) + "\n")
     if options.what in ("transformers", "all"):
-        plan = transformers_cost.Plan(options.blocks, options.block_seconds, options.warm_up_seconds)
-        program = transformers_cost.measure(plan)
+        program = transformers_cost.measure(
+            transformers_cost.Plan(options.blocks, options.block_seconds, options.warm_up_seconds)
+        )
         saved["transformers"] = asdict(program)
         tables.append(_transformers_table(program, options, machine))
     for table in tables:
@@ -67,7 +72,7 @@ def main() -> int:
 def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: str) -> Results:
     own_bar = _OWN_US_CPU
     if has_gpu():
-        own_bar = _OWN_US_GPU_LARGE if options.concurrency >= _LARGE else _OWN_US_GPU
+        own_bar = _OWN_US_GPU_LARGE if cost.concurrency >= _LARGE else _OWN_US_GPU
     tpot = _difference("TPOT, client's", cost.tpot, 1e6, "µs", 1)
     ttft = _difference("TTFT, client's", cost.ttft, 1e3, "ms", 2)
     throughput = _difference("throughput, tokens/s", cost.throughput, 1, "", 1)
@@ -93,7 +98,7 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
         ["agent, resident", "", f"{mebibytes:.0f} MiB", "", "", bar(mebibytes, _AGENT_BYTES >> 20, "MiB")]
     )
     return Results(
-        f"vLLM, {options.concurrency} request{'s' if options.concurrency > 1 else ''} at a time",
+        f"vLLM, {cost.concurrency} request{'s' if cost.concurrency > 1 else ''} at a time",
         command("overhead.py"),
         machine,
         _HEADER,
@@ -101,7 +106,7 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
         [
             f"{options.blocks} pairs of blocks of {options.block_seconds:g} s; {cost.requests} requests of "
             f"{options.prompt_tokens} + {options.output_tokens} tokens; {cost.own.steps} steps with the "
-            f"probe on, {cost.steps_per_second:.0f} a second"
+            f"probe on, {cost.steps_per_second:.0f} a second; {cost.windows} kernel windows in them"
         ],
     )
 
@@ -147,6 +152,13 @@ def _own_rows(own: OwnTime, most: float) -> list[list[str]]:
     ]
 
 
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="?", choices=("vllm", "transformers", "all"), default="all")
@@ -156,16 +168,21 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
     group = parser.add_argument_group("vllm")
-    group.add_argument("--concurrency", type=int, default=1, help="requests at a time [1]")
+    group.add_argument(
+        "--concurrency", type=int, nargs="+", default=[1], help="requests at a time; several take turns [1]"
+    )
     group.add_argument("--prompt-tokens", type=int, default=32, help="of each request [32]")
     group.add_argument("--output-tokens", type=int, default=64, help="of each request [64]")
     group.add_argument("--model", type=Path, help="a model directory [the demo's tiny Llama]")
+    group.add_argument(
+        "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="of the server"
+    )
     group.add_argument("flags", nargs="*", metavar="-- FLAGS", help="further flags of vllm serve")
     options = parser.parse_args()
     if (
         options.blocks < 1
         or options.block_seconds <= 0
-        or options.concurrency < 1
+        or min(options.concurrency) < 1
         or options.output_tokens < 2
     ):
         parser.error("--blocks and --concurrency from 1, --block-seconds above 0, --output-tokens from 2")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmprobe.demo.server import VllmServer
+from llmprobe.record.window_file import WindowFileError, read_window, window_path
 from support.agent_cost import AgentCost
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load, Seen
@@ -27,11 +28,12 @@ class Plan:
     pairs: int
     block_seconds: float
     warm_up_seconds: float
-    concurrency: int
+    concurrencies: Sequence[int]
     prompt_tokens: int
     output_tokens: int
     model: Path | None
     flags: Sequence[str]
+    env: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -51,75 +53,96 @@ class Block:
 
 @dataclass(frozen=True)
 class VllmCost:
-    """Differences in seconds and tokens/s, own time in microseconds."""
+    """At one concurrency. Differences in seconds and tokens/s, own time in microseconds."""
 
+    concurrency: int
     requests: int
     steps_per_second: float
     tpot: Difference
     ttft: Difference
     throughput: Difference
     own: OwnTime
+    windows: int  # kernel windows in the blocks with the probe on
     front_end_us_per_step: float
     agent_core_ratio: float
     agent_core_ratio_off: float
     agent_resident_bytes: int
 
 
-def measure(plan: Plan) -> VllmCost:
-    """Start a server, load it, switch, and compare.
+def measure(plan: Plan) -> Iterator[VllmCost]:
+    """Start a server, load it as the plan says, one concurrency after the other; switch, and compare.
 
     Raises:
         RuntimeError: the engine recorded steps while it was off: its methods were not restored.
     """
-    with running_server(plan.model, plan.flags) as server:
+    with running_server(plan.model, plan.flags, plan.env) as server:
         wait_known(server.directory)
-        load = Load(server.port, NAME, plan.concurrency, plan.prompt_tokens, plan.output_tokens)
-        steps = StepLog(live_journals(server.directory, "worker")[0])
-        agent = AgentCost(server.directory)
-        with load, Polling(steps):
-            load.wait(plan.warm_up_seconds)
-            blocks, front_end_ns = _blocks(plan, server, load, agent)
-            load.wait(1.0)  # the last requests of the last block
-        return _result(blocks, load, steps, front_end_ns, agent.resident_bytes)
+        for concurrency in plan.concurrencies:
+            load = Load(server.port, NAME, concurrency, plan.prompt_tokens, plan.output_tokens)
+            steps = StepLog(live_journals(server.directory, "worker")[0])
+            agent = AgentCost(server.directory)
+            with load, Polling(steps):
+                load.wait(plan.warm_up_seconds)
+                taken = _blocks(plan, server, load, agent)
+                load.wait(1.0)  # the last requests of the last block
+            yield _result(concurrency, taken, load, steps, agent.resident_bytes)
 
 
-def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> tuple[list[Block], int]:
+@dataclass
+class _Taken:
+    """The blocks, and what was counted in those with the probe on."""
+
+    blocks: list[Block]
+    front_end_ns: int = 0
+    windows: int = 0
+
+
+def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> _Taken:
     """Pairs of blocks, off-on and on-off in turns, so that a steady drift cancels too."""
     front_ends = live_journals(server.directory, "frontend")
-    blocks: list[Block] = []
-    front_end_ns = 0
+    worker = live_journals(server.directory, "worker")[0].path
+    taken = _Taken([])
     for pair in range(plan.pairs):
         for on in (False, True) if pair % 2 == 0 else (True, False):
             switch(server.directory, on)
             load.wait(_SETTLE_SECONDS)
-            own = sum(reader.counters()["own_ns_request"] for reader in front_ends)
+            own, windows = sum(reader.counters()["own_ns_request"] for reader in front_ends), _windows(worker)
             used, begin = agent.cpu_seconds(), time.monotonic_ns()
             load.wait(plan.block_seconds)
             end = time.monotonic_ns()
-            blocks.append(Block(on, begin, end, agent.cpu_seconds() - used))
+            taken.blocks.append(Block(on, begin, end, agent.cpu_seconds() - used))
             if on:
-                front_end_ns += sum(reader.counters()["own_ns_request"] for reader in front_ends) - own
+                taken.front_end_ns += sum(reader.counters()["own_ns_request"] for reader in front_ends) - own
+                taken.windows += _windows(worker) - windows
         print(f"pair {pair + 1} of {plan.pairs}", file=sys.stderr, flush=True)
-    return blocks, front_end_ns
+    return taken
 
 
-def _result(
-    blocks: list[Block], load: Load, steps: StepLog, front_end_ns: int, agent_resident: int
-) -> VllmCost:
-    on = [block for block in blocks if block.on]
-    off = [block for block in blocks if not block.on]
+def _windows(journal: Path) -> int:
+    """How many kernel windows the process of a journal has left so far."""
+    try:
+        return read_window(window_path(journal)).number
+    except (OSError, WindowFileError):
+        return 0
+
+
+def _result(concurrency: int, taken: _Taken, load: Load, steps: StepLog, agent_resident: int) -> VllmCost:
+    on = [block for block in taken.blocks if block.on]
+    off = [block for block in taken.blocks if not block.on]
     if len(steps.own_ns([(block.begin_ns, block.end_ns) for block in off])):
         raise RuntimeError("the engine recorded steps while it was off")
     own = steps.own_ns([(block.begin_ns, block.end_ns) for block in on])
     seen_off, seen_on = _seen(load, off), _seen(load, on)
     return VllmCost(
+        concurrency=concurrency,
+        windows=taken.windows,
         requests=sum(seen.requests for seen in seen_off + seen_on),
         steps_per_second=len(own) / sum(block.seconds for block in on),
         tpot=paired([s.tpot_seconds for s in seen_off], [s.tpot_seconds for s in seen_on]),
         ttft=paired([s.ttft_seconds for s in seen_off], [s.ttft_seconds for s in seen_on]),
         throughput=paired([s.tokens_per_second for s in seen_off], [s.tokens_per_second for s in seen_on]),
         own=OwnTime.of(own),
-        front_end_us_per_step=front_end_ns / len(own) / 1e3,
+        front_end_us_per_step=taken.front_end_ns / len(own) / 1e3,
         agent_core_ratio=_agent_ratio(on),
         agent_core_ratio_off=_agent_ratio(off),
         agent_resident_bytes=agent_resident,
