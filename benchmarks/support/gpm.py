@@ -1,0 +1,53 @@
+"""The hardware's own counters over a stretch of time, read from NVML without llmprobe."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pynvml
+
+_METRICS = {"graphics": 1, "sm": 2, "tensor": 5, "dram": 10}  # NVML_GPM_METRIC_*
+
+
+class Counters:
+    """Means over the time from entering the ``with`` block to leaving it, of the first GPU.
+
+    ``ratios`` has ``graphics``, ``sm``, ``tensor`` and ``dram`` (0 to 1) afterwards; empty where this GPU has
+    no counters.
+    """
+
+    def __enter__(self) -> Counters:
+        self.ratios: dict[str, float] = {}
+        pynvml.nvmlInit()
+        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._samples = [pynvml.nvmlGpmSampleAlloc() for _ in range(2)]
+        pynvml.nvmlGpmSampleGet(self._gpu, self._samples[0])
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pynvml.nvmlGpmSampleGet(self._gpu, self._samples[1])
+        asked: Any = pynvml.c_nvmlGpmMetricsGet_t()
+        asked.version = pynvml.NVML_GPM_METRICS_GET_VERSION
+        asked.numMetrics = len(_METRICS)
+        asked.sample1, asked.sample2 = self._samples
+        for index, metric in enumerate(_METRICS.values()):
+            asked.metrics[index].metricId = metric
+        pynvml.nvmlGpmMetricsGet(asked)
+        for index, name in enumerate(_METRICS):
+            found = asked.metrics[index]
+            if found.nvmlReturn == pynvml.NVML_SUCCESS:
+                self.ratios[name] = float(ctypes.c_double(found.value).value) / 100
+        for sample in self._samples:
+            pynvml.nvmlGpmSampleFree(sample)
+        pynvml.nvmlShutdown()
+
+
+def bandwidth() -> float:
+    """Nominal bytes per second of the first GPU's memory: bus width x highest clock x 2."""
+    pynvml.nvmlInit()
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    width = pynvml.nvmlDeviceGetMemoryBusWidth(gpu)
+    clock = pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_MEM)
+    pynvml.nvmlShutdown()
+    return float(width / 8 * clock * 1e6 * 2)
