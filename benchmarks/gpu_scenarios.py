@@ -5,9 +5,9 @@
     python benchmarks/gpu_scenarios.py --list
 
 Serves configurations of known size with made-up weights, loads them so that one thing binds them, and holds
-what llmprobe says twice a second against a label that comes from elsewhere: a client's times, sizes, published
-peaks, the hardware's own counters, and what was injected. Needs an NVIDIA GPU with 80 GB and vLLM. Exit status 1
-if a verdict is wrong, late or wavers, 2 if a label did not hold, so that nothing was scored.
+what llmprobe says twice a second against a label that comes from elsewhere: a client's times, sizes,
+published peaks, the hardware's own counters, and what was injected. Needs an NVIDIA GPU with 80 GB and vLLM.
+Exit status 1 if a verdict is wrong, late or wavers, 2 if a label did not hold, so that nothing was scored.
 """
 
 from __future__ import annotations

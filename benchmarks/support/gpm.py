@@ -51,3 +51,15 @@ def bandwidth() -> float:
     clock = pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_MEM)
     pynvml.nvmlShutdown()
     return float(width / 8 * clock * 1e6 * 2)
+
+
+def device_memory(pid: int) -> int:
+    """Bytes of the first GPU's memory in use, those of ``pid`` alone where NVML knows them."""
+    pynvml.nvmlInit()
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    mine = [item for item in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu) if item.pid == pid]
+    used = (
+        mine[0].usedGpuMemory if mine and mine[0].usedGpuMemory else pynvml.nvmlDeviceGetMemoryInfo(gpu).used
+    )
+    pynvml.nvmlShutdown()
+    return int(used)

@@ -25,8 +25,7 @@ _LEAST_STEPS = 4
 _LONGEST_SECONDS = 2.0
 _POLL_SECONDS = 0.005
 _ERRORS_AT_MOST = 3
-#: Steps of the past second are few or none: nothing to see.
-_BUSY_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.25
 
 
 class KernelWindowThread(threading.Thread):
@@ -85,13 +84,13 @@ class KernelWindowThread(threading.Thread):
         self._watch(cupti)
 
     def _watch(self, cupti: Cupti) -> None:
-        errors = 0
+        errors = begun = 0
         next_at = time.monotonic() + self._plan.period / 2
         while not self._recorder.closed:
-            time.sleep(max(min(next_at - time.monotonic(), 0.25), _POLL_SECONDS))
-            if time.monotonic() < next_at or not self._active():
-                continue
-            if not self._busy():
+            begun, before = self._recorder.begun, begun
+            time.sleep(max(min(next_at - time.monotonic(), _LOOK_SECONDS), _POLL_SECONDS))
+            idle = self._recorder.begun == before
+            if time.monotonic() < next_at or idle or not self._active():
                 continue
             if profiling():
                 self._say(False, "a torch profiler runs in this process")
@@ -110,11 +109,6 @@ class KernelWindowThread(threading.Thread):
                 if errors >= _ERRORS_AT_MOST:
                     self._say(False, f"{errors} windows failed, the last with: {error}")
                     return
-
-    def _busy(self) -> bool:
-        before = self._recorder.begun
-        time.sleep(_BUSY_LOOK_SECONDS)
-        return self._recorder.begun != before
 
     def _window(self, cupti: Cupti, seconds: float) -> Window | None:
         """One window; None if it saw too little, or a profiler came in between."""
