@@ -34,6 +34,18 @@ def detach(log_path: Path) -> bool:
     return True
 
 
+def take_programs_cpus() -> None:
+    """Run where the program may that started us, not only where the one process of it does.
+
+    Engines pin workers to processors that their threads then fill, and what a worker starts inherits that: a
+    daemon there answers no one for minutes. The leader of a worker's process group is the program as its
+    operator started it, with the processors that it was given. To be called before `detach`.
+    """
+    with contextlib.suppress(OSError):
+        program = os.sched_getaffinity(os.getpgid(os.getppid()))
+        os.sched_setaffinity(0, program | os.sched_getaffinity(0))
+
+
 def _redirect(log_path: Path) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     try:

@@ -93,8 +93,10 @@ def run(options: Options) -> int:
     if agent_running(directory):
         print(f"llmprobe: an agent already serves {directory}", file=sys.stderr)  # noqa: T201
         return 0
-    if not options.foreground and not daemon.detach(directory / LOG_NAME):
-        return 0
+    if not options.foreground:
+        daemon.take_programs_cpus()
+        if not daemon.detach(directory / LOG_NAME):
+            return 0
     os.umask(0o077)
     daemon.clear_environment()
     _log_to_stderr(options.settings.log_level)

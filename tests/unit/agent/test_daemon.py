@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from llmprobe.agent.daemon import cap_log, resident_bytes, take_lock
 from llmprobe.record.agent_launch import agent_running
 
@@ -15,6 +17,25 @@ import sys; from pathlib import Path
 from llmprobe.agent.daemon import take_lock
 lock = take_lock(Path(sys.argv[1]))
 print("held" if lock else "refused", flush=True); sys.stdin.read()
+"""
+
+
+# A program, a worker of it that is pinned to one processor, and the daemon which that starts.
+_PROGRAM = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+"""
+_WORKER = """
+import os, subprocess, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+subprocess.run([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+"""
+_DAEMON = """
+import os
+from llmprobe.agent.daemon import take_programs_cpus
+before = os.sched_getaffinity(0)
+take_programs_cpus()
+print(len(before), *os.sched_getaffinity(0))
 """
 
 
@@ -76,3 +97,18 @@ def test_a_short_or_missing_log_is_left_alone(tmp_path: Path) -> None:
 
 def test_resident_memory_is_in_bytes() -> None:
     assert 5 << 20 < resident_bytes() < 10 << 30
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor alone leaves nothing to take")
+def test_started_by_a_pinned_worker_it_runs_where_the_program_may() -> None:
+    program = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, _WORKER, _DAEMON],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    before, *after = map(int, program.stdout.split())
+    assert before == 1
+    assert set(after) == os.sched_getaffinity(0)
