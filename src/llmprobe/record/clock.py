@@ -14,6 +14,8 @@ Nothing here ever waits for the device.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
 from collections import deque
@@ -22,7 +24,7 @@ from typing import Any, Protocol
 from llmprobe.record.layout import Clock
 
 _monotonic_ns = time.monotonic_ns
-POOL_SIZE = 64  #: steps in flight at most; an engine runs a few ahead of its device
+POOL_SIZE = 512  #: steps that wait to be harvested at most, on a device's clock
 HOST_STEPS_KEPT = 1024  #: steps that wait to be harvested at most, on a host clock
 
 
@@ -57,6 +59,11 @@ class StepClock(Protocol):
     name: str  #: ``host`` or ``cuda``
     kind: int  #: the same as `llmprobe.record.layout.Clock`
     dropped: int  #: steps that got no stamps, or lost them
+    elsewhere: bool  #: whether another thread may `harvest` while the engine's works
+
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody should `harvest` soon, or steps are lost."""
 
     def begin(self, payload: Any) -> Stamps | None:
         """Stamps for a new step, or None when all are in flight. ``payload`` comes back from `harvest`."""
@@ -70,9 +77,9 @@ class StepClock(Protocol):
     def discard(self, stamps: Stamps) -> None:
         """Forget a step that failed."""
 
-    def harvest(self) -> list[Stamps]:
-        """Steps that are complete on the device, in the order of `finish`. They are the caller's until
-        the next `harvest`."""
+    def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
+        """Steps that are complete on the device, in the order of `finish`, the first ``most`` of them. They
+        are the caller's until the next `harvest`."""
 
     def restart(self) -> None:
         """The next step follows a time without stamps (the probe was off)."""
@@ -83,6 +90,7 @@ class HostClock:
 
     name = "host"
     kind = int(Clock.HOST)
+    elsewhere = True
 
     def __init__(self) -> None:
         self.dropped = 0
@@ -114,14 +122,20 @@ class HostClock:
         """See `StepClock.discard`."""
         self._restarted = True
 
-    def harvest(self) -> list[Stamps]:
+    @property
+    def crowded(self) -> bool:
+        """See `StepClock.crowded`."""
+        return len(self._done) >= HOST_STEPS_KEPT // 2
+
+    def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
         """See `StepClock.harvest`: everything finished so far."""
         done: list[Stamps] = []
         try:
-            while True:
+            while len(done) < most:
                 done.append(self._done.popleft())
         except IndexError:
-            return done
+            pass
+        return done
 
     def restart(self) -> None:
         """See `StepClock.restart`."""
@@ -137,7 +151,8 @@ class CudaClock:
     nor after the host saw it done. Whenever the device waits for the host (every first step of a request)
     the first bound is tight to a few microseconds, so that the chain also follows the drift between both.
 
-    `begin` to `finish` of a step run in one thread; `harvest` wherever no CUDA graph is being captured.
+    `begin` to `finish` of a step run in one thread; `harvest` in any thread if ``elsewhere``, otherwise only
+    while no other thread captures a CUDA graph, which asking for an event would break.
     """
 
     name = "cuda"
@@ -154,7 +169,9 @@ class CudaClock:
         self.dropped = 0
         self._cuda = torch.cuda
         self._device = device
+        self._capturing = torch.cuda.is_current_stream_capturing
         self._free = deque(Stamps(self._new_events()) for _ in range(pool_size))
+        self._few = pool_size // 4
         self._flying: deque[Stamps] = deque()
         self._harvested: list[Stamps] = []
         self._harvesting = threading.Lock()  # only ever tried, never waited for
@@ -163,6 +180,17 @@ class CudaClock:
         self._last_ns = 0  # ... and when that was
         self._home = threading.get_ident()
         self._visitors = threading.local()
+        self.elsewhere = _capture_mode_switch() is not None
+        # torch's own methods look up device and stream, and make an object of it, at every call: several
+        # microseconds a mark. Where its parts below them are known, those are used.
+        event = self._free[0].events[0]
+        base = getattr(torch._C, "_CudaEventBase", type(event))
+        self._record = (base if isinstance(event, base) else type(event)).record
+        self._index = None if device is None else torch.device(device).index
+        self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+        if self._index is None:
+            self._raw_stream = None
+        self._stream: tuple[int, Any] = (-1, None)  # the last stream's handle, and torch's object for it
 
     def _new_events(self) -> list[Any]:
         return [self._cuda.Event(enable_timing=True) for _ in range(4)]
@@ -184,10 +212,18 @@ class CudaClock:
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`. Does nothing while the stream is being captured into a CUDA graph."""
-        if self._cuda.is_current_stream_capturing():
+        if self._capturing():
             return
+        if self._raw_stream is None:
+            stream = self._cuda.current_stream(self._device)
+        else:
+            handle, stream = self._stream
+            current = self._raw_stream(self._index)
+            if current != handle:
+                stream = self._cuda.current_stream(self._device)
+                self._stream = (current, stream)
         stamps.ns[index] = _monotonic_ns()
-        stamps.events[index].record(self._cuda.current_stream(self._device))
+        self._record(stamps.events[index], stream)
         stamps.marked |= 1 << index
 
     def finish(self, stamps: Stamps) -> None:
@@ -204,22 +240,24 @@ class CudaClock:
         self._restarted = True
         self._free.append(stamps)
 
-    def harvest(self) -> list[Stamps]:
+    @property
+    def crowded(self) -> bool:
+        """See `StepClock.crowded`."""
+        return not self.elsewhere or len(self._free) < self._few
+
+    def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
         """See `StepClock.harvest`. Empty while another thread harvests, or a CUDA graph is captured."""
-        if self._cuda.is_current_stream_capturing() or not self._harvesting.acquire(blocking=False):
+        if self._capturing() or not self._harvesting.acquire(blocking=False):
             return []
         try:
             if threading.get_ident() != self._home and not hasattr(self._visitors, "at_home"):
-                # Asking for an event in a thread whose current device is another one can make a context
-                # there, which takes half a gigabyte of that device's memory.
-                if self._device is not None:
-                    self._cuda.set_device(self._device)
+                self._visit()
                 self._visitors.at_home = True
             for stamps in self._harvested:
                 stamps.payload = None
                 self._free.append(stamps)
             self._harvested = []
-            while self._flying and self._flying[0].events[3].query():
+            while len(self._harvested) < most and self._flying and self._flying[0].events[3].query():
                 # Taken out first: a step whose times cannot be read must not come up for ever.
                 stamps = self._flying.popleft()
                 self._place(stamps)
@@ -231,6 +269,16 @@ class CudaClock:
     def restart(self) -> None:
         """See `StepClock.restart`."""
         self._restarted = True
+
+    def _visit(self) -> None:
+        """Prepare a thread that is not the engine's."""
+        # Asking for an event in a thread whose current device is another one can make a context there, which
+        # takes half a gigabyte of that device's memory.
+        if self._device is not None:
+            self._cuda.set_device(self._device)
+        switch = _capture_mode_switch()
+        if switch is not None:
+            switch(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
 
     def _place(self, stamps: Stamps) -> None:
         """Replace the host's times of the marks by the device's."""
@@ -253,6 +301,18 @@ class CudaClock:
         if self._last_event is None:
             self._last_event = self._cuda.Event(enable_timing=True)
         stamps.events[3], self._last_event = self._last_event, e3
+
+
+#: ``CU_STREAM_CAPTURE_MODE_THREAD_LOCAL``: calls of this thread do not break captures of others.
+_THREAD_LOCAL = 1
+
+
+def _capture_mode_switch() -> Any:
+    """The driver's ``cuThreadExchangeStreamCaptureMode``; None where there is none (ROCm)."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return None
 
 
 def _ns(milliseconds: float) -> int:

@@ -15,7 +15,7 @@ from llmprobe.hooks.vllm.steps import Running, WorkerSteps
 from llmprobe.hooks.vllm.worker import _WRAPPERS
 from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock
 from llmprobe.record.journal_reader import JournalReader
-from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Flag, Phase
+from llmprobe.record.layout import UNKNOWN_PHASE, Flag, Phase
 from llmprobe.settings import Settings
 
 from .scheduled import Scheduled, cached, new
@@ -190,11 +190,9 @@ def test_when_nothing_can_be_written_the_probe_gives_up_at_ten_errors(rig: Rig) 
     assert sum(rig.probe.guard.errors.values()) == 10
 
 
-def test_on_a_device_of_its_own_the_running_step_is_described_too(rig: Rig) -> None:
-    """There the housekeeping thread may not ask whether earlier steps are complete."""
+def test_the_running_step_is_described_while_none_before_it_is_complete(rig: Rig) -> None:
     clock = HostClock()
-    clock.kind = int(Clock.CUDA)
-    clock.harvest = list  # type: ignore[method-assign] # nothing is ever complete
+    clock.harvest = lambda most=0: []  # type: ignore[method-assign]
     rig.steps._clock = clock
     rig.run(new("a", 10, scheduled=4))
     rig.begin(cached(a=(4, 6)))
@@ -203,6 +201,21 @@ def test_on_a_device_of_its_own_the_running_step_is_described_too(rig: Rig) -> N
     progress = rig.reader.progress()
     assert progress is not None
     assert (progress.begun, progress.phase, progress.tokens) == (2, Phase.PREFILL, 6)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_clock_that_only_the_engine_may_ask_is_left_to_it(rig: Rig, elsewhere: bool) -> None:
+    class Engines(HostClock):
+        crowded = not elsewhere  # type: ignore[assignment]
+
+    clock = rig.steps._clock = Engines()
+    clock.elsewhere = elsewhere
+    rig.run(new("a", 10, scheduled=4))
+    rig.begin(cached(a=(4, 6)))
+    assert len(rig.written()) == elsewhere
+    rig.steps.forward_start()
+    rig.end()
+    assert phases(rig.written()) == [Phase.PREFILL]
 
 
 def test_two_workers_of_one_process_share_the_seam(tmp_path: Path) -> None:

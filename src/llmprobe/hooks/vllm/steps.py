@@ -7,6 +7,7 @@ docs/decisions/what-the-step-path-writes.md.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, Batch, BatchReader, Noted, note
 from llmprobe.record.clock import HOST_STEPS_KEPT, Stamps, StepClock, step_clock
-from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Clock, Flag
+from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
@@ -26,10 +27,9 @@ from llmprobe.settings import logger
 STEP_METHODS = ("execute_model", "sample_tokens", "execute_dummy_batch")
 
 _now = time.monotonic_ns
-_HOST = int(Clock.HOST)
 _IDLE_NS = 100_000_000
-#: Steps of a CPU device wait for the housekeeping thread, up to so many.
-_KEPT_AT_MOST = HOST_STEPS_KEPT // 2
+#: Steps wait for the housekeeping thread. If it does not come, the step path writes so many at a time.
+_AT_ONCE = 4
 _UNREAD_AT_MOST = 2 * HOST_STEPS_KEPT
 _RESTARTED, _NO_SAMPLE = int(Flag.RESTARTED), int(Flag.NO_SAMPLE)
 
@@ -94,7 +94,6 @@ class WorkerSteps:
         self._begun_ns = 0
         self._own = 0
         self._marked = False
-        self._kept = 0
         self._harvesting = threading.Lock()  # only ever tried, never waited for
         self._last_number = 0
         self._generation = probe.generation
@@ -254,8 +253,8 @@ class WorkerSteps:
         if self._nvtx is not None:
             self._nvtx.part(None)
         # Here a device has just been given its work, whether or not steps overlap.
-        if clock.kind != _HOST or self._kept >= _KEPT_AT_MOST:
-            self._harvest()
+        if clock.crowded:
+            self._harvest(_AT_ONCE)
         self._own += _now() - entered
         if output is not None:
             self._close(_NO_SAMPLE)
@@ -312,7 +311,6 @@ class WorkerSteps:
             self._nvtx.end()
         step.flags = flags
         stamps.payload = step
-        self._kept += 1
         # Before the clock has it: from then on another thread may write it.
         step.own_ns, self._own = self._own + _now() - entered, 0
         clock.finish(stamps)
@@ -320,24 +318,22 @@ class WorkerSteps:
     def write(self) -> None:
         """Write the steps that are complete. Runs in the housekeeping thread, a few times a second.
 
-        CUDA events are left to the engine's own thread while it runs: asking for them from another one
-        would break a graph that is being captured.
+        A clock that cannot be asked from here while the engine works is left to the engine's own thread.
         """
         clock = self._clock
         if not self.armed or clock is None:
             return
-        if clock.kind == _HOST or (self._step is None and _now() - self._begun_ns > _IDLE_NS):
+        if clock.elsewhere or (self._step is None and _now() - self._begun_ns > _IDLE_NS):
             self._harvest()
         self._describe()
 
-    def _harvest(self) -> None:
-        """Write the steps that are complete on the device."""
+    def _harvest(self, most: int = sys.maxsize) -> None:
+        """Write the steps that are complete on the device, the first ``most`` of them."""
         recorder, clock = self._recorder, self._clock
         if recorder is None or clock is None or not self._harvesting.acquire(False):
             return
         try:
-            self._kept = 0
-            for stamps in clock.harvest():
+            for stamps in clock.harvest(most):
                 if self._probe.guard.inert:
                     break
                 try:
