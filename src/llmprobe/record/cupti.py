@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ _Completed = ctypes.CFUNCTYPE(
 )
 
 
+#: Held by whoever records through CUPTI in this process, a torch profiler of ours included. Only ever tried,
+#: or waited for by threads of our own.
+IN_USE = threading.Lock()
+
+
 class CuptiError(Exception):
     """CUPTI is not there, or refused; the message says what to do."""
 
@@ -98,6 +104,8 @@ class Cupti:
         self._enabled: list[int] = []
         self._begin_ns = 0
         self._offset = (0, 0)
+        self._names = _Names()
+        self._parts: list[np.ndarray] = []
         # Kept, because CUPTI calls them for as long as the process lives.
         self._requested = _Requested(self._buffers.requested)
         self._completed = _Completed(self._buffers.completed)
@@ -111,6 +119,7 @@ class Cupti:
         """Record from now on. Raises CuptiError if something else holds CUPTI."""
         self._buffers.reset()
         self._sizes.forget()
+        self._names, self._parts = _Names(), []
         # Each time anew: whatever profiler ran since then had its own.
         self._check("cuptiActivityRegisterCallbacks", self._requested, self._completed)
         try:
@@ -123,25 +132,40 @@ class Cupti:
         self._offset = self._clock_offset()
         self._begin_ns = time.monotonic_ns()
 
+    def drain(self) -> int:
+        """Take what full buffers hold, so that a long recording goes on; returns how many rows there are.
+
+        Takes milliseconds; not for the step path.
+        """
+        self._check("cuptiActivityFlushAll", ctypes.c_uint32(0))
+        self._take()
+        return sum(map(len, self._parts))
+
     def close(self) -> Window:
         """Stop recording and return what ran. Takes milliseconds; not for the step path."""
         end_ns = time.monotonic_ns()
         self._disable()
         self._check("cuptiActivityFlushAll", ctypes.c_uint32(1))
-        # The tighter of both readings: the two clocks hardly drift within a window.
-        offset = min(self._offset, self._clock_offset())[1]
-        parts, names = [], _Names()
-        for buffer, valid in self._buffers.take():
-            parts += self._sizes.decode(buffer, valid, names)
+        self._take()
+        parts, self._parts = self._parts, []
         activities = np.concatenate(parts) if parts else np.zeros(0, ACTIVITY)
-        activities["begin"] += offset
-        activities["end"] += offset
         # What is left from before, or never ended.
         activities = activities[
             (activities["begin"] >= self._begin_ns) & (activities["end"] >= activities["begin"])
         ]
         activities = activities[np.argsort(activities["begin"], kind="stable")]
-        return Window(self._begin_ns, end_ns, activities, names.names, self._buffers.refused)
+        return Window(self._begin_ns, end_ns, activities, self._names.names, self._buffers.refused)
+
+    def _take(self) -> None:
+        # The tighter of both readings: the two clocks hardly drift between them.
+        now = self._clock_offset()
+        offset, self._offset = min(self._offset, now)[1], now
+        for address, buffer, valid in self._buffers.take():
+            for part in self._sizes.decode(buffer, valid, self._names):
+                part["begin"] += offset
+                part["end"] += offset
+                self._parts.append(part)
+            self._buffers.free(address)
 
     def _disable(self) -> None:
         while self._enabled:
@@ -200,11 +224,16 @@ class _Buffers:
         """A buffer is full, or flushed. Runs in any thread."""
         self._full.append((buffer, valid))
 
-    def take(self) -> list[tuple[np.ndarray, int]]:
-        """Buffers and how many bytes of each are valid; good until the next window opens."""
-        full, self._full = self._full, []
-        self._free += [address for address, _ in full if address in self._made]
-        return [(self._made[address], valid) for address, valid in full if address in self._made]
+    def take(self) -> list[tuple[int, np.ndarray, int]]:
+        """Address, buffer and how many of its bytes are valid; each is to be given back with `free`."""
+        full = []
+        while self._full:  # while a recording goes on, another thread may add one at any moment
+            full.append(self._full.pop(0))
+        return [(address, self._made[address], valid) for address, valid in full if address in self._made]
+
+    def free(self, address: int) -> None:
+        """CUPTI may have this one again."""
+        self._free.append(address)
 
     def _make(self) -> int:
         if len(self._made) >= MOST_BUFFERS:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmprobe.record.cupti import Cupti, CuptiError, Window, injected
+from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, Window, injected
 from llmprobe.record.latch import Latch, died_in_a_window
 from llmprobe.record.recorder import Recorder
 from llmprobe.record.window_file import FOLDER, Seen, window_path, write_window
@@ -111,7 +111,15 @@ class KernelWindowThread(threading.Thread):
                     return
 
     def _window(self, cupti: Cupti, seconds: float) -> Window | None:
-        """One window; None if it saw too little, or a profiler came in between."""
+        """One window; None if it saw too little, or something else records or came in between."""
+        if not IN_USE.acquire(blocking=False):
+            return None
+        try:
+            return self._alone(cupti, seconds)
+        finally:
+            IN_USE.release()
+
+    def _alone(self, cupti: Cupti, seconds: float) -> Window | None:
         self._latch.open_window()
         try:
             cupti.open()
@@ -147,9 +155,6 @@ def forbidden(recorder: Recorder) -> str | None:
 
 
 def profiling() -> bool:
-    """Whether a torch profiler runs in this process."""
-    torch = sys.modules.get("torch")
-    try:
-        return torch is not None and bool(torch._C._autograd._profiler_enabled())
-    except AttributeError:
-        return False
+    """Whether a torch profiler runs in this process, in whatever thread."""
+    profiler = sys.modules.get("torch.autograd.profiler")
+    return bool(getattr(profiler, "_is_profiler_enabled", False))

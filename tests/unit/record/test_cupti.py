@@ -97,7 +97,10 @@ def test_memory_is_bounded_and_a_full_window_says_so() -> None:
     for address, _ in given_out[:MOST_BUFFERS]:
         buffers.completed(None, 0, address, BUFFER_BYTES, 100)
     buffers.completed(None, 0, 12345, BUFFER_BYTES, 100)  # somebody else's
-    assert len(buffers.take()) == MOST_BUFFERS
+    taken = buffers.take()
+    assert (len(taken), buffers.left) == (MOST_BUFFERS, 0)  # not to be overwritten while they are read
+    for address, _, _ in taken:
+        buffers.free(address)
     assert buffers.left == MOST_BUFFERS
     buffers.reset()
     assert (buffers.refused, buffers.take()) == (0, [])

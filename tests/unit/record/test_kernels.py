@@ -180,3 +180,21 @@ def test_an_injected_profiler_keeps_windows_off(
     thread.join(5)
     assert scripted.opened == 0
     assert "CUDA_INJECTION64_PATH" in said(recorder)["reason"]
+
+
+def test_a_profiler_in_another_thread_is_seen() -> None:
+    torch = pytest.importorskip("torch")
+    inside, over = threading.Event(), threading.Event()
+
+    def profile() -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+            inside.set()
+            over.wait(30)
+
+    thread = threading.Thread(target=profile)
+    thread.start()
+    assert inside.wait(30)
+    assert kernels.profiling()
+    over.set()
+    thread.join()
+    assert not kernels.profiling()
