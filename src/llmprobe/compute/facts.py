@@ -42,7 +42,9 @@ class KvGroup:
     """Layers that see the same context, as one: every figure is for all ``layers`` of it on this rank.
 
     ``window`` is in tokens (None: the whole context), ``bytes_per_request`` a state of fixed size
-    (recurrent layers), ``flops_per_pair`` the FLOPs of one visible (query, key) pair.
+    (recurrent layers), ``flops_per_pair`` the FLOPs of one visible (query, key) pair. Layers that read
+    another layer's cache write none: ``bytes_written_per_token`` is less than ``bytes_per_token`` then.
+    Latent attention (MLA) takes prompts in another way than it decodes: ``flops_per_pair_prefill``.
     """
 
     kind: str
@@ -51,6 +53,8 @@ class KvGroup:
     bytes_per_token: float
     flops_per_pair: float
     bytes_per_request: float
+    bytes_written_per_token: float
+    flops_per_pair_prefill: float
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,16 @@ def _group(group: Any, where: str) -> KvGroup:
     if kind not in KV_KINDS:
         raise FactsError(f"{where}.kind={kind!r}: one of {', '.join(KV_KINDS)} is needed")
     where += "."
+    stored, pair = _number(group, "bytes_per_token", where), _number(group, "flops_per_pair", where)
     return KvGroup(
         kind=kind,
         window=None if group.get("window") is None else _integer(group, "window", where, least=1),
         layers=_integer(group, "layers", where),
-        bytes_per_token=_number(group, "bytes_per_token", where),
-        flops_per_pair=_number(group, "flops_per_pair", where),
+        bytes_per_token=stored,
+        flops_per_pair=pair,
         bytes_per_request=_number(group, "bytes_per_request", where),
+        bytes_written_per_token=_number(group, "bytes_written_per_token", where, stored),
+        flops_per_pair_prefill=_number(group, "flops_per_pair_prefill", where, pair),
     )
 
 
@@ -150,8 +157,8 @@ def _object(facts: Mapping[str, Any], name: str, where: str = "") -> Mapping[str
     return value
 
 
-def _number(facts: Mapping[str, Any], name: str, where: str = "") -> float:
-    value = facts.get(name)
+def _number(facts: Mapping[str, Any], name: str, where: str = "", default: float | None = None) -> float:
+    value = facts.get(name, default)
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))

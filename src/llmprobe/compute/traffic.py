@@ -44,9 +44,10 @@ def work(steps: np.ndarray, model: ModelFacts) -> Floats:
         share = model.experts.top_k / model.experts.count
         result[:, EXPERTS] = 2 * model.experts.params * share * count
     result[:, HEAD] = 2 * model.head.params * column(steps, "sampled")
-    pairs = column(steps, "pairs_prefill") + column(steps, "pairs_decode")
+    prompt, generated = column(steps, "pairs_prefill"), column(steps, "pairs_decode")
     for index, group in enumerate(model.kv_groups):
-        result[:, ATTENTION] += group.flops_per_pair * pairs[:, index]
+        result[:, ATTENTION] += group.flops_per_pair_prefill * prompt[:, index]
+        result[:, ATTENTION] += group.flops_per_pair * generated[:, index]
     result[~modelled(steps)] = 0
     return result
 
@@ -71,7 +72,8 @@ def _kv(steps: np.ndarray, model: ModelFacts) -> tuple[Floats, Floats]:
     written = np.zeros(len(steps))
     for index, group in enumerate(model.kv_groups):
         read += group.bytes_per_token * context[:, index] + group.bytes_per_request * requests
-        written += group.bytes_per_token * _new_keys(steps, group, index) + group.bytes_per_request * requests
+        written += group.bytes_written_per_token * _new_keys(steps, group, index)
+        written += group.bytes_per_request * requests
     idle = ~modelled(steps) | (tokens(steps) == 0)
     read[idle] = 0
     written[idle] = 0
