@@ -32,6 +32,8 @@ class Probe:
         self.writers: list[Callable[[], None]] = []
         #: Undo what is not a patch; called once by `llmprobe.disable`.
         self.cleanups: list[Callable[[], None]] = []
+        #: Each says which profiler of the engine runs, or is about to; None if none does.
+        self.profilers: list[Callable[[], str | None]] = []
         self._recorders: dict[str, Recorder] = {}
         self._adopted: list[Recorder] = []
         self._arming = threading.Lock()
@@ -94,6 +96,10 @@ class Probe:
         for called in self.on_armed:
             self.guard.call("on_armed", called, recorder)
         return recorder
+
+    def running_profiler(self) -> str | None:
+        """The profiler of the engine that runs, or is about to."""
+        return next((said for ask in list(self.profilers) if (said := ask()) is not None), None)
 
     def disarm(self) -> None:
         """Close this process's journals and remove them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmprobe.hooks.on_import import forget_all, when_imported
 from llmprobe.hooks.probe import Probe
+from llmprobe.record.asked_capture import AskedCaptures
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, SettingsError, logger
@@ -158,6 +159,7 @@ class _Housekeeping(threading.Thread):
         self._seen = self._control_state()
         self._published: Any = None
         self._keepalive_at = 0.0
+        self._asked: dict[Recorder, AskedCaptures] = {}
 
     def run(self) -> None:
         guard = self._probe.guard
@@ -170,7 +172,10 @@ class _Housekeeping(threading.Thread):
                 guard.call("housekeeping.write", write)
             for recorder in self._probe.recorders():
                 guard.call("housekeeping.publish", recorder.publish)
+            guard.call("housekeeping.captures", self._look_for_asks)
             time.sleep(_POLL_SECONDS)
+        for asked in self._asked.values():
+            asked.close()
 
     def _control_state(self) -> tuple[int, int] | None:
         try:
@@ -198,6 +203,18 @@ class _Housekeeping(threading.Thread):
             self._probe.enabled = False
             self._probe.remove_patches()
         logger().info("switched %s", "on" if armed else "off")
+
+    def _look_for_asks(self) -> None:
+        """An agent may ask any process that records steps for a capture."""
+        probe = self._probe
+        for recorder in probe.recorders():
+            if recorder not in self._asked:
+                if recorder.facts.get("role") == "frontend":
+                    continue
+                self._asked[recorder] = AskedCaptures(
+                    recorder, profiler=probe.running_profiler, failed=probe.guard.failed
+                )
+            self._asked[recorder].look()
 
     def _keep_agent(self) -> None:
         now = time.monotonic()

@@ -39,6 +39,7 @@ def install(probe: Probe, module: ModuleType) -> None:
     def adopt(worker: Any) -> None:
         steps = workers[id(worker)] = WorkerSteps(probe, running)
         weakref.finalize(worker, forget, id(worker), steps)
+        probe.profilers.append(_profiler_of(weakref.ref(worker)))
         for owner, name in seams.methods(type(worker), STEP_METHODS + _LIFE_METHODS):
             probe.patch(owner, name, _WRAPPERS[name](probe, workers))
 
@@ -48,6 +49,18 @@ def install(probe: Probe, module: ModuleType) -> None:
         steps.forget()
 
     probe.patch(module.WorkerBase, "__init__", make)
+
+
+def _profiler_of(worker: Callable[[], Any]) -> Callable[[], str | None]:
+    """Whether vLLM's own profiler runs in a worker: its names changed between versions."""
+
+    def running() -> str | None:
+        profiler = getattr(worker(), "profiler", None)
+        if any(getattr(profiler, name, False) is True for name in ("_active", "_running", "is_running")):
+            return "vLLM's own profiler runs: POST /stop_profile ends it"
+        return None
+
+    return running
 
 
 def _around(where: str, before: Callable[..., None], after: Callable[..., None]) -> Any:

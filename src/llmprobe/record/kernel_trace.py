@@ -1,0 +1,91 @@
+"""Every kernel, copy and set of some seconds, through CUPTI: `llmprobe.record.kernels` at length, once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from llmprobe.record.cupti import Cupti, CuptiError, Window, loaded_library
+from llmprobe.record.kernels import forbidden, profiling
+from llmprobe.record.latch import Latch
+from llmprobe.record.recorder import Recorder
+from llmprobe.record.window_file import FOLDER, Seen, write_window
+
+#: 26 bytes each, held in memory and then in shared memory until the agent has fetched them.
+MOST_ACTIVITIES = 1_000_000
+#: Buffers hold about 150 000 kernels; the fastest engine launches less than that in a second.
+_DRAIN_SECONDS = 0.2
+
+
+class _Kept:
+    """CUPTI calls what was registered for as long as the process lives, so it is made once and kept."""
+
+    cupti: Cupti | None = None
+
+
+def unavailable(recorder: Recorder) -> str | None:
+    """Why no kernels can be recorded in this process; None if they can."""
+    if recorder.facts.get("clock") != "cuda":
+        return "kernels are seen on CUDA devices only, and this process drives none"
+    if loaded_library() is None:
+        return "no libcupti is loaded in this process: its torch was built without it"
+    return forbidden(recorder)
+
+
+class KernelTrace:
+    """`start`, `look` now and then, `stop`, `save`: all on one thread, which is none of the engine's."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        journal = recorder.writer.path
+        # A name of its own: the process's windows have one too.
+        self._latch = Latch(journal.parent.parent / FOLDER, f"{journal.stem}-capture")
+        self._cupti: Cupti | None = None
+        self._window: Window | None = None
+        self._drained_at = 0.0
+        self.notes: list[str] = []
+
+    def start(self) -> None:
+        """Record from now on. Raises CuptiError or OSError."""
+        if _Kept.cupti is None:
+            _Kept.cupti = Cupti()
+        self._latch.open_window()
+        try:
+            _Kept.cupti.open()
+        except BaseException:
+            self._latch.close_window()
+            raise
+        self._cupti = _Kept.cupti
+        self._drained_at = time.monotonic()
+
+    def look(self) -> str | None:
+        """Why it must end now, if it must. Raises CuptiError."""
+        assert self._cupti is not None
+        if profiling():
+            raise CuptiError("a torch profiler began in this process")
+        now = time.monotonic()
+        if now - self._drained_at < _DRAIN_SECONDS and not self._cupti.filling:
+            return None
+        self._drained_at = now
+        if self._cupti.drain() >= MOST_ACTIVITIES:
+            return f"ended early: {MOST_ACTIVITIES} kernels, copies and sets, and no more are held"
+        return None
+
+    def stop(self) -> None:
+        """End the recording. Raises CuptiError."""
+        cupti, self._cupti = self._cupti, None
+        if cupti is None:
+            return
+        try:
+            self._window = cupti.close()
+        finally:
+            self._latch.close_window()
+
+    def save(self, target: Path) -> None:
+        """Write what was seen. Raises OSError; then nothing is left behind."""
+        window, self._window = self._window, None
+        assert window is not None
+        write_window(target, Seen(1, window))
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._window = None
