@@ -351,13 +351,20 @@ def _recorded(data: Database) -> Ints | None:
 
 
 def lost_texts(data: Database) -> list[str]:
-    """What nsys itself says about events it could not keep."""
+    """What nsys itself says about events it could not keep.
+
+    Not what it says whenever a program goes on behind the recording: activities that ran when it was stopped
+    are dropped as incomplete. That is a cut end. Launches without a kernel are looked for by `judge`.
+    """
     if "text" not in data.columns.get("DIAGNOSTIC_EVENT", frozenset()):
         return []
     wanted = " OR ".join(
         f"text LIKE '%{word}%'" for word in ("drop", "lost", "overflow", "may be incomplete")
     )
-    query = f"SELECT CAST(text AS TEXT) FROM DIAGNOSTIC_EVENT WHERE {wanted} LIMIT 20"
+    query = (
+        f"SELECT CAST(text AS TEXT) FROM DIAGNOSTIC_EVENT WHERE ({wanted}) "
+        "AND text NOT LIKE '%incomplete CUPTI events%' LIMIT 20"
+    )
     return [printable(str(text))[:200] for (text,) in data.rows(query)]
 
 

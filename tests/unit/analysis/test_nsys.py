@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import lzma
 from pathlib import Path
 
 import pytest
@@ -256,3 +257,45 @@ def test_phases_on_the_device_are_nsys_own_projection(tmp_path: Path) -> None:
         assert row.seconds == pytest.approx(int(same["Total Proj Time"]) / 1e9, rel=1e-3)
         assert row.host_seconds == pytest.approx(int(same["Total Range Time"]) / 1e9, rel=1e-3)
         assert row.steps == int(same["Range Instances"])
+
+
+@pytest.fixture(params=["decode", "prefill", "eager"])
+def h100(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Some steps of vLLM on an H100; see tests/data/PROVENANCE.md."""
+    path = tmp_path / f"{request.param}.sqlite"
+    path.write_bytes(lzma.decompress((DATA / f"vllm_h100_{request.param}.sqlite.xz").read_bytes()))
+    return path
+
+
+@pytest.mark.integration
+def test_sums_of_a_gpus_recording_are_those_of_nsys(h100: Path, tmp_path: Path) -> None:
+    report = analyze(h100)
+    truth = nsys_report(h100, "cuda_gpu_sum", tmp_path)
+    assert sum(row.count for row in report.operators) == sum(int(row["Instances"]) for row in truth)
+    seconds = [int(row["Total Time"]) / 1e9 for row in truth]
+    assert sum(row.seconds for row in report.operators) == pytest.approx(sum(seconds), rel=1e-3)
+    largest = sorted(seconds, reverse=True)[:5]
+    assert [row.seconds for row in report.kernels[:5]] == pytest.approx(largest, rel=1e-3)
+
+
+@pytest.mark.integration
+def test_phases_of_a_gpus_recording_are_nsys_own_projection(h100: Path, tmp_path: Path) -> None:
+    phases = {row.name: row for row in analyze(h100).phases if row.part is None}
+    truth = {row["Range"]: row for row in nsys_report(h100, "nvtx_gpu_proj_sum", tmp_path)}
+    assert phases
+    for name, row in phases.items():
+        same = truth[f"llmprobe:{name}"]
+        assert row.steps == int(same["Range Instances"])
+        assert row.seconds == pytest.approx(int(same["Total Proj Time"]) / 1e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "least", "most"), [("decode", 0.01, 0.02), ("eager", 0.7, 0.8)])
+def test_launch_bubbles_of_a_real_server_are_seen(
+    tmp_path: Path, name: str, least: float, most: float
+) -> None:
+    path = tmp_path / "a.sqlite"
+    path.write_bytes(lzma.decompress((DATA / f"vllm_h100_{name}.sqlite.xz").read_bytes()))
+    report = analyze(path)
+    assert report.trust.verdict == "trusted"
+    (gpu,) = report.gpus
+    assert least < gpu.idle_ratio < most

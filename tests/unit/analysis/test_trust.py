@@ -139,6 +139,18 @@ def test_a_few_launches_whose_work_lies_behind_the_end_are_normal(tmp_path: Path
     assert analyze(file.close()).trust.verdict == "trusted"
 
 
+def test_what_ran_when_a_server_was_no_longer_recorded_is_no_loss(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    decode(file, steps=200)
+    # In every recording of a program that goes on: nsys 2025.3 on an H100.
+    file.row(
+        "DIAGNOSTIC_EVENT",
+        text="Number of incomplete CUPTI events dropped: 757. Incomplete events appear when GPU timestamp "
+        "information have not been retrieved at the time the profiling session was stopped.",
+    )
+    assert analyze(file.close()).trust.verdict == "trusted"
+
+
 def test_driver_calls_below_runtime_calls_are_not_missing(tmp_path: Path) -> None:
     file = NsysFile(tmp_path / "a.sqlite")
     for number in range(100):
