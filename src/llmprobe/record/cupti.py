@@ -18,7 +18,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,6 +48,7 @@ MOST_BUFFERS = 8
 _ALIGNMENT = 8
 _LIBRARY = re.compile(r"/libcupti\.so(\.[\d.]+)?$")
 _SUCCESS, _MAX_LIMIT_REACHED = 0, 12
+_SHORTEST_NS = 1_000_000
 _OLDEST_VERSION = 12  # CUDA 10: `_OFFSETS` hold from there on
 
 _Requested = ctypes.CFUNCTYPE(
@@ -61,6 +62,27 @@ _Completed = ctypes.CFUNCTYPE(
 #: Held by whoever records through CUPTI in this process, a torch profiler of ours included. Only ever tried,
 #: or waited for by threads of our own.
 IN_USE = threading.Lock()
+
+
+class _Reading(NamedTuple):
+    """CUPTI's clock and CLOCK_MONOTONIC at one moment, to within ``uncertainty`` nanoseconds."""
+
+    uncertainty: int
+    monotonic: int
+    cupti: int
+
+
+def monotonic_ns(times: np.ndarray, first: _Reading, last: _Reading) -> np.ndarray:
+    """CUPTI's times (N,) as nanoseconds of CLOCK_MONOTONIC, on the line through two readings.
+
+    Not by an offset alone: torch's profiler makes CUPTI count the processor's ticks instead of nanoseconds,
+    and leaves it so. Over less than a millisecond the slope is not known; there nothing of interest ran.
+    """
+    ticks, passed = last.cupti - first.cupti, last.monotonic - first.monotonic
+    slope = passed / ticks if ticks > 0 and passed > _SHORTEST_NS else 1.0
+    # Differences first: the times themselves have more digits than a float.
+    found = (times - first.cupti) * slope
+    return np.asarray(first.monotonic + np.rint(found).astype(np.int64))
 
 
 class CuptiError(Exception):
@@ -103,7 +125,7 @@ class Cupti:
         self._sizes = _Sizes(self._library)
         self._enabled: list[int] = []
         self._begin_ns = 0
-        self._offset = (0, 0)
+        self._opened = _Reading(0, 0, 0)
         self._names = _Names()
         self._parts: list[np.ndarray] = []
         # Kept, because CUPTI calls them for as long as the process lives.
@@ -129,7 +151,7 @@ class Cupti:
         except CuptiError:
             self._disable()
             raise
-        self._offset = self._clock_offset()
+        self._opened = self._read_clocks()
         self._begin_ns = time.monotonic_ns()
 
     def drain(self) -> int:
@@ -157,13 +179,11 @@ class Cupti:
         return Window(self._begin_ns, end_ns, activities, self._names.names, self._buffers.refused)
 
     def _take(self) -> None:
-        # The tighter of both readings: the two clocks hardly drift between them.
-        now = self._clock_offset()
-        offset, self._offset = min(self._offset, now)[1], now
+        now = self._read_clocks()
         for address, buffer, valid in self._buffers.take():
             for part in self._sizes.decode(buffer, valid, self._names):
-                part["begin"] += offset
-                part["end"] += offset
+                for name in ("begin", "end"):
+                    part[name] = monotonic_ns(part[name], self._opened, now)
                 self._parts.append(part)
             self._buffers.free(address)
 
@@ -171,15 +191,15 @@ class Cupti:
         while self._enabled:
             self._library.cuptiActivityDisable(ctypes.c_int(self._enabled.pop()))
 
-    def _clock_offset(self) -> tuple[int, int]:
-        """(uncertainty, CLOCK_MONOTONIC - CUPTI's clock) in nanoseconds, the best of a few readings."""
+    def _read_clocks(self) -> _Reading:
+        """Both clocks at one moment, the best of a few readings."""
         stamp = ctypes.c_uint64()
         readings = []
         for _ in range(8):
             before = time.monotonic_ns()
             self._check("cuptiGetTimestamp", ctypes.byref(stamp))
             after = time.monotonic_ns()
-            readings.append((after - before, (before + after) // 2 - stamp.value))
+            readings.append(_Reading(after - before, (before + after) // 2, stamp.value))
         return min(readings)
 
     def _check(self, function: str, *arguments: Any) -> None:

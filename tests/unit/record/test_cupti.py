@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmprobe.record import cupti
-from llmprobe.record.cupti import BUFFER_BYTES, COPY, KERNEL, MOST_BUFFERS, SET, _Buffers, _Names, _Sizes
+from llmprobe.record.cupti import (
+    BUFFER_BYTES,
+    COPY,
+    KERNEL,
+    MOST_BUFFERS,
+    SET,
+    _Buffers,
+    _Names,
+    _Reading,
+    _Sizes,
+    monotonic_ns,
+)
 
 #: CUpti_ActivityKind → bytes of a record in CUPTI 13; 17 (overhead) is a kind that nobody asked for.
 SIZES = {10: 216, 1: 96, 2: 88, 17: 56}
@@ -104,6 +115,24 @@ def test_memory_is_bounded_and_a_full_window_says_so() -> None:
     assert buffers.left == MOST_BUFFERS
     buffers.reset()
     assert (buffers.refused, buffers.take()) == (0, [])
+
+
+@given(
+    st.integers(0, 10**15),
+    st.integers(0, 10**18),
+    st.floats(0.2, 4.0),
+    st.integers(2_000_000, 2 * 10**9),
+    st.floats(0, 1),
+)
+def test_times_follow_cuptis_clock_whatever_it_counts(
+    monotonic: int, counted: int, rate: float, length: int, where: float
+) -> None:
+    """``rate`` ticks a nanosecond: 1 as a rule, that of the processor once torch's profiler has run."""
+    first = _Reading(100, monotonic, counted)
+    last = _Reading(100, monotonic + length, counted + round(length * rate))
+    at = np.array([counted + round(length * rate * where)], dtype=np.int64)
+    (found,) = monotonic_ns(at, first, last)
+    assert abs(int(found) - (monotonic + length * where)) <= 10
 
 
 def test_the_library_is_the_one_that_is_loaded(tmp_path: Path) -> None:
