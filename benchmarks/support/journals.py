@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llmprobe.record.journal import JournalError
 from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.layout import STEP
 
 _POLL_SECONDS = 0.5
 
@@ -34,7 +34,7 @@ def live_journals(directory: Path, role: str) -> list[JournalReader]:
 
 
 class StepLog:
-    """Time and own host time of every step in one journal."""
+    """The record of every step in one journal."""
 
     def __init__(self, reader: JournalReader) -> None:
         self._reader = reader
@@ -47,13 +47,15 @@ class StepLog:
         if records.lost:
             raise RecordsLost(f"{records.lost} records of {self._reader.path.name} were overwritten unread")
         if len(records.steps):
-            self._rows.append(records.steps[["time", "own_ns"]].copy())
+            self._rows.append(records.steps)
+
+    def steps(self) -> np.ndarray:
+        """All records so far, in order; see `llmprobe.record.layout.STEP`."""
+        return np.concatenate(self._rows) if self._rows else np.empty(0, dtype=STEP)
 
     def own_ns(self, stretches: list[tuple[int, int]]) -> np.ndarray:
         """Own host time of each step that began in one of these stretches of time."""
-        if not self._rows:
-            return np.empty(0, dtype=np.uint32)
-        rows: Any = np.concatenate(self._rows)
+        rows = self.steps()
         inside = np.zeros(len(rows), dtype=bool)
         for begin, end in stretches:
             inside |= (rows["time"] >= begin) & (rows["time"] < end)

@@ -49,6 +49,7 @@ class VllmServer:
         flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         port: int | None = None,
+        prefix: Sequence[str] = (),
     ) -> VllmServer:
         """Start a server; it is not ready yet, see `wait_ready`.
 
@@ -59,12 +60,14 @@ class VllmServer:
             flags: further ones of ``vllm serve``.
             env: variables that go over `server_environment`.
             port: None for any free one.
+            prefix: a command that runs the server, such as ``nsys launch``.
 
         Raises:
             ServerFailed: there is no ``vllm`` in this Python's environment.
         """
         port = port or free_port()
         command = [
+            *prefix,
             str(vllm_command()),
             "serve",
             str(model),

@@ -1,0 +1,392 @@
+"""How true the figures of a GPU server are, beside what nsys recorded of the same steps.
+
+    python benchmarks/accuracy.py                            every configuration, a short list of loads
+    python benchmarks/accuracy.py --full --only dense-v2 --only moe
+    python benchmarks/accuracy.py --together 3 --markdown    three servers start at once, where memory allows
+    python benchmarks/accuracy.py --data DIR             keep the recordings
+    python benchmarks/accuracy.py --recordings DIR       compare kept ones again, without a GPU
+    python benchmarks/accuracy.py --list
+
+Needs an NVIDIA GPU with 80 GB, vLLM, and nsys on PATH. Exit status 1 if a bar is missed. See README.md beside
+this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support.gpu_models import make_configuration
+from support.journals import Polling, StepLog, live_journals
+from support.load import Load
+from support.machine import machine_line
+from support.nsys_server import GRAPH_TRACE_FLAG, NsysServer, nsys_version
+from support.nsys_truth import read_truth
+from support.serving import NAME
+from support.step_agreement import Agreement, NoMatch, agreement
+from support.table import Results, bar, command
+
+from llmprobe.collect.collector import Collector
+from llmprobe.record.layout import Phase
+
+_HEADER = (
+    "server",
+    "load",
+    "steps",
+    "span, nsys",
+    "error",
+    "with the launch call",
+    "bar",
+    "gap ratio, nsys",
+    "less the launch call",
+    "llmprobe",
+    "bar",
+    "sum of components",
+    "bar",
+)
+_MACHINE = "machine.txt"
+_RECORD_SECONDS = 0.6
+_ELAPSED_SECONDS, _FRESH_SECONDS = 10.0, 1.5
+_STEADY_STEPS, _STEADY_SECONDS = 12, 60.0
+_GAP_GRAPHS, _ELAPSED = 0.02, 0.01
+_COMMON = ("--max-model-len", "10240", "--max-num-seqs", "128", "--max-num-batched-tokens", "2048")
+_GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32,64,128]}')
+
+
+@dataclass(frozen=True)
+class Server:
+    """A configuration of `support.gpu_models` and how it is served."""
+
+    model: str
+    eager: bool = False
+    runner: str = ""  # "v1" or "v2"; empty: vLLM's choice
+    flags: tuple[str, ...] = ()
+
+    @property
+    def all_flags(self) -> tuple[str, ...]:
+        """Of ``vllm serve``."""
+        return (*_COMMON, *(("--enforce-eager",) if self.eager else _GRAPHS), *self.flags)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Beside those of this process."""
+        return {"VLLM_USE_V2_MODEL_RUNNER": "1" if self.runner == "v2" else "0"} if self.runner else {}
+
+
+SERVERS = {
+    "dense-v2": Server("dense", runner="v2"),
+    "dense-v1": Server("dense", runner="v1"),
+    "dense-v2-eager": Server("dense", eager=True, runner="v2"),
+    "dense-v1-eager": Server("dense", eager=True, runner="v1"),
+    "dense-v2-sync": Server("dense", runner="v2", flags=("--no-async-scheduling",)),
+    "dense-v1-sync": Server("dense", runner="v1", flags=("--no-async-scheduling",)),
+    "moe": Server("moe"),
+    "moe-eager": Server("moe", eager=True),
+    "sliding": Server("sliding"),
+    "sliding-eager": Server("sliding", eager=True),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A steady load: so many requests at a time. With ``prefill``, prompts follow each other."""
+
+    batch: int
+    context: int
+    prefill: bool = False
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{'prefill' if self.prefill else 'decode'} {self.batch} x {self.context}"
+
+    @property
+    def file(self) -> str:
+        """The label in a file's name."""
+        return self.label.replace(" ", "-")
+
+
+_PREFILL = Shape(4, 2000, prefill=True)
+_SHORT = (Shape(1, 512), Shape(32, 512), Shape(128, 512), Shape(1, 8000), _PREFILL)
+_FULL = (*_SHORT[:-1], Shape(32, 8000), Shape(128, 8000), _PREFILL)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One server under one load."""
+
+    server: str
+    shape: Shape
+    eager: bool
+    agreement: Agreement
+    elapsed_error: float | None  # (sum of components / wall clock) - 1
+
+    @property
+    def graphs(self) -> bool:
+        """Whether the steps are replays of CUDA graphs, and not launched kernel by kernel."""
+        return not self.eager and not self.shape.prefill
+
+
+def main() -> int:
+    """Measure what the command line asks for; returns the exit status."""
+    options = _options()
+    names = options.only or list(SERVERS)
+    runs: list[Measured] = []
+    failed: list[str] = []
+    if options.recordings:
+        machine = (options.recordings / _MACHINE).read_text().strip()
+        _again(names, options.recordings, runs, failed)
+        return _finish(runs, failed, machine, options)
+    machine = f"{machine_line()}; nsys {nsys_version()}"
+    if options.data:
+        (options.data / _MACHINE).write_text(machine + "\n")
+    with tempfile.TemporaryDirectory(prefix="llmprobe-accuracy-models-") as folder:
+        for start in range(0, len(names), options.together):
+            group = names[start : start + options.together]
+            with _running(group, Path(folder), options) as servers:
+                for name, server in servers.items():
+                    _measure(name, server, options, runs, failed)
+    return _finish(runs, failed, machine, options)
+
+
+def _finish(runs: list[Measured], failed: list[str], machine: str, options: argparse.Namespace) -> int:
+    """Print and save; returns the exit status."""
+    _table(runs, machine, failed).show(options.markdown)
+    if options.json:
+        saved = {"machine": machine, "runs": [asdict(run) for run in runs], "failed": failed}
+        options.json.write_text(json.dumps(saved, indent=1) + "\n")
+    return int(bool(failed) or not all(_holds(run) for run in runs))
+
+
+def _again(names: Sequence[str], folder: Path, runs: list[Measured], failed: list[str]) -> None:
+    """What ``--data`` kept."""
+    for name in names:
+        for shape in _FULL:
+            recording = folder / f"{name}-{shape.file}.sqlite"
+            if recording.exists():
+                try:
+                    found = agreement(np.load(folder / f"{name}.npy"), read_truth(recording))
+                except (NoMatch, ValueError) as error:
+                    failed.append(f"{name}, {shape.label}: {error}")
+                    continue
+                runs.append(Measured(name, shape, SERVERS[name].eager, found, None))
+
+
+@contextlib.contextmanager
+def _running(
+    names: Sequence[str], folder: Path, options: argparse.Namespace
+) -> Iterator[dict[str, NsysServer]]:
+    """Servers that answer; those of a group start together, because a start keeps the GPU idle."""
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name in names:
+            spec = SERVERS[name]
+            model = make_configuration(spec.model, folder / spec.model)
+            flags = [*spec.all_flags]
+            if options.kv_gib:
+                # vLLM then takes what it needs besides, and the share is only compared with what is free.
+                flags += ["--kv-cache-memory-bytes", str(int(options.kv_gib * 2**30))]
+                flags += ["--gpu-memory-utilization", "0.1"]
+            print(f"starting {name}", file=sys.stderr, flush=True)
+            servers[name] = stack.enter_context(NsysServer(name, model, flags, spec.env))
+        ready = {}
+        for name, server in servers.items():
+            try:
+                server.wait_ready()
+                ready[name] = server
+            except Exception as error:  # noqa: BLE001 - the others are worth measuring
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+            if options.data:
+                shutil.copy(server.server.log, options.data / f"{name}.log")
+        if not ready:
+            raise SystemExit("no server came up")
+        yield ready
+
+
+def _measure(
+    name: str, server: NsysServer, options: argparse.Namespace, runs: list[Measured], failed: list[str]
+) -> None:
+    (journal,) = live_journals(server.server.directory, "worker")
+    room = _cache_tokens(journal.facts())
+    log = StepLog(journal)
+    collector = Collector(server.server.directory)
+    for number, shape in enumerate(_FULL if options.full else _SHORT):
+        if shape.batch * (shape.context + 200) > room and not shape.prefill:
+            print(f"{name}, {shape.label}: the KV cache has room for {room} tokens", file=sys.stderr)
+            continue
+        try:
+            with Polling(log):
+                runs.append(_run(name, server, log, shape, None if number else collector, options))
+            print(f"{name}, {shape.label}: {runs[-1]}", file=sys.stderr, flush=True)
+        except Exception as error:  # noqa: BLE001 - a load that fails is named, the others go on
+            failed.append(f"{name}, {shape.label}: {error!r}"[:300])
+            print(failed[-1], file=sys.stderr, flush=True)
+    collector.close()
+    if options.data:
+        np.save(options.data / f"{name}.npy", log.steps())
+        (options.data / f"{name}.facts.json").write_text(json.dumps(journal.facts(), indent=1))
+        shutil.copy(server.server.log, options.data / f"{name}.log")
+
+
+def _run(
+    name: str,
+    server: NsysServer,
+    log: StepLog,
+    shape: Shape,
+    collector: Collector | None,
+    options: argparse.Namespace,
+) -> Measured:
+    """One load; with a collector, the sum of components too."""
+    output = 4 if shape.prefill else 1600
+    load = Load(server.server.port, NAME, shape.batch, shape.context, output)
+    error = None
+    with load:
+        if shape.prefill:
+            load.wait(3.0)
+        else:
+            _wait_steady(load, log, shape.batch)
+        if collector is not None:
+            error = _elapsed_error(collector, load)
+        sqlite = server.record(shape.file, _RECORD_SECONDS)
+    time.sleep(0.5)
+    log.poll()
+    if options.data:
+        shutil.copy(sqlite, options.data / f"{name}-{sqlite.name}")
+    return Measured(name, shape, SERVERS[name].eager, agreement(log.steps(), read_truth(sqlite)), error)
+
+
+def _wait_steady(load: Load, log: StepLog, batch: int) -> None:
+    """Until the last steps are decode steps of so many requests."""
+    until = time.monotonic() + _STEADY_SECONDS
+    while time.monotonic() < until:
+        load.wait(0.25)
+        last = log.steps()[-_STEADY_STEPS:]
+        if (
+            len(last) == _STEADY_STEPS
+            and ((last["phase"] == Phase.DECODE) & (last["requests"] == batch)).all()
+        ):
+            return
+    raise RuntimeError(f"no steady decode of {batch} requests within {_STEADY_SECONDS:.0f} s")
+
+
+def _elapsed_error(collector: Collector, load: Load) -> float:
+    """How far the growth of all components together is from the wall clock's."""
+    before = _ahead(collector, load)
+    load.wait(_ELAPSED_SECONDS)
+    after = _ahead(collector, load)
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _ahead(collector: Collector, load: Load) -> tuple[float, float]:
+    """The sum of components less the wall clock when it was freshest, and that time.
+
+    The engine writes its steps four times a second. Right after it did, the sum lags by one step.
+    """
+    looks = []
+    until = time.monotonic() + _FRESH_SECONDS
+    while (now := time.monotonic()) < until:
+        collector.tick(final=True)
+        (view,) = collector.views()
+        components = [c for rank in view.ranks for phase in rank.device_time.values() for c in phase.values()]
+        looks.append((sum(components) - now, now))
+        load.wait(0.01)
+    return max(looks)
+
+
+def _cache_tokens(facts: dict[str, Any]) -> int:
+    model = facts.get("model") or {}
+    kv = model.get("kv") or {}
+    per_token = sum(group["bytes_per_token"] for group in kv.get("groups", ()))
+    return int(kv["capacity_bytes"] / per_token) if per_token else 0
+
+
+def _table(runs: list[Measured], machine: str, failed: list[str]) -> Results:
+    notes = [
+        "Bars: the median error of the span within 1 % or 20 µs; the gap ratio within "
+        f"{_GAP_GRAPHS} with CUDA graphs; the sum of components within 1 % over {_ELAPSED_SECONDS:g} s.",
+        "The launch call: the device is idle and the host in the call that launches a step's first kernel. "
+        "It belongs to the step clock's span. The bars leave it out, because "
+        f"{GRAPH_TRACE_FLAG} makes the launch of a graph take some hundred microseconds instead of twenty.",
+        "Where kernels are launched one by one (no CUDA graphs, and prefill), the gap ratio of the step "
+        "clock is a lower bound: it cannot see launch bubbles. Kernel windows can.",
+        *failed,
+    ]
+    return Results(
+        "llmprobe against nsys", command("accuracy.py"), machine, _HEADER, [_row(run) for run in runs], notes
+    )
+
+
+def _row(run: Measured) -> list[str]:
+    found = run.agreement
+    error, most = found.span_error_without_launch_seconds, found.span_most_seconds
+    return [
+        run.server,
+        run.shape.label,
+        str(found.steps),
+        f"{found.span_truth_seconds * 1e3:.3f} ms",
+        f"{found.span_error_seconds * 1e6:.1f} µs",
+        f"{error * 1e6:.1f} µs",
+        bar(error * 1e6, most * 1e6, "µs"),
+        f"{found.gap_truth:.4f}",
+        f"{found.gap_truth - found.launch:.4f}",
+        f"{found.gap_ours:.4f}",
+        f"± {_GAP_GRAPHS}: {'held' if _gap_holds(run) else 'MISSED'}" if run.graphs else "lower bound",
+        "" if run.elapsed_error is None else f"{run.elapsed_error:+.2%}",
+        "" if run.elapsed_error is None else bar(abs(run.elapsed_error) * 100, _ELAPSED * 100, "%"),
+    ]
+
+
+def _gap_holds(run: Measured) -> bool:
+    found = run.agreement
+    return abs(found.gap_ours - (found.gap_truth - found.launch)) <= _GAP_GRAPHS
+
+
+def _holds(run: Measured) -> bool:
+    found = run.agreement
+    span = found.span_error_without_launch_seconds <= found.span_most_seconds
+    elapsed = run.elapsed_error is None or abs(run.elapsed_error) <= _ELAPSED
+    return span and elapsed and (not run.graphs or _gap_holds(run))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="example: python benchmarks/accuracy.py --only dense-v2 --only moe --together 2 --kv-gib 20",
+    )
+    parser.add_argument("--only", action="append", choices=list(SERVERS), help="this server; may be repeated")
+    parser.add_argument("--full", action="store_true", help="every batch and context")
+    parser.add_argument("--together", type=int, default=1, help="servers that start at once [1]")
+    parser.add_argument("--kv-gib", type=float, help="KV cache of each server [what vLLM finds free]")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="keep recordings, step records and logs there"
+    )
+    parser.add_argument("--recordings", type=Path, metavar="DIR", help="compare what --data kept there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
+    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/accuracy.md")
+    parser.add_argument("--list", action="store_true", help="name the servers and end")
+    options = parser.parse_args()
+    if options.list:
+        for name, server in SERVERS.items():
+            print(name, *server.all_flags)
+        raise SystemExit(0)
+    if options.together < 1:
+        parser.error("--together must be 1 or more")
+    if options.together > 1 and not options.kv_gib:
+        parser.error("--together needs --kv-gib: servers that start at once cannot see what is free")
+    if options.data:
+        options.data.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Configurations of the size that people serve, without weights: engines fill them with random numbers.
+
+How long a step takes does not depend on what the weights say.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llmprobe.demo.model import make_model
+
+_COMMON = {"torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+
+#: By name: dense models of 8 and of 2 billion parameters, a mixture of experts, and one whose layers mostly
+#: see a window.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "dense": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    },
+    "small": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    },
+    "moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    },
+    "sliding": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 1024,
+        "layer_types": ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(34)],
+        "query_pre_attn_scalar": 256,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def make_configuration(name: str, path: Path) -> Path:
+    """A model directory with that configuration and the demo's tokenizer; to be served with dummy weights."""
+    tiny = make_model(path.parent / "tokenizer")
+    path.mkdir(parents=True, exist_ok=True)
+    for file in tiny.iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, path)
+    (path / "config.json").write_text(json.dumps({**CONFIGURATIONS[name], **_COMMON}, indent=1))
+    return path
