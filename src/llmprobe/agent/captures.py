@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from llmprobe.agent.problems import Problem
 from llmprobe.capture import session
 from llmprobe.capture.condition import ENGINE_FIGURES, PHASE_FIGURES, Live
-from llmprobe.capture.manager import Manager, Refused, choose_tool, tools_of
+from llmprobe.capture.manager import Manager, Refused, choose_tool
 from llmprobe.capture.session import Capture
-from llmprobe.capture.store import PUBLIC_FILES, RAW_FILES, REPORT_JSON, REPORT_TEXT
+from llmprobe.capture.store import REPORT_JSON, REPORT_TEXT, is_public, is_raw
+from llmprobe.capture.tool import Worker
+from llmprobe.capture.tools import tools_of
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.export.summary import SCHEMA_VERSION, summarize
 
@@ -30,11 +32,13 @@ _MEDIA = {
     ".json": "application/json",
     ".txt": "text/plain; charset=utf-8",
     ".sqlite": "application/vnd.sqlite3",
+    ".gz": "application/gzip",
 }
 _FILE: dict[int | str, dict[str, Any]] = {
     200: {"content": {media: {} for media in (*_MEDIA.values(), "application/octet-stream")}}
 }
 RAW_WARNING = "holds the environment of the captured processes: every token and key in it"
+STACKS_WARNING = "holds paths, source lines, host and process names"
 
 
 class Reader(Protocol):
@@ -74,7 +78,14 @@ class CaptureRequest(BaseModel):
         300.0, ge=0, le=86400, allow_inf_nan=False, description="How long `when` may take to come true."
     )
     ranks: list[Annotated[int, Field(ge=0, le=65535)]] | None = Field(
-        None, max_length=1024, description="nsys records every rank; leave it out or name all."
+        None,
+        min_length=1,
+        max_length=1024,
+        description="Of which workers, for torch and kernels; nsys records every rank.",
+    )
+    torch_cpu: bool = Field(False, description="torch: operators on the host too; on a CPU device always so.")
+    torch_stacks: bool = Field(
+        False, description="torch: also the Python calls around them. Stops the engine for seconds."
     )
     label: str = Field(
         "", max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$", description="For you to recognise it by."
@@ -117,8 +128,35 @@ class Watched:
         view = self._view(group)
         return None if view is None else dict(summarize([view])["servers"][0])
 
+    def workers(self, group: str) -> list[Worker]:
+        """Its living engine processes."""
+        view = self._view(group)
+        return [] if view is None else workers_of(view)
+
     def _view(self, group: str) -> ServerView | None:
         return next((view for view in self._reader.views() if view.group == group), None)
+
+
+def workers_of(view: ServerView) -> list[Worker]:
+    """The engine processes of a server, each under a name of its own."""
+    several = len({rank.engine for rank in view.ranks}) > 1
+    found: list[Worker] = []
+    for rank in view.ranks:
+        if rank.journal is None:
+            continue
+        name = f"engine{rank.engine}-rank{rank.rank}" if several else f"rank{rank.rank}"
+        taken = sum(one.name == name or one.name.startswith(f"{name}-") for one in found)
+        refusals = rank.facts.get("captures")
+        found.append(
+            Worker(
+                rank.journal,
+                f"{name}-{taken + 1}" if taken else name,
+                rank.rank,
+                refusals if isinstance(refusals, dict) else {},
+                rank.facts.get("device") or {},
+            )
+        )
+    return found
 
 
 def _figures(rank: RankView) -> dict[str, dict[str, float]]:
@@ -138,7 +176,7 @@ def add_routes(app: FastAPI, manager: Manager, reader: Reader, directory: Path) 
 def overview(manager: Manager, views: list[ServerView], directory: Path) -> dict[str, Any]:
     """What ``/api/status`` says: the tools of each server (null, or why not), and how captures ended."""
     return {
-        "tools": {view.server: tools_of(directory, view.group) for view in views},
+        "tools": {view.server: tools_of(directory, view.group, workers_of(view)) for view in views},
         "ended": [
             {"tool": tool, "outcome": outcome, "count": count}
             for (tool, outcome), count in sorted(manager.ended.items())
@@ -152,15 +190,24 @@ def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path
     def begin(wanted: CaptureRequest, response: Response) -> dict[str, Any]:
         view = _server(reader, wanted.server)
         try:
-            tool = choose_tool(directory, view.group, wanted.tool)
-            _check_ranks(view, wanted.ranks)
+            tool = choose_tool(directory, view.group, wanted.tool, workers_of(view), wanted.ranks)
             seconds = None if wanted.steps else wanted.seconds
             if seconds is None and wanted.steps is None:
                 seconds = min(_DEFAULT_SECONDS, manager.max_seconds)
             capture = manager.request(
                 view.group,
                 view.server,
-                session.Request(tool, seconds, wanted.steps, wanted.when, wanted.wait_seconds, wanted.label),
+                session.Request(
+                    tool,
+                    seconds,
+                    wanted.steps,
+                    wanted.when,
+                    wanted.wait_seconds,
+                    wanted.label,
+                    None if wanted.ranks is None or tool == "nsys" else tuple(wanted.ranks),
+                    wanted.torch_cpu and tool == "torch",
+                    wanted.torch_stacks and tool == "torch",
+                ),
                 queue=wanted.queue,
             )
         except Refused as refused:
@@ -174,7 +221,9 @@ def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path
         return {
             "schema_version": SCHEMA_VERSION,
             "captures": [_described(manager, capture) for capture in manager.all()],
-            "tools": {view.server: tools_of(directory, view.group) for view in reader.views()},
+            "tools": {
+                view.server: tools_of(directory, view.group, workers_of(view)) for view in reader.views()
+            },
             "directory": str(manager.store.root),
             "max_seconds": manager.max_seconds,
             "max_bytes": manager.store.max_bytes,
@@ -210,15 +259,15 @@ def _add_files(app: FastAPI, manager: Manager) -> None:
         name: str,
         raw: Annotated[int, Query(ge=0, le=1, description="1: also what holds the environment.")] = 0,
     ) -> Response:
-        if name in RAW_FILES and not raw:
-            raise Problem(403, f"{name} {RAW_WARNING}.", "Add ?raw=1 if you want it nevertheless.")
+        if is_raw(name) and not raw:
+            raise Problem(403, f"{name} {_warning(name)}.", "Add ?raw=1 if you want it nevertheless.")
         return _file(manager, capture_id, name)
 
 
 def _file(manager: Manager, capture_id: str, name: str) -> Response:
     capture = _get(manager, capture_id)
-    if name not in PUBLIC_FILES + RAW_FILES:
-        raise Problem(404, f"No file {name!r}.", f"There are {', '.join(PUBLIC_FILES + RAW_FILES)}.")
+    if not is_public(name) and not is_raw(name):
+        raise Problem(404, f"No file {name[:64]!r}.", "GET the capture for its files.")
     if capture.state != "done":
         hint = "Ask again once it is done." if capture.live else "Begin another one."
         why = f": {capture.reason}" if capture.reason else ""
@@ -235,10 +284,14 @@ def _file(manager: Manager, capture_id: str, name: str) -> Response:
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "no-store",
     }
-    if name in RAW_FILES:
-        headers["X-Llmprobe-Warning"] = RAW_WARNING
+    if is_raw(name):
+        headers["X-Llmprobe-Warning"] = _warning(name)
     media = _MEDIA.get(Path(name).suffix, "application/octet-stream")
     return StreamingResponse(_chunks(descriptor, size), headers=headers, media_type=media)
+
+
+def _warning(name: str) -> str:
+    return RAW_WARNING if name.endswith(".nsys-rep") else STACKS_WARNING
 
 
 def _chunks(descriptor: int, size: int) -> Iterator[bytes]:
@@ -270,16 +323,6 @@ def _server(reader: Reader, name: str | None) -> ServerView:
         if view.server == name:
             return view
     raise Problem(404, f"No such server: {name!r}.", f"Servers now: {names}.")
-
-
-def _check_ranks(view: ServerView, ranks: list[int] | None) -> None:
-    there = {rank.rank for rank in view.ranks}
-    if ranks is not None and set(ranks) != there:
-        raise Refused(
-            "invalid",
-            f"ranks: nsys records every process of the server, so {sorted(there)} or nothing.",
-            "Leave `ranks` out.",
-        )
 
 
 def _get(manager: Manager, capture_id: str) -> Capture:
@@ -314,8 +357,8 @@ def _described(manager: Manager, capture: Capture) -> dict[str, Any]:
             {
                 "name": name,
                 "bytes": size,
-                "url": f"{url}/files/{name}" + ("?raw=1" if name in RAW_FILES else ""),
-                **({"warning": RAW_WARNING} if name in RAW_FILES else {}),
+                "url": f"{url}/files/{name}" + ("?raw=1" if is_raw(name) else ""),
+                **({"warning": _warning(name)} if is_raw(name) else {}),
             }
             for name, size in manager.store.files(capture.id).items()
         ]

@@ -1,7 +1,7 @@
 """From a profiler's file to what an operator should know: busy and idle, phases, kernels, gaps, findings.
 
-`analyze` reads nsys SQLite exports, ``.nsys-rep`` where nsys is there to export it, and torch profiler
-traces.
+`analyze` reads nsys SQLite exports, ``.nsys-rep`` where nsys is there to export it, torch profiler traces,
+and the files of ``kernels`` captures.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmprobe.analysis.events import AnalysisError, Trace
+from llmprobe.analysis.kernel_file import MAGIC as _KERNELS
+from llmprobe.analysis.kernel_file import read_kernels
 from llmprobe.analysis.kineto import read_kineto
 from llmprobe.analysis.nsys import exported, read_nsys
 from llmprobe.analysis.report import Report, make_report
@@ -23,7 +25,7 @@ def analyze(path: Path, *, nsys: Path | None = None) -> Report:
     """What is in a profiler's file.
 
     Args:
-        path: nsys SQLite, ``.nsys-rep``, or kineto JSON, gzipped or not.
+        path: nsys SQLite, ``.nsys-rep``, kineto JSON, gzipped or not, or the file of a ``kernels`` capture.
         nsys: the program that exports ``.nsys-rep`` files; by default the one on PATH.
 
     Raises:
@@ -50,4 +52,6 @@ def read_trace(path: Path, *, nsys: Path | None = None) -> Trace:
     if head.startswith(_NSYS_REPORT) or path.suffix in (".nsys-rep", ".qdrep"):
         with exported(path, nsys) as database:
             return read_nsys(database, shown=path)
+    if head.startswith(_KERNELS):
+        return read_kernels(path)
     return read_kineto(path)

@@ -39,8 +39,8 @@ class Source:
     """The file and the tool that wrote it."""
 
     path: str
-    tool: str  #: ``nsys`` or ``torch``
-    format: str  #: ``nsys-sqlite``, ``nsys-rep`` or ``kineto-json``
+    tool: str  #: ``nsys``, ``torch`` or ``kernels``
+    format: str  #: ``nsys-sqlite``, ``nsys-rep``, ``kineto-json`` or ``kernels-npz``
     version: str = ""
 
 
@@ -113,6 +113,9 @@ class Trace:
     activities: Activities
     ranges: Spans  #: llmprobe's own ranges, or an engine's that mean the same; other ranges are left out
     calls: Spans  #: calls into the CUDA runtime and driver
+    #: Steps, and parts of them, as the journal's device clock saw them: what began on the device in one
+    #: belongs to it. ``thread`` is the device. They count before ``ranges``.
+    device_ranges: Spans = field(default_factory=no_spans)
     host_operators: list[HostOperator] = field(default_factory=list)
     recorded: Intervals | None = None  #: (1, 2): when the tool recorded, if it says so
     lost: list[str] = field(default_factory=list)  #: what the tool says about events it lost

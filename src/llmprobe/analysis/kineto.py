@@ -31,6 +31,7 @@ from llmprobe.analysis.events import (
     Trace,
     by_begin,
     label_devices,
+    no_spans,
     plausible,
     plausible_spans,
     printable,
@@ -47,6 +48,8 @@ _CALL_CATEGORIES = frozenset({"cuda_runtime", "cuda_driver", "runtime", "driver"
 _MARKS = frozenset({"user_annotation"})
 #: What vLLM's profiler marks its forward pass with: requests (tokens) in prefill and in decode.
 VLLM_STEP = re.compile(r"execute_(?:\d+_)?context_(\d+)\((?:sq)?(\d+)[^)]*\)_generation_(\d+)\((?:sq)?(\d+)")
+#: Steps on the device, written into the trace from a journal.
+_DEVICE_MARKS = "gpu_user_annotation"
 #: A range of ours inside a torch profile.
 OWN_PREFIX = "llmprobe:"
 
@@ -105,6 +108,7 @@ class _Reader:
         self._calls = _Columns(5)  # begin, end, name, thread, correlation
         self._own = _Columns(5)  # begin, end, name, thread, value
         self._engine = _Columns(5)  # the same, of ranges that the engine marked
+        self._steps = _Columns(5)  # begin, end, name, device, tokens: ours, of the device's clock
         self._threads: dict[tuple[Any, Any], int] = {}
         self._operators = HostOperators()
         self._device_names: dict[int, str] = {}
@@ -148,19 +152,25 @@ class _Reader:
                 begin, end, kind, device, self._names.add(name), correlation, min(max(size, 0), MOST_BYTES)
             )
             return
+        if category == _DEVICE_MARKS:
+            if name.startswith(OWN_PREFIX):
+                label = self._names.add(name[len(OWN_PREFIX) :])
+                tokens = _whole(args.get("tokens"), UNKNOWN)
+                self._steps.add(begin, end, label, _whole(args.get("device"), 0), tokens)
+            return
         thread = self._thread(event)
         if category in _CALL_CATEGORIES:
             correlation = _whole(args.get("correlation"), UNKNOWN)
             self._calls.add(begin, end, self._names.add(name), thread, correlation)
         elif category in _MARKS:
-            self._mark(name, begin, end, thread)
+            self._mark(name, begin, end, thread, _whole(args.get("tokens"), UNKNOWN))
         elif category == "cpu_op":
             self._operators.add(thread, begin, end, name)
 
-    def _mark(self, name: str, begin: int, end: int, thread: int) -> None:
+    def _mark(self, name: str, begin: int, end: int, thread: int, tokens: int) -> None:
         if name.startswith(OWN_PREFIX):
             label = name[len(OWN_PREFIX) :]
-            self._own.add(begin, end, self._names.add(label), thread, UNKNOWN)
+            self._own.add(begin, end, self._names.add(label), thread, tokens)
             return
         step = VLLM_STEP.match(name[:200])
         if step is None:
@@ -193,11 +203,22 @@ class _Reader:
             # Both mark the same steps.
             ranges=plausible_spans(Spans(*(self._own.arrays() if self._own else self._engine.arrays()))),
             calls=plausible_spans(calls),
+            device_ranges=_on_devices(self._steps.arrays(), device),
             implausible=implausible,
             host_operators=self._operators.result(),
             # Without a GPU in the profile, kineto lists no devices.
             cuda_traced=bool(self._device_names) or len(begin) > 0 or len(call_begin) > 0,
         )
+
+
+def _on_devices(steps: list[Ints], devices: Ints) -> Spans:
+    """Ranges of devices by number as ranges of devices by index; those of devices where nothing ran go."""
+    begin, end, name, number, tokens = steps
+    known = np.unique(devices)
+    if not len(known):
+        return no_spans()
+    at = np.minimum(np.searchsorted(known, number), len(known) - 1)
+    return plausible_spans(Spans(begin, end, name, at, tokens).where(known[at] == number))
 
 
 def _activity_name(name: str, kind: int) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmprobe.analysis.busy import Occupation
-from llmprobe.analysis.events import LATEST_NS, LONGEST_NS, UNKNOWN, Ints, Spans, Trace
+from llmprobe.analysis.events import LATEST_NS, LONGEST_NS, UNKNOWN, Activities, Ints, Spans, Trace
 from llmprobe.compute.intervals import overlap_ns, union
+from llmprobe.compute.steps import Bools
 
 #: More threads than these mark no ranges.
 MOST_THREADS = 4096
@@ -37,30 +38,26 @@ class PhaseTimes:
     busy_ns: int  #: of it, time in which anything ran
     stall_ns: int  #: of it, idle, or with communication or transfers that nothing hides
     gap_ns: int  #: idle time before the steps, since the end of the step before; 0 for parts
-    host_ns: int  #: how long the ranges lasted on the host, together
+    host_ns: int  #: how long the ranges lasted, together: on the host, or where the journal marked them
 
 
 def phase_times(trace: Trace, occupations: list[Occupation]) -> list[PhaseTimes]:
     """Every phase of every GPU, the longest first; empty if nothing is marked or can be led to a launch."""
-    names = np.array([name in PHASES for name in trace.names] or [False])
-    ranges = trace.ranges.where(trace.ranges.end_ns != UNKNOWN)
+    ranges = _ranges(trace)
     if not len(ranges):
         return []
+    names = _phase_names(trace)
     steps = ranges.where(names[ranges.name])
     parts = ranges.where(~names[ranges.name])
     step_of_part = owner(steps, parts.begin_ns, parts.thread)
     found: list[PhaseTimes] = []
     for occupation in occupations:
-        activities = occupation.activities
-        known = activities.launched_ns != UNKNOWN
-        step = np.full(len(activities), UNKNOWN, dtype=np.int64)
-        step[known] = owner(steps, activities.launched_ns[known], activities.thread[known])
+        step = _owners(trace, steps, occupation.activities)
         found += _times(trace, occupation, step, steps, steps.name, "")
         for name in np.unique(parts.name):
             chosen = np.flatnonzero((parts.name == name) & (step_of_part != UNKNOWN))
             some = parts.where(chosen)
-            part = np.full(len(activities), UNKNOWN, dtype=np.int64)
-            part[known] = owner(some, activities.launched_ns[known], activities.thread[known])
+            part = _owners(trace, some, occupation.activities)
             label = trace.names[int(name)]
             phase_of = steps.name[step_of_part[chosen]]
             found += _times(trace, occupation, part, some, phase_of, label)
@@ -71,6 +68,35 @@ def phase_times(trace: Trace, occupations: list[Occupation]) -> list[PhaseTimes]
             phase_of = steps.name[step_of_part[chosen]]
             found += _host_times(trace, parts.where(chosen), phase_of, trace.names[int(name)])
     return sorted(found, key=lambda times: (times.device, times.part, -times.span_ns, -times.host_ns))
+
+
+def steps_of(trace: Trace, activities: Activities) -> list[str | None]:
+    """The phase of the step to which each activity belongs; None where that is not known."""
+    ranges = _ranges(trace)
+    steps = ranges.where(_phase_names(trace)[ranges.name])
+    rows = _owners(trace, steps, activities).tolist()
+    return [None if row == UNKNOWN else trace.names[int(steps.name[row])] for row in rows]
+
+
+def _ranges(trace: Trace) -> Spans:
+    """Those of the device's clock where there are any: they do not depend on what was launched when."""
+    if len(trace.device_ranges):
+        return trace.device_ranges
+    return trace.ranges.where(trace.ranges.end_ns != UNKNOWN)
+
+
+def _phase_names(trace: Trace) -> Bools:
+    return np.array([name in PHASES for name in trace.names] or [False])
+
+
+def _owners(trace: Trace, ranges: Spans, activities: Activities) -> Ints:
+    """For each activity the range that it belongs to, or `UNKNOWN`."""
+    if len(trace.device_ranges):
+        return owner(ranges, activities.begin_ns, activities.device)
+    found = np.full(len(activities), UNKNOWN, dtype=np.int64)
+    known = activities.launched_ns != UNKNOWN
+    found[known] = owner(ranges, activities.launched_ns[known], activities.thread[known])
+    return found
 
 
 def owner(ranges: Spans, times: Ints, threads: Ints) -> Ints:

@@ -14,7 +14,7 @@ import numpy as np
 from llmprobe.analysis.busy import Occupation, classes_of, length_ns, occupations
 from llmprobe.analysis.events import COPY, GRAPH, KERNEL, SET, UNKNOWN, HostOperator, Source, Trace
 from llmprobe.analysis.findings import Finding, find
-from llmprobe.analysis.phases import PhaseTimes, phase_times
+from llmprobe.analysis.phases import PhaseTimes, phase_times, steps_of
 from llmprobe.analysis.text import render
 from llmprobe.analysis.trust import Trust, judge
 from llmprobe.compute.kernel_classes import COPY as COPY_CLASS
@@ -252,15 +252,7 @@ def _gaps(trace: Trace, gpus: list[Occupation]) -> list[GapRow]:
 
 
 def _phase_of(trace: Trace, one: Occupation, activity: int) -> str | None:
-    from llmprobe.analysis.phases import PHASES, owner
-
-    launched = one.activities.launched_ns[[activity]]
-    if launched[0] == UNKNOWN or not len(trace.ranges):
-        return None
-    named = np.array([name in PHASES for name in trace.names])
-    steps = trace.ranges.where(named[trace.ranges.name] & (trace.ranges.end_ns != UNKNOWN))
-    at = int(owner(steps, launched, one.activities.thread[[activity]])[0])
-    return None if at == UNKNOWN else trace.names[int(steps.name[at])]
+    return steps_of(trace, one.activities.where([activity]))[0]
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprobe.analysis.events import COPY, GRAPH, KERNEL, UNKNOWN, Trace
+from llmprobe.analysis.events import COPY, GRAPH, KERNEL, UNKNOWN, Spans, Trace
 from llmprobe.analysis.phases import PHASES
 from llmprobe.compute.steps import Bools
 
@@ -98,7 +98,9 @@ def _nothing(trace: Trace) -> list[Reason]:
             )
         ]
     if not trace.cuda_traced:
-        how = "--trace cuda,nvtx" if trace.source.tool == "nsys" else "activities=[ProfilerActivity.CUDA]"
+        how = "activities=[ProfilerActivity.CUDA], if there is a GPU"
+        if trace.source.tool == "nsys":
+            how = "--trace cuda,nvtx"
         return [
             Reason("cuda_not_traced", UNTRUSTED, f"GPU work was not recorded at all: record it with {how}")
         ]
@@ -124,13 +126,9 @@ def _nothing(trace: Trace) -> list[Reason]:
 def _missing(trace: Trace) -> list[Reason]:
     activities, calls = trace.activities, trace.calls
     if not len(calls):
-        return [
-            Reason(
-                "no_calls",
-                NOTE,
-                "calls into CUDA were not recorded: neither late launches nor phases can be told",
-            )
-        ]
+        marked = len(trace.device_ranges) > 0
+        what = "late launches cannot be told" if marked else "neither late launches nor phases can be told"
+        return [Reason("no_calls", NOTE, f"calls into CUDA were not recorded: {what}")]
     reasons = []
     unlaunched = float((activities.launched_ns == UNKNOWN).mean())
     if unlaunched > _UNLAUNCHED_RATIO:
@@ -191,9 +189,10 @@ def _loading(trace: Trace) -> list[Reason]:
             f"{window:.2f} s. Record once the server serves"
         )
         reasons.append(Reason("model_loading", UNTRUSTED, text))
-    steps = _steps(trace)
+    ranges = trace.device_ranges if len(trace.device_ranges) else trace.ranges
+    steps = _steps(trace, ranges)
     if steps.any() and window:
-        silent = float(trace.ranges.begin_ns[steps].min() - activities.begin_ns.min()) / 1e9
+        silent = float(ranges.begin_ns[steps].min() - activities.begin_ns.min()) / 1e9
         if silent > _UNMARKED_RATIO * window:
             text = f"the first step begins {silent:.2f} s after the first kernel: before, no phase is known"
             reasons.append(Reason("unmarked_start", LIMITED, text))
@@ -250,6 +249,6 @@ def _called(trace: Trace, pattern: re.Pattern[str]) -> Bools:
     return np.asarray(named[trace.calls.name])
 
 
-def _steps(trace: Trace) -> Bools:
+def _steps(trace: Trace, ranges: Spans) -> Bools:
     named = np.array([name in PHASES for name in trace.names] or [False])
-    return np.asarray(named[trace.ranges.name]) if len(trace.ranges) else np.zeros(0, dtype=np.bool_)
+    return np.asarray(named[ranges.name]) if len(ranges) else np.zeros(0, dtype=np.bool_)

@@ -7,26 +7,23 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from llmprobe.capture.condition import ConditionError, parse
-from llmprobe.capture.nsys import session_of, sweep_sessions
+from llmprobe.capture.nsys import sweep_sessions
 from llmprobe.capture.run import Run, Server
-from llmprobe.capture.session import FINAL, Capture, Request, Tool
+from llmprobe.capture.session import FINAL, Capture, Request
+from llmprobe.capture.session import Tool as ToolName
 from llmprobe.capture.store import Store, StoreError
+from llmprobe.capture.tool import Worker
+from llmprobe.capture.tools import TOOLS, tools_of
 
 log = logging.getLogger("llmprobe.capture")
 
 _MOST_QUEUED = 8
 _STARTS_PER_MINUTE = 30
 _JOIN_SECONDS = 20.0
-
-HOW_TO_NSYS = (
-    "the server was not started under nsys: start it with `llmprobe run --nsys -- vllm serve …` "
-    "(nsys cannot attach to a process that runs)"
-)
-NOT_YET = "{} captures are not in this version: use tool=nsys with a server started by `llmprobe run --nsys`"
 
 
 class Refused(Exception):
@@ -43,27 +40,31 @@ class Refused(Exception):
         self.other = other
 
 
-def tools_of(directory: Path, group: str) -> dict[str, str | None]:
-    """What can capture a server: tool → None, or why it cannot."""
-    return {
-        "nsys": None if session_of(directory, group) else HOW_TO_NSYS,
-        "torch": NOT_YET.format("torch"),
-        "kernels": NOT_YET.format("kernels"),
-    }
+def choose_tool(
+    directory: Path, group: str, wanted: str, workers: Sequence[Worker], ranks: Collection[int] | None = None
+) -> ToolName:
+    """The tool for a request; ``auto`` is the deepest that is available and can do what is wanted.
 
-
-def choose_tool(directory: Path, group: str, wanted: str) -> Tool:
-    """The tool for a request; ``auto`` is the deepest that is available.
+    Args:
+        workers: the server's.
+        ranks: that are wanted, if not all.
 
     Raises:
         Refused: it is not available, with the reason and what to use.
     """
-    reasons = tools_of(directory, group)
-    order: tuple[Tool, ...] = ("nsys", "torch", "kernels")
-    for tool in order:
+    there = {worker.rank for worker in workers}
+    if ranks is not None and not (ranks and set(ranks) <= there):
+        raise Refused("invalid", f"ranks: there are {sorted(there)}.", "Leave `ranks` out for all.")
+    chosen = [worker for worker in workers if ranks is None or worker.rank in ranks]
+    reasons = tools_of(directory, group, chosen)
+    if ranks is not None and set(ranks) != there and reasons["nsys"] is None:
+        reasons["nsys"] = f"nsys records every process of the server, so ranks: {sorted(there)} or nothing"
+        if wanted == "nsys":
+            raise Refused("invalid", f"ranks: {reasons['nsys']}.", "Leave `ranks` out.")
+    for tool in TOOLS:
         if wanted in ("auto", tool) and reasons[tool] is None:
             return tool
-    why = reasons["nsys" if wanted == "auto" else wanted] or ""
+    why = reasons[wanted] if wanted != "auto" else "; ".join(f"{tool}: {reasons[tool]}" for tool in TOOLS)
     raise Refused(
         "unavailable", f"No {wanted} capture: {why}.", "GET /api/captures says what each server has."
     )
@@ -84,7 +85,9 @@ class Manager:
         self.store = store
         self.max_seconds = max_seconds
         #: How captures of this agent ended, by (tool, outcome).
-        self.ended: Counter[tuple[str, str]] = Counter({("nsys", outcome): 0 for outcome in sorted(FINAL)})
+        self.ended: Counter[tuple[str, str]] = Counter(
+            {(tool, outcome): 0 for tool in TOOLS for outcome in sorted(FINAL)}
+        )
         self._directory = directory
         self._server = server
         self._clock = clock

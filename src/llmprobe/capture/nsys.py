@@ -22,6 +22,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from llmprobe.capture.store import RAW, write_json
+from llmprobe.capture.tool import Interrupted, ToolError
+from llmprobe.capture.words import last_words
 from llmprobe.record.agent_launch import agent_environment
 
 #: States of a session, as ``nsys sessions list`` shows them.
@@ -36,16 +38,10 @@ _LIST_SECONDS = 20.0
 _START_SECONDS = 60.0
 _IMPORT_SECONDS = 900.0
 _POLL_SECONDS = 0.1
-_LAST_WORDS = 400
-_PROGRESS = re.compile(r"\[\d+/\d+\]|\[=*\s*\d+%|\d+%\s*\]|^Processing \d+ events")
 
 
-class NsysError(Exception):
+class NsysError(ToolError):
     """nsys did not do what was asked; the message holds its own last words."""
-
-
-class Interrupted(Exception):
-    """Somebody wanted a running command to end."""
 
 
 @dataclass(frozen=True)
@@ -252,10 +248,3 @@ def _wait(child: subprocess.Popen[bytes], seconds: float, interrupted: Callable[
 
 def _status(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-
-
-def last_words(output: str) -> str:
-    """The last lines of what nsys said, without its progress bars, on one line."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", output)]
-    said = [line for line in lines if line and not _PROGRESS.search(line)]
-    return " / ".join(said[-4:])[-_LAST_WORDS:]

@@ -19,26 +19,18 @@ from typing import Any, Protocol
 
 from llmprobe.capture.compare import compare
 from llmprobe.capture.condition import Live, Watch, parse
-from llmprobe.capture.nsys import (
-    IDLE,
-    RECORDING,
-    Interrupted,
-    Nsys,
-    NsysError,
-    Session,
-    last_words,
-    session_of,
-)
 from llmprobe.capture.session import Capture, State
 from llmprobe.capture.store import (
     LIVE,
-    RAW,
     REPORT_JSON,
     STATE_NAME,
     STOP_FREE_BYTES,
     Store,
     write_json,
 )
+from llmprobe.capture.tool import Interrupted, Tool, ToolError, Worker
+from llmprobe.capture.tools import make_tool
+from llmprobe.capture.words import last_words
 from llmprobe.record.agent_launch import agent_environment
 
 log = logging.getLogger("llmprobe.capture")
@@ -47,10 +39,7 @@ _LOOK_SECONDS = 0.1
 _KEEP_SECONDS = 1.0
 #: How long a server may be out of sight before it counts as gone.
 _GONE_SECONDS = 5.0
-#: How much longer than asked for a recording may last before `llmprobe run` ends it itself.
-_GRACE_SECONDS = 30.0
 _WORK_SECONDS = 1800.0
-_WRITING_SECONDS = 900.0
 #: What one recording may take of all that may be kept.
 _SHARE_OF_BYTES = 0.5
 
@@ -67,6 +56,9 @@ class Server(Protocol):
 
     def figures(self, group: str) -> dict[str, Any] | None:
         """The server's entry in ``/api/status``."""
+
+    def workers(self, group: str) -> list[Worker]:
+        """Its living engine processes."""
 
 
 class Run:
@@ -85,7 +77,7 @@ class Run:
         """
         Args:
             capture: as read from disk, in any state that is not final.
-            directory: the agent's shared directory, in which sessions are noted.
+            directory: the agent's shared directory.
             max_seconds: ``LLMPROBE_CAPTURE_MAX_SECONDS``.
         """
         self.capture = capture
@@ -99,43 +91,44 @@ class Run:
         self._folder = store.folder(capture.id)
         self._seen_at = time.monotonic()
         self._kept_at = 0.0
+        self._tool: Tool = make_tool(
+            capture,
+            self._folder,
+            directory,
+            lambda: server.workers(capture.group),
+            seconds=self._longest(),
+            cancelled=self.cancelled.is_set,
+            interrupted=self._interrupted,
+            wall=wall,
+        )
 
     def go(self) -> None:
         """Take it to its end, or leave it where it is once ``leaving`` is set. Raises nothing."""
-        steps: dict[State, Callable[[Nsys], None]] = {
+        steps: dict[State, Callable[[], None]] = {
             "pending": self._wait_and_start,
             "recording": self._record,
             "importing": self._import,
             "analysing": self._analyse,
         }
-        nsys: Nsys | None = None
         try:
             while self.capture.live:
                 if self._interrupted():
                     raise Interrupted(self.capture.state)
-                # An agent that leaves lets nsys finish what it was told; the next one finds the outcome.
-                nsys = nsys or Nsys(self._session(), self.cancelled.is_set)
-                steps[self.capture.state](nsys)
+                steps[self.capture.state]()
         except Interrupted:
             if not self.cancelled.is_set():
                 return  # the agent leaves; the next one goes on from what is on disk
-            self._end("cancelled", "it was cancelled", nsys)
-        except (Failed, NsysError) as error:
-            self._end("failed", str(error), nsys)
+            self._end("cancelled", "it was cancelled")
+        except (Failed, ToolError) as error:
+            self._end("failed", str(error))
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            self._end("failed", f"{os.strerror(error.errno or 0)}{where}", nsys)
+            self._end("failed", f"{os.strerror(error.errno or 0)}{where}")
         except Exception as error:
             log.exception("capture %s: an error of ours", self.capture.id)
-            self._end("failed", f"an error in llmprobe: {type(error).__name__}; see agent.log", nsys)
+            self._end("failed", f"an error in llmprobe: {type(error).__name__}; see agent.log")
 
-    def _session(self) -> Session:
-        session = session_of(self._directory, self.capture.group)
-        if session is None:
-            raise Failed("the server's nsys session is gone: the server, or its `llmprobe run`, ended")
-        return session
-
-    def _wait_and_start(self, nsys: Nsys) -> None:
+    def _wait_and_start(self) -> None:
         request = self.capture.request
         watch = Watch(parse(request.when))
         until = self._wall() + request.wait_seconds  # from its turn on, where it was queued
@@ -143,43 +136,44 @@ class Run:
             if self._wall() > until:
                 raise Failed(f"{request.when!r} did not come true within {request.wait_seconds:g} s")
             self._pause()
-        nsys.check_idle()  # while pending: a recording that is not ours must not be ended as ours
+        self._tool.check()
         self._keep_live("before")
-        self._deadline(nsys, self._longest() + _GRACE_SECONDS)
         self._enter("recording")
-        nsys.start(self._folder)
+        self._tool.start(self._longest(), request.steps)
 
-    def _record(self, nsys: Nsys) -> None:
-        if not nsys.recording():
-            # Also after a restart between entering this state and nsys's own start.
-            raise Failed("nsys does not record any more: it was ended, or the agent died before it began")
+    def _record(self) -> None:
+        self._tool.resume()
         request, begun = self.capture.request, self.capture.times["recording"]
         self._keep(self.capture.at(0.0))
         first = self._look()
         seconds = self._longest()
-        while (elapsed := self._wall() - begun) < seconds:
+        while not self._tool.ended():
+            elapsed = self._wall() - begun
             live = self._look()
-            progress = elapsed / seconds
-            if request.steps is not None and live is not None and first is not None:
-                progress = (live.total_steps() - first.total_steps()) / request.steps
-                if progress >= 1:
-                    break
+            progress = self._tool.progress()
+            if progress is None:
+                progress = elapsed / seconds
+                if request.steps is not None and live is not None and first is not None:
+                    progress = (live.total_steps() - first.total_steps()) / request.steps
+                    if progress >= 1:
+                        break
+            if elapsed >= seconds and self._tool.ends_by_clock:
+                if request.steps is not None:
+                    self.capture = self.capture.noting(f"fewer than {request.steps} steps in {seconds:g} s")
+                break
             self._keep(self.capture.at(progress))
-            if self._too_large(nsys):
+            if self._too_large():
                 break
             self._pause()
-        else:
-            if request.steps is not None:
-                self.capture = self.capture.noting(f"fewer than {request.steps} steps in {seconds:g} s")
         self._keep_live("during")
         self._enter("importing")
 
     def _longest(self) -> float:
         return min(self.capture.request.seconds or self._max_seconds, self._max_seconds)
 
-    def _too_large(self, nsys: Nsys) -> bool:
+    def _too_large(self) -> bool:
         """Whether to stop before the time: the recording must not fill the disk."""
-        free, taken = self._store.free_bytes(), nsys.recorded_bytes()
+        free, taken = self._store.free_bytes(), self._tool.taken_bytes()
         if free < STOP_FREE_BYTES:
             note = f"ended early: {free >> 20} MiB free in {self._store.root}"
         elif taken > self._store.max_bytes * _SHARE_OF_BYTES:
@@ -189,20 +183,12 @@ class Run:
         self.capture = self.capture.noting(note)
         return True
 
-    def _import(self, nsys: Nsys) -> None:
-        # After a restart nsys may still be writing what the agent before this one told it to.
-        until = time.monotonic() + _WRITING_SECONDS
-        while (state := nsys.state()) not in (None, IDLE, RECORDING) and time.monotonic() < until:
-            self._pause()
-        if state == RECORDING:
-            nsys.stop(self._folder)
-        elif not (self._folder / RAW).is_file():
-            raise Failed(f"nsys stopped by itself and left no {RAW}: it was killed, or the server ended")
-        self._deadline(nsys, None)
-        nsys.export(self._folder)
+    def _import(self) -> None:
+        for note in self._tool.collect():
+            self.capture = self.capture.noting(note)
         self._enter("analysing")
 
-    def _analyse(self, nsys: Nsys) -> None:
+    def _analyse(self) -> None:
         command = [sys.executable, "-m", "llmprobe.capture.work", str(self._folder)]
         with subprocess.Popen(
             command,
@@ -264,13 +250,6 @@ class Run:
     def _interrupted(self) -> bool:
         return self.cancelled.is_set() or self.leaving.is_set()
 
-    def _deadline(self, nsys: Nsys, seconds: float | None) -> None:
-        path = nsys.session.dead_man(self._directory)
-        if seconds is None:
-            path.unlink(missing_ok=True)
-        else:
-            write_json(path, {"until": self._wall() + seconds})
-
     def _keep_live(self, when: str) -> None:
         """Keep what the server shows now beside the capture, unless it was kept before a restart."""
         path = self._folder / LIVE
@@ -291,15 +270,11 @@ class Run:
             self._kept_at = now
             self._store.write(capture)
 
-    def _end(self, state: State, reason: str, nsys: Nsys | None) -> None:
+    def _end(self, state: State, reason: str) -> None:
         """Clean up, and keep why: of a capture that failed only that is left."""
-        if nsys is None and (session := session_of(self._directory, self.capture.group)):
-            nsys = Nsys(session)
-        if nsys is not None and self.capture.state in ("recording", "importing"):
-            nsys.abandon()
-        if nsys is not None:
-            with contextlib.suppress(OSError):
-                self._deadline(nsys, None)
+        if self.capture.state in ("recording", "importing"):
+            self._tool.abandon()
+        self._tool.forget()
         with contextlib.suppress(OSError):
             for path in self._folder.iterdir():
                 if path.name != STATE_NAME:

@@ -18,7 +18,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -33,16 +33,24 @@ _SQLITE = b"SQLite format 3\0"
 _NSYS_REPORT = b"NVIDIA Tegra Profiler Report"
 
 
+Further = Callable[[int], Iterable[dict[str, Any]]]
+
+
 class ScrubError(Exception):
     """A file cannot be scrubbed, and no output was left; the message is one line."""
 
 
-def scrub(source: Path, target: Path, *, nsys: Path | None = None) -> None:
+def scrub(
+    source: Path, target: Path, *, nsys: Path | None = None, further: Further = lambda base_ns: ()
+) -> None:
     """Write a copy of ``source`` without anything that could be secret or personal to ``target``.
 
     ``target`` appears whole or not at all, readable by its owner only, and must not exist. An ``.nsys-rep``
     is exported first (by ``nsys``, or the one on PATH), so its copy is SQLite. A trace is gzipped if
     ``target`` ends in ``.gz``.
+
+    Args:
+        further: gives events that are added to a trace, from the nanoseconds at which its times begin.
 
     Raises:
         ScrubError: the source is missing, damaged or of no known kind, or the target cannot be written.
@@ -62,7 +70,7 @@ def scrub(source: Path, target: Path, *, nsys: Path | None = None) -> None:
                 with exported(source, nsys) as database:
                     _scrub_database(database, draft)
             else:
-                _scrub_trace(source, draft, zipped=target.suffix == ".gz")
+                _scrub_trace(source, draft, further, zipped=target.suffix == ".gz")
     except AnalysisError as error:
         raise ScrubError(str(error)) from None
     except (OSError, ValueError) as error:
@@ -116,7 +124,7 @@ def _scrub_database(source: Path, draft: Path) -> None:
         raise ScrubError(f"{source}: nothing in it may stay: not an nsys export")
 
 
-def _scrub_trace(source: Path, draft: Path, *, zipped: bool) -> None:
+def _scrub_trace(source: Path, draft: Path, further: Further, *, zipped: bool) -> None:
     beside: dict[str, Any] = {}
 
     def keep(key: str, value: Any) -> None:
@@ -127,6 +135,9 @@ def _scrub_trace(source: Path, draft: Path, *, zipped: bool) -> None:
         stream.write('{"traceEvents": [\n')
         separator = ""
         for event in allowed_events(source, keep):
+            stream.write(separator + json.dumps(event, allow_nan=False))
+            separator = ",\n"
+        for event in further(int(beside.get("baseTimeNanoseconds", 0))):
             stream.write(separator + json.dumps(event, allow_nan=False))
             separator = ",\n"
         stream.write("\n]")

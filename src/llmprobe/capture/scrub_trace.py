@@ -26,7 +26,7 @@ _ARGUMENTS = frozenset(
         "device", "context", "stream", "correlation", "bytes", "grid", "block", "queued", "cbid",
         "External id", "Ev Idx", "Record function id", "Sequence number", "Fwd thread id", "Input Dims",
         "registers per thread", "shared memory", "blocks per SM", "warps per SM", "graph node id", "graph id",
-        "est. achieved occupancy %", "memory bandwidth (GB/s)", "sort_index",
+        "est. achieved occupancy %", "memory bandwidth (GB/s)", "sort_index", "tokens",
     }
 )  # fmt: skip
 _TOP_LEVEL_NUMBERS = frozenset(

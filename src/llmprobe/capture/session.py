@@ -53,6 +53,8 @@ class Request:
     """What was asked for. Exactly one of ``seconds`` and ``steps`` is given.
 
     ``when`` is text for `llmprobe.capture.condition.parse`; ``wait_seconds`` is how long it may take to come.
+    ``ranks``: of which workers; None means all. ``torch_cpu`` and ``torch_stacks``: what torch's profiler
+    records beside the GPU.
     """
 
     tool: Tool
@@ -61,6 +63,9 @@ class Request:
     when: str = "now"
     wait_seconds: float = 300.0
     label: str = ""
+    ranks: tuple[int, ...] | None = None
+    torch_cpu: bool = False
+    torch_stacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class Capture:
                 owner=str(data["owner"]),
                 server=str(data["server"]),
                 group=str(data["group"]),
-                request=Request(**data["request"]),
+                request=_request(data["request"]),
                 state=cast("State", data["state"]),
                 times={str(state): float(at) for state, at in data["times"].items()},
                 progress=data["progress"],
@@ -140,3 +145,8 @@ class Capture:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a capture: {error}") from None
+
+
+def _request(data: Mapping[str, Any]) -> Request:
+    ranks = data.get("ranks")
+    return Request(**{**data, "ranks": None if ranks is None else tuple(map(int, ranks))})

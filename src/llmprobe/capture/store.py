@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -31,6 +32,11 @@ LIVE = "live.json"
 RAW = "capture.nsys-rep"
 PUBLIC_FILES = (REPORT_JSON, REPORT_TEXT, SCRUBBED, LIVE)
 RAW_FILES = (RAW,)
+#: One of each worker process; ``.raw`` ones are kept only where Python's calls were asked for.
+_WORKER_FILES = re.compile(
+    r"(torch|kernels)-((engine\d{1,5}-)?rank\d{1,5}(-\d{1,3})?)\.(json\.gz|npz)", re.ASCII
+)
+_RAW_WORKER_FILES = re.compile(r"torch-(engine\d{1,5}-)?rank\d{1,5}(-\d{1,3})?\.raw\.json\.gz", re.ASCII)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -38,6 +44,16 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 LEAST_FREE_BYTES = 512 << 20
 #: Less than this free, and a recording is ended early.
 STOP_FREE_BYTES = 256 << 20
+
+
+def is_public(name: str) -> bool:
+    """Whether a file of this name may be asked for."""
+    return name in PUBLIC_FILES or _WORKER_FILES.fullmatch(name) is not None
+
+
+def is_raw(name: str) -> bool:
+    """Whether one of this name may be, by who says that he wants it all the same."""
+    return name in RAW_FILES or _RAW_WORKER_FILES.fullmatch(name) is not None
 
 
 class StoreError(Exception):
@@ -209,23 +225,26 @@ class Store:
 
     def files(self, capture_id: str) -> dict[str, int]:
         """The files of a capture that may be asked for, with their size in bytes."""
-        found = {}
-        for name in PUBLIC_FILES + RAW_FILES:
+        found: dict[str, int] = {}
+        try:
+            names = sorted(path.name for path in self.folder(capture_id).iterdir())
+        except OSError:
+            return found
+        for name in (*PUBLIC_FILES, *(name for name in names if name not in PUBLIC_FILES)):
             with contextlib.suppress(OSError, KeyError), self.open(capture_id, name) as fd:
                 found[name] = os.fstat(fd).st_size
         return found
 
     @contextlib.contextmanager
-    def open(
-        self, capture_id: str, name: str, allowed: tuple[str, ...] = PUBLIC_FILES + RAW_FILES
-    ) -> Iterator[int]:
+    def open(self, capture_id: str, name: str, allowed: tuple[str, ...] | None = None) -> Iterator[int]:
         """A file of a capture, as a descriptor to read from.
 
         Raises:
             KeyError: no such capture, or no such file may be asked for.
             OSError: it is not there, or not a plain file of ours.
         """
-        if not is_id(capture_id) or name not in allowed:
+        may = name in allowed if allowed is not None else is_public(name) or is_raw(name)
+        if not is_id(capture_id) or not may:
             raise KeyError(name)
         with contextlib.ExitStack() as held:
             root = held.enter_context(self._open_root())

@@ -13,14 +13,17 @@ import sys
 import threading
 from pathlib import Path
 
-from llmprobe.analysis import AnalysisError, analyze
+from llmprobe.analysis import AnalysisError, read_trace
+from llmprobe.analysis.report import make_report
+from llmprobe.analysis.together import together
 from llmprobe.capture.nsys import RAW_SQLITE
 from llmprobe.capture.scrub import ScrubError, scrub
 from llmprobe.capture.store import REPORT_JSON, REPORT_TEXT, SCRUBBED, write_json
+from llmprobe.capture.worker_files import finish_workers
 
 
 def finish(folder: Path) -> None:
-    """Leave `SCRUBBED`, `REPORT_JSON` and `REPORT_TEXT` in ``folder``, and no unscrubbed SQLite.
+    """Leave `REPORT_JSON`, `REPORT_TEXT` and scrubbed files in ``folder``, and not what they were made of.
 
     Raises:
         AnalysisError, ScrubError: the exported file cannot be used.
@@ -34,9 +37,15 @@ def finish(folder: Path) -> None:
         finally:
             made.unlink(missing_ok=True)
         raw.unlink()
-    report = analyze(folder / SCRUBBED)
     # Who downloads the report need not learn where this machine keeps it.
-    report = dataclasses.replace(report, source=dataclasses.replace(report.source, path=SCRUBBED))
+    if traces := finish_workers(folder):
+        trace, shown = together(traces), f"{len(traces)} processes"
+        if len(traces) == 1:
+            shown = Path(trace.source.path).name
+    else:
+        trace, shown = read_trace(folder / SCRUBBED), SCRUBBED
+    trace = dataclasses.replace(trace, source=dataclasses.replace(trace.source, path=shown))
+    report = make_report(trace)
     text = folder / f".{REPORT_TEXT}.{os.getpid()}"
     text.write_text(report.to_text() + "\n")
     text.chmod(0o600)

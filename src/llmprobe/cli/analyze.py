@@ -23,7 +23,8 @@ def analyze(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH", help="nsys .sqlite or .nsys-rep, or a torch profiler trace (.json, .json.gz)."
+            metavar="PATH",
+            help="nsys .sqlite or .nsys-rep, torch profiler trace (.json, .json.gz), kernels capture (.npz).",
         ),
     ],
     nsys: Annotated[

@@ -24,6 +24,8 @@ llmprobe capture
 
 llmprobe capture --seconds 2 --when "sync_gap_ratio > 0.3 for 10s"
 
+llmprobe capture --tool torch --steps 50 --torch-cpu
+
 llmprobe capture --target node1:9480 --target node2:9480 --token-file token"""
 
 
@@ -37,12 +39,24 @@ def capture(
     wait_seconds: Annotated[float, typer.Option(help="How long `--when` may take to come true.")] = 300.0,
     label: Annotated[str, typer.Option(help="For you to recognise it by.")] = "",
     tool: Annotated[str, typer.Option(help="auto, nsys, torch or kernels.")] = "auto",
+    rank: Annotated[
+        list[int] | None, typer.Option(help="torch, kernels: only this worker; more than once for several.")
+    ] = None,
+    torch_cpu: Annotated[
+        bool, typer.Option("--torch-cpu", help="torch: operators on the host too, not the GPU alone.")
+    ] = False,
+    torch_stacks: Annotated[
+        bool, typer.Option("--torch-stacks", help="torch: Python's calls too. Stops the engine for seconds.")
+    ] = False,
     queue: Annotated[bool, typer.Option("--queue", help="Wait for a capture that runs.")] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where to make a folder for each capture's files.")
     ] = Path(),
     raw: Annotated[
-        bool, typer.Option("--raw", help="Fetch the .nsys-rep too: it holds the server's environment.")
+        bool,
+        typer.Option(
+            "--raw", help="Fetch unscrubbed files too: the .nsys-rep holds the server's environment."
+        ),
     ] = False,
     target: Annotated[
         list[str] | None, typer.Option(help="HOST:PORT of an agent; more than once for many nodes.")
@@ -52,7 +66,7 @@ def capture(
 ) -> None:
     """Capture what a running server does, wait for the result, and fetch it.
 
-    The server must have been started with `llmprobe run --nsys`.
+    With nsys if the server was started with `llmprobe run --nsys`, else with torch's own profiler.
     """
     agents = _agents(target or [], token_file)
     wanted = {
@@ -64,6 +78,9 @@ def capture(
         "queue": queue,
         **({} if seconds is None else {"seconds": seconds}),
         **({} if steps is None else {"steps": steps}),
+        **({"ranks": rank} if rank else {}),
+        **({"torch_cpu": True} if torch_cpu else {}),
+        **({"torch_stacks": True} if torch_stacks else {}),
     }
     followed = _begin(agents, wanted)
     try:

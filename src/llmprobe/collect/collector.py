@@ -26,6 +26,7 @@ from llmprobe.collect.watches import Watches
 from llmprobe.compute import intervals
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.record import layout
+from llmprobe.record.asked import Paths
 from llmprobe.record.journal import JournalError, JournalWriter
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.window_file import window_path
@@ -238,6 +239,7 @@ class Collector:
             self._pending.pop(path, None)
             self._ignored.add(path)
             if self._remove_dead:
+                Paths.of(path).remove()
                 for left in (path, window_path(path)):
                     with contextlib.suppress(OSError):
                         left.unlink()
@@ -356,6 +358,7 @@ class Collector:
             top_kernels=rank.windows.top(now),
             kernel_totals=rank.windows.totals(),
             stall=find_stall(rank, self._pending_of(process.path), now) if armed else None,
+            journal=process.path,
         )
 
     def _program_kv(self, process: Process) -> int | None:

@@ -7,6 +7,7 @@ absent (None, or a missing key), never 0.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,8 @@ class RankView:
     host_totals: HostTotals | None = None
     #: What it hangs in; None while it gets on, or has nothing to do.
     stall: Stall | None = None
+    #: The file that its process writes.
+    journal: Path | None = None
 
 
 @dataclass

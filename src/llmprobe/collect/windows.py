@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import numpy as np
 
 from llmprobe.compute.evidence import KernelEvidence
 from llmprobe.compute.kernel_windows import PhaseWindow, TopKernel, phase_windows, together
+from llmprobe.record.demangle import demangled
 from llmprobe.record.window_file import Seen, WindowFileError, read_window, window_path
 
 #: Step records reach the journal a moment after their step: a window is worked out this long after its end.
@@ -62,7 +61,7 @@ class Windows:
         window = seen.window
         if window.dropped:
             return
-        names = [_demangled(name) for name in window.names]
+        names = [demangled(name) for name in window.names]
         rows = window.activities
         if len(rows):  # a process drives one device, as a rule; else the one that does most of its work
             rows = rows[rows["device"] == np.bincount(rows["device"]).argmax()]
@@ -141,35 +140,3 @@ class Windows:
             return None
         self._number = seen.number
         return seen
-
-
-@functools.cache
-def _demangler() -> Any:
-    """``__cxa_demangle`` of the C++ runtime and ``free``; None where there is none."""
-    try:
-        library = ctypes.CDLL("libstdc++.so.6")
-        demangle = library.__cxa_demangle
-        free = ctypes.CDLL(None).free
-    except (OSError, AttributeError):
-        return None
-    demangle.restype = ctypes.c_void_p
-    demangle.argtypes = (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
-    free.restype, free.argtypes = None, (ctypes.c_void_p,)
-    return demangle, free
-
-
-@functools.lru_cache(maxsize=4096)
-def _demangled(name: str) -> str:
-    """A C++ name as people write it; any other name as it is."""
-    found = _demangler() if name.startswith("_Z") else None
-    if found is None:
-        return name
-    demangle, free = found
-    status = ctypes.c_int()
-    pointer = demangle(name.encode(), None, None, ctypes.byref(status))
-    if not pointer:
-        return name
-    try:
-        return ctypes.string_at(pointer).decode(errors="replace")
-    finally:
-        free(pointer)

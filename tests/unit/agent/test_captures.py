@@ -131,7 +131,7 @@ def test_a_capture_begins_with_its_url(client: TestClient, nsys: ScriptedNsys) -
 def test_status_says_what_can_be_captured(client: TestClient, nsys: ScriptedNsys) -> None:
     shown = client.get("/api/status").json()["agent"]["captures"]
     assert shown["tools"]["prog"]["nsys"] is None
-    assert "not in this version" in shown["tools"]["prog"]["torch"]
+    assert "has not said" in shown["tools"]["prog"]["torch"]
     assert shown["ended"] == []
 
 
@@ -149,10 +149,10 @@ def test_a_server_without_nsys_is_409_that_says_how(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("tool", ["torch", "kernels"])
-def test_tools_of_later_versions_are_409_that_names_what_to_use(
+def test_a_tool_that_cannot_is_409_with_what_the_process_says(
     client: TestClient, nsys: ScriptedNsys, tool: str
 ) -> None:
-    assert "tool=nsys" in problem(client.post("/api/captures", json={"tool": tool}), 409)["detail"]
+    assert "has not said" in problem(client.post("/api/captures", json={"tool": tool}), 409)["detail"]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,9 @@ def test_tools_of_later_versions_are_409_that_names_what_to_use(
         {"ranks": [-1]},
         {"ranks": [0, 7]},
         {"ranks": "all"},
+        {"ranks": []},
+        {"torch_cpu": 1},
+        {"torch_stacks": "yes"},
         {"queue": "yes"},
         {"output": "/etc/passwd"},
         {"id": "../../x"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmprobe.capture.condition import Live
 from llmprobe.capture.nsys import Session
+from llmprobe.capture.tool import Worker
 
 _SCRIPT = """#!/bin/sh
 cd {folder}
@@ -73,10 +74,15 @@ class PretendedServer:
 
     def __init__(self) -> None:
         self.now: Live | None = Live({"decode": 1})
+        self.processes: list[Worker] = []
 
     def live(self, group: str) -> Live | None:
         """What conditions look at."""
         return self.now
+
+    def workers(self, group: str) -> list[Worker]:
+        """Its living engine processes."""
+        return self.processes
 
     def figures(self, group: str) -> dict[str, object] | None:
         """The server's entry in ``/api/status``."""

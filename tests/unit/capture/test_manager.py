@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from llmprobe.capture import run
-from llmprobe.capture.manager import Manager, Refused, choose_tool, tools_of
+from llmprobe.capture.manager import Manager, Refused, choose_tool
 from llmprobe.capture.session import FINAL, Capture, Request
 from llmprobe.capture.store import RAW, Store
+from llmprobe.capture.tool import Worker
+from llmprobe.capture.tools import tools_of
 
 from .scripted_nsys import PretendedServer, ScriptedNsys
 
@@ -340,15 +342,44 @@ def test_ended_captures_and_those_of_living_agents_are_left_alone(
     assert manager.get(orphan.id).reason == "its agent is gone"
 
 
+def worker(rank: int, **refusals: str | None) -> Worker:
+    return Worker(Path(f"/journals/worker-{rank}.journal"), f"rank{rank}", rank, refusals)
+
+
 def test_tools_say_what_they_lack(directory: Path, nsys: ScriptedNsys) -> None:
-    assert tools_of(directory, "g")["nsys"] is None
-    assert choose_tool(directory, "g", "auto") == "nsys"
-    for wanted, said in (("torch", "not in this version"), ("kernels", "not in this version")):
-        with pytest.raises(Refused, match=said):
-            choose_tool(directory, "g", wanted)
-    for wanted in ("auto", "nsys"):
-        with pytest.raises(Refused, match="llmprobe run --nsys"):
-            choose_tool(directory, "another", wanted)
+    workers = [worker(0, torch=None, kernels="no GPU"), worker(1, torch="busy", kernels="no GPU")]
+    said = tools_of(directory, "g", workers)
+    assert said == {"nsys": None, "torch": "rank1: busy", "kernels": "rank0: no GPU"}
+    assert tools_of(directory, "g", workers[:1])["kernels"] == "no GPU"
+    assert "no process" in (tools_of(directory, "g", [])["torch"] or "")
+    assert "not said" in (tools_of(directory, "g", [worker(0)])["torch"] or "")
+
+
+def test_the_deepest_tool_that_is_available_is_taken(directory: Path, nsys: ScriptedNsys) -> None:
+    both, light = worker(0, torch=None, kernels=None), worker(0, torch="busy", kernels=None)
+    assert choose_tool(directory, "g", "auto", [both]) == "nsys"
+    assert choose_tool(directory, "g", "kernels", [both]) == "kernels"
+    assert choose_tool(directory, "another", "auto", [both]) == "torch"
+    assert choose_tool(directory, "another", "auto", [light]) == "kernels"
+    with pytest.raises(Refused, match="llmprobe run --nsys"):
+        choose_tool(directory, "another", "nsys", [both])
+    with pytest.raises(Refused, match=r"nsys: .*llmprobe run --nsys.*; torch: busy; kernels: no GPU"):
+        choose_tool(directory, "another", "auto", [worker(0, torch="busy", kernels="no GPU")])
+
+
+def test_some_ranks_are_not_for_nsys(directory: Path, nsys: ScriptedNsys) -> None:
+    workers = [worker(0, torch=None, kernels=None), worker(1, torch="busy", kernels=None)]
+    assert choose_tool(directory, "g", "auto", workers, [0, 1]) == "nsys"
+    assert choose_tool(directory, "g", "auto", workers, [0]) == "torch"
+    assert choose_tool(directory, "g", "auto", workers, [1]) == "kernels"
+    for wanted, ranks, said in (
+        ("nsys", [1], "every process"),
+        ("torch", [2], "there are"),
+        ("auto", [], "there"),
+    ):
+        with pytest.raises(Refused, match=said) as caught:
+            choose_tool(directory, "g", wanted, workers, ranks)
+        assert caught.value.kind == "invalid"
 
 
 @pytest.mark.parametrize(
@@ -369,7 +400,7 @@ def test_a_note_that_is_not_ours_is_no_session(
 
     path = nsys.session.note(directory)
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    assert tools_of(directory, "g")["nsys"] is not None
+    assert tools_of(directory, "g", [])["nsys"] is not None
 
 
 def test_raw_files_are_readable_by_their_owner_only(

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmprobe.collect.windows import Windows, _demangled
+from llmprobe.collect.windows import Windows
 from llmprobe.record.cupti import ACTIVITY, COPY, KERNEL, Window
+from llmprobe.record.demangle import demangled
 from llmprobe.record.window_file import Seen, window_path, write_window
 
 from .pretended import SECOND, Clock, Server, busy_second, collector, only, series
@@ -141,7 +142,7 @@ def test_the_file_of_a_dead_process_goes_with_its_journal(
     ],
 )
 def test_names_are_shown_as_people_write_them(name: str, said: str) -> None:
-    assert _demangled(name) == said
+    assert demangled(name) == said
 
 
 def test_no_file_is_no_error(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""The files of ``kernels`` captures: every kernel, copy and set of some seconds, and the steps meanwhile.
+
+A file is numpy's ``.npz``: ``header`` (JSON as bytes), ``activities`` and ``steps``, both of one process.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmprobe.analysis.events import (
+    SET,
+    UNKNOWN,
+    Activities,
+    AnalysisError,
+    Ints,
+    Source,
+    Spans,
+    Trace,
+    by_begin,
+    label_devices,
+    no_spans,
+    plausible,
+    plausible_spans,
+)
+from llmprobe.analysis.names import NameTable
+
+SCHEMA = 1
+MAGIC = b"PK\x03\x04"
+_MEMBERS = ("header.npy", "activities.npy", "steps.npy")
+_MOST_BYTES = 1 << 30
+_ACTIVITY = ("begin", "end", "name", "stream", "device", "kind")
+_STEP = ("begin", "end", "name", "tokens")
+
+
+def read_kernels(path: Path) -> Trace:
+    """The recording in a file of a ``kernels`` capture.
+
+    Raises:
+        AnalysisError: it is none, or damaged.
+    """
+    try:
+        _check(path)
+        with np.load(path, allow_pickle=False) as data:
+            header = json.loads(bytes(data["header"]))
+            activities, steps = data["activities"], data["steps"]
+        return _trace(path, header, _columns(activities, _ACTIVITY), _columns(steps, _STEP))
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
+        raise AnalysisError(f"{path}: cannot be read to its end: {error}") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise AnalysisError(f"{path}: damaged, or no file of a kernels capture: {error}") from None
+
+
+def write_kernels(path: Path, header: dict[str, Any], activities: np.ndarray, steps: np.ndarray) -> None:
+    """Write such a file; ``header`` as `read_kernels` wants it: see there. Raises OSError."""
+    said = json.dumps({"schema": SCHEMA, **header}).encode()
+    with path.open("wb") as file:
+        np.savez_compressed(
+            file, header=np.frombuffer(said, dtype=np.uint8), activities=activities, steps=steps
+        )
+
+
+def _check(path: Path) -> None:
+    """A small file may unpack without end."""
+    with zipfile.ZipFile(path) as archive:
+        found = {entry.filename: entry.file_size for entry in archive.infolist()}
+    if sorted(found) != sorted(_MEMBERS):
+        raise ValueError("other members")
+    if sum(found.values()) > _MOST_BYTES:
+        raise AnalysisError(f"{path}: holds more than {_MOST_BYTES >> 20} MiB")
+
+
+def _columns(rows: np.ndarray, names: tuple[str, ...]) -> list[Ints]:
+    if rows.ndim != 1 or rows.dtype.names is None or set(rows.dtype.names) != set(names):
+        raise ValueError("other columns")
+    if any(rows.dtype[name].kind not in "iu" for name in names):
+        raise ValueError("columns that are no whole numbers")
+    return [np.ascontiguousarray(rows[name]).astype(np.int64) for name in names]
+
+
+def _trace(path: Path, header: dict[str, Any], activities: list[Ints], steps: list[Ints]) -> Trace:
+    if header["schema"] != SCHEMA:
+        raise ValueError(f"schema {header['schema']!r}")
+    table = NameTable()
+    names = np.array([table.add(str(name)) for name in header["names"]] or [0], dtype=np.int64)
+    labels = np.array([table.add(str(name)) for name in header["ranges"]] or [0], dtype=np.int64)
+    begin, end, name, _, device, kind = activities
+    for index, most in ((name, len(header["names"])), (steps[2], len(header["ranges"]))):
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= most):
+            raise ValueError("a name is missing")
+    if len(kind) and (int(kind.min()) < 0 or int(kind.max()) > SET):
+        raise ValueError("activities of no known kind")
+    nothing = np.full(len(begin), UNKNOWN, dtype=np.int64)
+    shown = {int(number): str(label) for number, label in header["devices"].items()}
+    index, devices = label_devices(device, shown, path)
+    known, implausible = plausible(
+        Activities(begin, end, kind, index, names[name], nothing, nothing, np.zeros_like(begin))
+    )
+    # The engine's process drives one device as a rule; else the steps are those of the busiest.
+    busiest = int(np.bincount(index).argmax()) if len(index) else 0
+    marked = Spans(steps[0], steps[1], labels[steps[2]], np.full(len(steps[0]), busiest), steps[3])
+    dropped = int(header["dropped"])
+    return Trace(
+        source=Source(str(path), tool="kernels", format="kernels-npz", version=str(header["version"])[:40]),
+        names=table.names,
+        devices=devices,
+        activities=by_begin(known),
+        ranges=no_spans(),
+        calls=no_spans(),
+        device_ranges=plausible_spans(marked),
+        recorded=np.array([[int(header["begin_ns"]), int(header["end_ns"])]], dtype=np.int64),
+        lost=[f"{dropped} times there was no room for what the GPU did"] if dropped else [],
+        implausible=implausible,
+    )

@@ -1,0 +1,15 @@
+"""What a program said last, for people."""
+
+from __future__ import annotations
+
+import re
+
+_MOST_CHARS = 400
+_PROGRESS = re.compile(r"\[\d+/\d+\]|\[=*\s*\d+%|\d+%\s*\]|^Processing \d+ events")
+
+
+def last_words(output: str) -> str:
+    """The last lines of ``output``, without progress bars, on one line."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", output)]
+    said = [line for line in lines if line and not _PROGRESS.search(line)]
+    return " / ".join(said[-4:])[-_MOST_CHARS:]
