@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-transformers test lint types unit integration bench docs clean
+.PHONY: help setup demo demo-transformers test quick lint types unit integration bench docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,8 +19,11 @@ demo-transformers: setup ## The same for a Hugging Face program that calls gener
 
 test: ## Everything CI checks: set-up, lint, types, unit and integration tests
 	@$(PYTHON) scripts/setup.py --prometheus --nsys
-	@$(MAKE) --no-print-directory lint types
-	@$(BIN)/pytest --durations=15
+	@$(MAKE) --no-print-directory -j2 integration quick
+
+quick: # What starts no engine. Beside the integration tests, so what it says waits until it has ended.
+	@$(MAKE) --no-print-directory lint types unit >.quick.log 2>&1; status=$$?; \
+		echo; cat .quick.log; rm -f .quick.log; exit $$status
 
 lint: ## ruff: rules and format
 	@$(BIN)/ruff check
@@ -32,8 +35,8 @@ types: ## mypy, strict
 unit: ## The quick tests alone
 	@$(BIN)/pytest tests/unit
 
-integration: ## The tests that start real engines
-	@$(BIN)/pytest tests/integration --durations=15
+integration: ## The tests that start real engines, and those that need a GPU
+	@$(BIN)/pytest tests/integration tests/gpu --durations=15
 
 bench: ## What llmprobe costs and how true its figures are: the tables in docs/
 	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

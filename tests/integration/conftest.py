@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from servers import RECIPES, Servers, turn
 
 from llmprobe.demo.model import make_model
 from llmprobe.demo.server import VllmServer
 
-StartServer = Callable[..., VllmServer]
+_WANTED = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need no server come first: meanwhile servers start."""
+    used = {item: getattr(item, "fixturenames", ()) for item in items}
+    items.sort(key=lambda item: turn(used[item]))
+    config.stash[_WANTED] = {name for names in used.values() for name in names if name in RECIPES}
 
 
 @pytest.fixture(scope="session")
@@ -37,73 +45,53 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vllm_server(
+def servers(
     tiny_model: Path,
     calibrated: Path,
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
-) -> Iterator[StartServer]:
-    """Starts servers: ``vllm_server(*flags, env={}, model=None, quick=True, agent=True, wait=True)``.
+) -> Iterator[Servers]:
+    """All servers of `RECIPES`, each with ``LLMPROBE=1`` and, but for a neighbour, its own LLMPROBE_DIR."""
+    wanted = request.config.stash[_WANTED]
+    found = Servers(tiny_model, calibrated, wanted, lambda: tmp_path_factory.mktemp("server"))
+    yield found
+    found.stop()
+    if request.session.testsfailed:
+        print(f"\n{found.logs()}")
 
-    Each call starts a server of its own with ``LLMPROBE=1`` and its own LLMPROBE_DIR and waits until it and
-    its agent answer. The model is called ``tiny``. All are stopped at the end of the session; a test may
-    call ``.stop()`` before.
-    """
-    servers: list[VllmServer] = []
 
-    def start(
-        *flags: str,
-        env: dict[str, str] | None = None,
-        model: Path | None = None,
-        quick: bool = True,
-        agent: bool = True,
-        wait: bool = True,
-        timeout_seconds: float = 300.0,
-    ) -> VllmServer:
-        server = VllmServer.start(
-            model or tiny_model,
-            shared_directory(),
-            tmp_path_factory.mktemp("server") / "vllm.log",
-            _with_defaults(flags) if quick else flags,
-            {"XDG_CACHE_HOME": str(calibrated), **(env or {})},
-        )
-        servers.append(server)
-        if wait:
-            server.wait_ready(timeout_seconds)
-            if agent:
-                server.wait_agent()
-        return server
-
-    yield start
-    for server in servers:
-        server.stop()
-        if request.session.testsfailed:
-            print(f"\n--- {server.log}\n{server.last_lines(60)}")
+@pytest.fixture(autouse=True)
+def start_ahead(request: pytest.FixtureRequest) -> None:
+    """Start the next server that later tests need, if any does."""
+    if request.config.stash[_WANTED]:
+        request.getfixturevalue("servers").look(request.fixturenames)
 
 
 @pytest.fixture(scope="session")
-def server(vllm_server: StartServer) -> VllmServer:
-    """One server that tests share which only look at it; they may not stop or switch it."""
-    return vllm_server("--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--enable-prefix-caching")
+def server(servers: Servers) -> VllmServer:
+    """For tests that only look at it: they may not stop or switch it."""
+    return servers.ready("server")
 
 
-def shared_directory() -> Path:
-    """A new path for LLMPROBE_DIR in shared memory, where journals lie in production too."""
-    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-    return Path(tempfile.mkdtemp(prefix="llmprobe-test-", dir=base))
+@pytest.fixture(scope="session")
+def slow_server(servers: Servers) -> VllmServer:
+    """Its scheduler sleeps before each step for as long as `servers.tell_delay` told it."""
+    return servers.ready("slow_server")
 
 
-def _with_defaults(flags: Sequence[str]) -> list[str]:
-    """``flags``, and those of what makes a start quick and plain that they do not set themselves."""
-    given = {flag.partition("=")[0] for flag in flags}
-    result = list(flags)
-    if not given & {"--enforce-eager", "--no-enforce-eager"}:
-        result.append("--enforce-eager")  # no graph compilation: a minute less
-    for flag, value in {
-        "--max-model-len": "2048",
-        "--dtype": "float32",  # as stored; the default would halve it
-        "--served-model-name": "tiny",
-    }.items():
-        if flag not in given:
-            result += [flag, value]
-    return result
+@pytest.fixture(scope="session")
+def broken_server(servers: Servers) -> VllmServer:
+    """One of llmprobe's hooks fails at each of its steps."""
+    return servers.ready("broken_server")
+
+
+@pytest.fixture(scope="session")
+def mortal(servers: Servers) -> VllmServer:
+    """For tests that switch it off, kill its agent and, as the last one, its worker."""
+    return servers.ready("mortal")
+
+
+@pytest.fixture(scope="session")
+def neighbour(servers: Servers) -> VllmServer:
+    """Shares the directory and the agent of ``mortal``; has two API servers and hardly any KV cache."""
+    return servers.ready("neighbour")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -43,6 +44,12 @@ def stream(server: VllmServer, prompt: list[int], max_tokens: int) -> Any:
     )
 
 
+def tokens(seed: int, count: int) -> list[int]:
+    """A prompt that no other test's prompt begins like."""
+    prompt: list[int] = np.random.default_rng(seed).integers(10, 500, count).tolist()
+    return prompt
+
+
 def get(url: str) -> str:
     with _OPENER.open(url, timeout=20) as response:
         text: str = response.read().decode()
@@ -81,6 +88,40 @@ def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> 
             return result
         time.sleep(0.1)
     raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
+
+
+class Load(threading.Thread):
+    """Requests one after another for as long as the block lasts; remembers what failed.
+
+    Args:
+        max_tokens: that each generates.
+    """
+
+    def __init__(self, server: VllmServer, max_tokens: int = 20) -> None:
+        super().__init__()
+        self.server = server
+        self.max_tokens = max_tokens
+        self.done = 0
+        self.failures: list[Exception] = []
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                complete(self.server, tokens(self.done, 12), self.max_tokens)
+                self.done += 1
+            except Exception as error:
+                self.failures.append(error)
+                return
+
+    def __enter__(self) -> Load:
+        self.start()
+        until(lambda: self.done >= 2, "the first requests")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self.join()
 
 
 def readers(directory: Path, role: str) -> Iterator[JournalReader]:

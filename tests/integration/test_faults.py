@@ -107,26 +107,10 @@ def test_shared_memory_of_a_plain_container_is_enough_beside_another_tenant(tmp_
         assert journal.stat().st_size == layout.DEFAULT_SIZE
 
 
-RAISES = textwrap.dedent(
-    """
-    # Put first on PYTHONPATH: makes one of llmprobe's hooks fail at every step, in every process.
-    import llmprobe.hooks.vllm.steps as steps
-
-    def broken(scheduled):
-        raise RuntimeError("broken on purpose")
-
-    steps.note = broken
-    """
-)
-
-
 def test_a_hook_that_fails_at_every_step_goes_inert_and_the_server_serves(
-    vllm_server: object, tmp_path: Path
+    broken_server: VllmServer,
 ) -> None:
-    assert callable(vllm_server)
-    (tmp_path / "sitecustomize.py").write_text(RAISES)
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    server: VllmServer = vllm_server(env={"PYTHONPATH": path})
+    server = broken_server
     for number in range(3):
         answer = complete(server, [20 + number] * 10, 20)
         assert answer["usage"]["completion_tokens"] == 20
@@ -139,4 +123,3 @@ def test_a_hook_that_fails_at_every_step_goes_inert_and_the_server_serves(
     log = server.log.read_text()
     assert log.count("10 internal errors, the last in vllm.execute_model") == 1
     assert log.count("error in vllm.execute_model") == 1
-    server.stop()

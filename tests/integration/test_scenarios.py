@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from engine import complete, get_json, until
+from servers import tell_delay
 
 from llmprobe.demo.server import VllmServer
 
 pytestmark = pytest.mark.integration
 
-_BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 _SLEEP_SECONDS = 0.02  # between steps of a few milliseconds
 _TOKENS = 40
-
-
-def _slow_host() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("slow_host", _BENCHMARKS / "support" / "slow_host.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def slow_server(vllm_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    slow_host = _slow_host()
-    told = tmp_path_factory.mktemp("slow") / "seconds"
-    server: VllmServer = vllm_server(
-        "--no-async-scheduling",
-        "--no-enable-prefix-caching",
-        "--scheduler-cls",
-        "support.slow_scheduler.SlowScheduler",
-        env={"PYTHONPATH": str(_BENCHMARKS), slow_host.VARIABLE: str(told)},
-    )
-    slow_host.tell(told, _SLEEP_SECONDS)
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")
 def seconds_per_token(slow_server: VllmServer) -> Iterator[list[float]]:
     """Of each request of a load that goes on meanwhile, as its client has it."""
+    tell_delay(slow_server, _SLEEP_SECONDS)
     taken: list[float] = []
     ended = threading.Event()
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,15 +81,18 @@ def test_without_llmprobe_vllm_keeps_nothing_of_ours(tmp_path: Path) -> None:
         print("group", os.environ.get("LLMPROBE_GROUP"))
         """
     )
-    for value in ("", "0"):
-        variables = {"LLMPROBE": value} if value else {}
-        done = run([sys.executable, "-c", code], tmp_path / "probe", **variables)
+    with ThreadPoolExecutor() as both:  # importing vLLM takes its time
+        runs = [
+            both.submit(run, [sys.executable, "-c", code], tmp_path / "probe", **variables)
+            for variables in ({}, {"LLMPROBE": "0"})
+        ]
+    for done in (one.result() for one in runs):
         assert done.returncode == 0, done.stderr[-2000:]
         lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
         assert lines["wrapped"] == lines["threads"] == lines["finders"] == "[]"
         assert lines["modules"] == "['llmprobe.plugin']"
         assert lines["group"] == "None"
-        assert not (tmp_path / "probe").exists()
+    assert not (tmp_path / "probe").exists()
 
 
 def test_a_wrong_setting_is_one_line_and_vllm_goes_on(tmp_path: Path) -> None:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from engine import Steps, complete, get_json, metrics, phases, readers, stream, until, value
+from engine import (
+    Load,
+    Steps,
+    complete,
+    get_json,
+    metrics,
+    phases,
+    readers,
+    stream,
+    tokens,
+    until,
+    value,
+)
 
 from llmprobe.demo.server import VllmServer
 
@@ -20,11 +32,6 @@ def steps(server: VllmServer) -> Steps:
     found = Steps(server)
     found.forget()
     return found
-
-
-def tokens(seed: int, count: int) -> list[int]:
-    """A prompt that no other test's prompt begins like."""
-    return np.random.default_rng(seed).integers(10, 500, count).tolist()
 
 
 def test_a_lone_prompt_is_one_prefill_step(server: VllmServer, steps: Steps) -> None:
@@ -122,29 +129,45 @@ def test_parallel_requests_are_all_counted(server: VllmServer, steps: Steps) -> 
 
 
 def test_kv_bytes_are_what_vllm_says_within_one_block(server: VllmServer) -> None:
-    with stream(server, tokens(40, 200), 1500) as running:
-        running.readline()
-        worker = next(iter(readers(server.directory, "worker"))).facts()
-        kv = worker["model"]["kv"]
+    kv = next(iter(readers(server.directory, "worker"))).facts()["model"]["kv"]
+    front = next(iter(readers(server.directory, "frontend")))
 
-        front = next(iter(readers(server.directory, "frontend")))
+    def theirs() -> tuple[float, float]:
+        """Bytes in use, and how many requests use them."""
+        said = metrics(f"{server.url}/metrics")
+        used = value(said, "vllm:kv_cache_usage_perc") * kv["capacity_bytes"]
+        return used, value(said, "vllm:num_requests_running")
 
-        def theirs() -> float:
-            said = value(metrics(f"{server.url}/metrics"), "vllm:kv_cache_usage_perc")
-            return said * kv["capacity_bytes"]
+    looks = 0
+    for seed in range(40, 50):  # a request may be over before we have looked often enough
+        with stream(server, tokens(seed, 200), 1500) as running:
+            running.readline()
+            until(lambda: theirs()[0] > 0, "KV use")
+            while looks < 10:
+                (before, _), load, (after, requests) = theirs(), front.load(), theirs()
+                if not requests:
+                    break
+                assert load is not None
+                ours = load.kv_usage * kv["capacity_bytes"]
+                assert before - kv["block_bytes"] <= ours <= after + kv["block_bytes"]
+                looks += 1
+        if looks == 10:
+            break
+    assert looks == 10
 
-        until(lambda: theirs() > 0, "KV use")
-        for _ in range(10):
-            before, load, after = theirs(), front.load(), theirs()
-            assert load is not None
-            ours = load.kv_usage * kv["capacity_bytes"]
-            assert before - kv["block_bytes"] <= ours <= after + kv["block_bytes"]
 
-        def shown() -> int:
-            used = get_json(f"{server.agent_url}/api/status")["servers"][0]["engines"][0]["kv_used_bytes"]
-            return int(used or 0)
+def test_kv_bytes_in_use_are_in_the_status(server: VllmServer) -> None:
+    kv = next(iter(readers(server.directory, "worker"))).facts()["model"]["kv"]
 
-        assert until(shown, "KV use in the status") >= kv["block_bytes"] * 0.999
+    def shown() -> int:
+        used = get_json(f"{server.agent_url}/api/status")["servers"][0]["engines"][0]["kv_used_bytes"]
+        return int(used or 0)
+
+    with Load(server, 500) as load:
+        used = until(shown, "KV use in the status")
+    assert not load.failures
+    most = -(-(12 + 500) // 16) + 1  # blocks of one request, and of the one before it
+    assert 0.999 <= used / kv["block_bytes"] <= 2 * most
 
 
 def test_weights_are_the_bytes_of_the_safetensors_file(server: VllmServer, tiny_model: Path) -> None:
@@ -166,11 +189,17 @@ def tensor_bytes(model: Path) -> int:
 
 
 def test_components_of_device_time_add_up_to_the_wall_clock(server: VllmServer) -> None:
-    import time
+    def read() -> tuple[float, float]:
+        asked, samples = time.monotonic(), metrics(f"{server.agent_url}/metrics")
+        return asked, value(samples, "llmprobe_device_time_seconds_total", engine="0", rank="0")
 
     def total() -> tuple[float, float]:
-        samples = metrics(f"{server.agent_url}/metrics")
-        return time.monotonic(), value(samples, "llmprobe_device_time_seconds_total", engine="0", rank="0")
+        """When the figure was new, and the figure: on a starved machine it may be of seconds ago."""
+        _, known = read()
+        fresh: tuple[float, float] = until(
+            lambda: found if (found := read())[1] != known else None, "a figure"
+        )
+        return fresh
 
     complete(server, tokens(50, 10), 50)
     time.sleep(1.5)
@@ -180,7 +209,7 @@ def test_components_of_device_time_add_up_to_the_wall_clock(server: VllmServer) 
         time.sleep(0.7)
     time.sleep(2)
     ended, after = total()
-    # Idle time is booked half a second late, and views are half a second old.
+    # Idle time is booked half a second late.
     assert abs((after - before) - (ended - began)) < 1.5
 
 
