@@ -44,7 +44,9 @@ class KvGroup:
     ``window`` is in tokens (None: the whole context), ``bytes_per_request`` a state of fixed size
     (recurrent layers), ``flops_per_pair`` the FLOPs of one visible (query, key) pair. Layers that read
     another layer's cache write none: ``bytes_written_per_token`` is less than ``bytes_per_token`` then.
-    Latent attention (MLA) takes prompts in another way than it decodes: ``flops_per_pair_prefill``.
+    Latent attention (MLA) takes prompts in another way than it decodes: ``flops_per_pair_prefill``; and where
+    it expands latents that were cached before the step, each costs ``flops_per_cached_key`` (of a decoding
+    request; ``_prefill``: of a prompt).
     """
 
     kind: str
@@ -55,6 +57,8 @@ class KvGroup:
     bytes_per_request: float
     bytes_written_per_token: float
     flops_per_pair_prefill: float
+    flops_per_cached_key: float
+    flops_per_cached_key_prefill: float
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,8 @@ def _group(group: Any, where: str) -> KvGroup:
         bytes_per_request=_number(group, "bytes_per_request", where),
         bytes_written_per_token=_number(group, "bytes_written_per_token", where, stored),
         flops_per_pair_prefill=_number(group, "flops_per_pair_prefill", where, pair),
+        flops_per_cached_key=_number(group, "flops_per_cached_key", where, 0.0),
+        flops_per_cached_key_prefill=_number(group, "flops_per_cached_key_prefill", where, 0.0),
     )
 
 

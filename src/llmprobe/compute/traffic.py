@@ -48,6 +48,9 @@ def work(steps: np.ndarray, model: ModelFacts) -> Floats:
     for index, group in enumerate(model.kv_groups):
         result[:, ATTENTION] += group.flops_per_pair_prefill * prompt[:, index]
         result[:, ATTENTION] += group.flops_per_pair * generated[:, index]
+        expanded = _cached(steps, index, "prefill", "prompt")
+        result[:, ATTENTION] += group.flops_per_cached_key_prefill * expanded
+        result[:, ATTENTION] += group.flops_per_cached_key * _cached(steps, index, "decode", "decode")
     result[~modelled(steps)] = 0
     return result
 
@@ -78,6 +81,11 @@ def _kv(steps: np.ndarray, model: ModelFacts) -> tuple[Floats, Floats]:
     read[idle] = 0
     written[idle] = 0
     return read, written
+
+
+def _cached(steps: np.ndarray, index: int, phase: str, kind: str) -> Floats:
+    """Visible keys that were there before the step."""
+    return np.maximum(column(steps, f"context_{phase}")[:, index] - column(steps, f"{kind}_tokens"), 0)
 
 
 def _new_keys(steps: np.ndarray, group: KvGroup, index: int) -> Floats:

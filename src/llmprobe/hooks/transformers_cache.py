@@ -91,6 +91,10 @@ def measure_groups(description: ModelDescription, cache: Any, rows: int) -> dict
         measured[description.layer_groups[index]] = [per_token, per_request]
     for group, (per_token, per_request) in zip(groups, measured, strict=True):
         if per_token and group["kind"] != "cross":
+            share = group["layers"] / len(description.layer_groups)
+            if description.expansion and per_token == description.latent_bytes * share:
+                expanded = description.expansion * share
+                group["flops_per_cached_key"] = group["flops_per_cached_key_prefill"] = expanded
             group["bytes_per_token"] = per_token
         group["bytes_per_request"] = per_request or group["bytes_per_request"]
     if groups == description.facts["kv"]["groups"]:

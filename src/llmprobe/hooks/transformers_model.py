@@ -44,6 +44,10 @@ class ModelDescription:
     groups: tuple[tuple[str, int | None], ...]
     #: The group of each decoder layer.
     layer_groups: list[int] = field(default_factory=list)
+    #: Bytes of one token's latents in all layers, if the model has MLA, and FLOPs that expand them: a step
+    #: does so for its whole context if latents are what the cache holds, as in later versions.
+    latent_bytes: float = 0.0
+    expansion: float = 0.0
 
 
 def program_facts(settings: Settings, server: str, model: Any, clock: str) -> dict[str, Any]:
@@ -132,7 +136,15 @@ def describe(model: Any) -> ModelDescription:
         "kv": {"capacity_bytes": None, "dtype": dtype_name(model.dtype), "groups": groups},
         "unmodelled": unmodelled,
     }
-    return ModelDescription(facts, tuple((group["kind"], group["window"]) for group in groups), layer_groups)
+    expansion = sum(
+        2.0 * module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if name.endswith(".kv_b_proj") and hasattr(module, "in_features")
+    )
+    kinds = tuple((group["kind"], group["window"]) for group in groups)
+    latent = (_first(text, "kv_lora_rank") or 0) + (_first(text, "qk_rope_head_dim") or 0)
+    latent_bytes = float(latent * model.dtype.itemsize * len(layer_groups))
+    return ModelDescription(facts, kinds, layer_groups, latent_bytes, expansion)
 
 
 def _classifier(model: Any, text: Any) -> Any:

@@ -21,7 +21,7 @@ def test_facts_survive_the_way_through_json() -> None:
     assert model.linear == Operator(200, 100)
     assert model.head == Operator(40, 20)
     assert model.experts == Experts(800, 400, 8, 2)
-    assert model.kv_groups == (KvGroup("sliding", 8, 2, 16, 32, 0, 16, 32),)
+    assert model.kv_groups == (KvGroup("sliding", 8, 2, 16, 32, 0, 16, 32, 0, 0),)
     assert model.kv_capacity_bytes == 4096
 
 

@@ -86,6 +86,7 @@ class _Groups:
                 "bytes_written_per_token": 0.0,
                 "flops_per_pair": 0.0,
                 "flops_per_pair_prefill": 0.0,
+                "flops_per_cached_key_prefill": 0.0,
                 "bytes_per_request": 0.0,
             },
         )
@@ -99,6 +100,8 @@ class _Groups:
         decode, prefill = flops_per_pair(layer, spec)
         group["flops_per_pair"] += decode
         group["flops_per_pair_prefill"] += prefill
+        if kind == "mla":
+            group["flops_per_cached_key_prefill"] += _expansion(layer)
         if not decode:
             self.problems.add(f"attention: the number of query heads of {name} is not known")
 
@@ -144,6 +147,13 @@ def flops_per_pair(layer: Any, spec: Any) -> tuple[float, float]:
     key = getattr(spec, "head_size", 0) or 0
     flops = float(2 * heads * (key + (getattr(spec, "head_size_v", None) or key)))
     return flops, flops
+
+
+def _expansion(layer: Any) -> float:
+    """FLOPs that make keys and values of one cached latent again, which a later chunk of a prompt needs."""
+    projection = getattr(layer, "kv_b_proj", None)
+    sizes = [getattr(projection, f"{side}_size_per_partition", 0) for side in ("output", "input")]
+    return 2.0 * prod(sizes)
 
 
 def _specs(group: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 KINDS = ("linear", "head", "experts", "embedding", "encoder", "unread")
+_FEWEST = 4  # numbers in a byte, as densely as any format packs them
 #: Layers whose inner dtype is FP4 by their class: the stored type, uint8, does not tell.
 _FP4 = ("W4A4", "NvFp4", "NVFP4")
 #: What `vllm...MLAAttention` makes of ``kv_b_proj`` for decoding.
@@ -80,10 +81,8 @@ def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
             if {before, kind} == {"head", "embedding"}:
                 tied, under_embedding = True, before == "embedding"
         used = _matmul_params(kind, module)
-        if not stored and used and kind != "head":
-            # vLLM's CPU kernels keep a repacked copy of the weight and empty the parameter.
-            weight = module._parameters.get("weight")
-            assumed[kind] += used * (weight.element_size() if weight is not None else 2)
+        if stored < used / _FEWEST and kind != "head":
+            assumed[kind] += used * _repacked_size(module)
         params["linear" if kind == "unread" else kind] += used
         if kind == "embedding":
             embeddings.append((_matmul_params("head", module), stored, module))
@@ -126,6 +125,14 @@ def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
         "matmul_dtype": max(dtypes, key=lambda dtype: dtypes[dtype], default=None),
         "unmodelled": unmodelled,
     }
+
+
+def _repacked_size(module: Any) -> int:
+    """Bytes of a number in the copy that vLLM's CPU kernels keep, the parameter emptied or gone."""
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return int(weight.element_size())
+    return 1 if any("scale" in name for name in module._parameters) else 2
 
 
 def _language(model: Any) -> set[int] | None:
