@@ -109,8 +109,8 @@ def main() -> int:
 
 
 _READING = (
-    "Each cell: what llmprobe says in bytes or FLOPs, and how far that is from the truth. Prefill: a prompt of "
-    "40 and one of 24 tokens; decode: the step after it; matrix products first, then attention."
+    "Each cell: what llmprobe says in bytes or FLOPs, and how far that is from the truth. Prefill: a prompt "
+    "of 40 and one of 24 tokens; decode: the step after it; matrix products first, then attention."
 )
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 PROMPTS = (40, 24)  #: tokens of the two prompts
 TOKENS = 6  #: that each of them generates
+_WRITTEN_SECONDS = 1.0  # a thread writes steps of a CPU device four times a second
 COLUMNS = (
     "phase",
     "requests",
@@ -50,6 +52,7 @@ def main() -> None:
         RuntimeError,
     ) as error:  # kernels that this processor lacks; it has loaded, though
         failure = f"{type(error).__name__}: {error}"
+    time.sleep(_WRITTEN_SECONDS)
     said = {
         "workers": recorded(Path(os.environ["LLMPROBE_DIR"])),
         "engine_flops": own_estimate(llm.llm_engine.vllm_config),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -70,6 +72,15 @@ def test_experts_are_read_as_far_as_the_batch_is_expected_to_reach_them() -> Non
     np.testing.assert_allclose(work(batch, model)[:, 2], [200, 400, 200_000, 0])
 
 
+def test_expected_experts_are_the_mean_over_all_ways_to_route_a_batch() -> None:
+    model = ModelFacts.from_json(facts(experts={"bytes": 5, "params": 5, "count": 5, "top_k": 2}))
+    choices = [set(chosen) for chosen in itertools.combinations(range(5), 2)]
+    for count in (1, 2, 3):
+        reached = [len(set().union(*routes)) for routes in itertools.product(choices, repeat=count)]
+        moved = traffic(steps({"decode_tokens": count}), model)[0, 2]
+        assert moved == pytest.approx(sum(reached) / len(reached))
+
+
 def test_experts_that_all_serve_every_token_are_read_whole() -> None:
     model = ModelFacts.from_json(facts(experts={"bytes": 800, "params": 400, "count": 4, "top_k": 4}))
     np.testing.assert_array_equal(traffic(steps({"decode_tokens": 1}, {}), model)[:, 2], [800, 0])
@@ -88,6 +99,29 @@ def test_a_window_limits_what_is_read_but_every_new_token_is_written() -> None:
     assert kinds["kv_read"] == [10 * 100 + 30 * 4]
     assert kinds["kv_write"] == [10 + 30]
     assert work(batch, model)[0, 1] == 1 * 100 + 3 * 4
+
+
+def test_layers_that_share_a_cache_read_it_and_write_nothing() -> None:
+    model = ModelFacts.from_json(facts(group(bytes_per_token=30, bytes_written_per_token=20)))
+    kinds = traffic_by_kind(steps({"requests": 1, "decode_tokens": 1, "context_decode": [100]}), model)
+    assert (kinds["kv_read"], kinds["kv_write"]) == ([3000], [20])
+
+
+def test_latent_attention_takes_prompts_and_decodes_in_its_own_ways() -> None:
+    latent = group(
+        kind="mla",
+        flops_per_pair=34,
+        flops_per_pair_prefill=4,
+        flops_per_cached_key=7,
+        flops_per_cached_key_prefill=9,
+    )
+    model = ModelFacts.from_json(facts(latent))
+    batch = steps(
+        # the second chunk of a prompt: 4 new tokens behind 6, of which keys are made again
+        {"prompt_tokens": 4, "context_prefill": [10], "pairs_prefill": [34]},
+        {"decode_tokens": 2, "context_decode": [50], "pairs_decode": [50]},
+    )
+    assert work(batch, model)[:, 1].tolist() == [4 * 34 + 9 * 6, 34 * 50 + 7 * 48]
 
 
 def test_recurrent_state_is_read_and_written_once_a_request() -> None:
