@@ -1,0 +1,380 @@
+"""Captures that engines make themselves, from the request to the files; the engine is scripted here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmprobe.analysis import analyze
+from llmprobe.capture import asking, run
+from llmprobe.capture.manager import Manager
+from llmprobe.capture.session import FINAL, Capture, Request
+from llmprobe.capture.store import Store
+from llmprobe.record.asked import Paths
+from llmprobe.record.layout import Clock
+
+from .scripted_engine import SECRET, ScriptedEngine
+from .scripted_nsys import PretendedServer
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def server() -> PretendedServer:
+    return PretendedServer()
+
+
+@pytest.fixture
+def engines(directory: Path, server: PretendedServer) -> Iterator[Callable[..., ScriptedEngine]]:
+    """Starts engines, which the server then has as its processes."""
+    started: list[ScriptedEngine] = []
+
+    def start(rank: int = 0, clock: Clock = Clock.CUDA) -> ScriptedEngine:
+        started.append(ScriptedEngine(directory, rank, clock))
+        server.processes.append(started[-1].worker)
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "captures", 1 << 24, least_free_bytes=0)
+
+
+@pytest.fixture
+def make(store: Store, directory: Path, server: PretendedServer) -> Iterator[Callable[[], Manager]]:
+    """Makes managers over the same disk; all are closed at the end."""
+    made: list[Manager] = []
+
+    def manager() -> Manager:
+        made.append(Manager(store, directory, server, max_seconds=60.0))
+        return made[-1]
+
+    yield manager
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def manager(make: Callable[[], Manager]) -> Manager:
+    return make()
+
+
+def ask(tool: str = "kernels", steps: int | None = None, ranks: tuple[int, ...] | None = None) -> Request:
+    seconds = None if steps else 30.0
+    return Request(tool, seconds, steps, ranks=ranks)  # type: ignore[arg-type]
+
+
+def until(manager: Manager, capture: Capture, *states: str) -> Capture:
+    deadline = time.monotonic() + 60
+    while (now := manager.get(capture.id)).state not in states:
+        assert now.state not in FINAL, now
+        assert time.monotonic() < deadline, now
+        time.sleep(0.01)
+    while now.state in FINAL and manager.busy():  # the end is noted a moment later
+        assert time.monotonic() < deadline, now
+        time.sleep(0.01)
+    return now
+
+
+def left(store: Store, capture: Capture) -> set[str]:
+    return {path.name for path in store.folder(capture.id).iterdir()}
+
+
+def test_kernels_become_a_report_with_phases(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
+) -> None:
+    engine = engines()
+    done = until(manager, manager.request("g", "s", ask()), "done")
+    assert list(done.times) == ["pending", "recording", "importing", "analysing", "done"]
+    assert left(store, done) == {
+        "capture.json",
+        "live.json",
+        "report.json",
+        "report.txt",
+        "kernels-rank0.npz",
+    }
+    assert set(manager.store.files(done.id)) == left(store, done) - {"capture.json"}
+    folder = store.folder(done.id)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
+    report = json.loads((folder / "report.json").read_text())
+    assert report["source"]["path"] == "kernels-rank0.npz"
+    (gpu,) = report["gpus"]
+    assert (gpu["name"], gpu["kernels"], gpu["copies"]) == ("GPU 0 (NVIDIA H100)", 4, 4)
+    phases = {(row["name"], row["part"]): row for row in report["phases"]}
+    decode = phases[("decode", None)]
+    assert (decode["steps"], decode["tokens"]) == (4, 8)
+    assert decode["busy_ratio"] == 1.0
+    assert decode["sync_gap_ratio"] > 0.5  # half of the time between what ran, and the copies are exposed
+    assert {row["name"] for row in report["kernels"]} == {"gemm(int)", "memcpy HtoD"}
+    assert engine.left == []
+    assert manager.ended[("kernels", "done")] == 1
+    again = analyze(folder / "kernels-rank0.npz").to_json()
+    assert again["gpus"] == report["gpus"]
+
+
+def test_a_torch_trace_is_scrubbed_and_has_the_journals_steps(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
+) -> None:
+    engines()
+    done = until(manager, manager.request("g", "s", ask("torch")), "done")
+    folder = store.folder(done.id)
+    assert left(store, done) >= {"torch-rank0.json.gz", "report.json"}
+    import gzip
+
+    content = gzip.decompress((folder / "torch-rank0.json.gz").read_bytes())
+    assert SECRET.encode() not in content
+    assert not [path for path in folder.iterdir() if SECRET.encode() in path.read_bytes()]
+    report = json.loads((folder / "report.json").read_text())
+    decode = next(row for row in report["phases"] if row["name"] == "decode" and row["part"] is None)
+    assert (decode["steps"], decode["tokens"], decode["gpu"]) == (4, 8, "GPU 0 (NVIDIA H100)")
+
+
+def test_stacks_are_kept_for_who_wants_them_all_the_same(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
+) -> None:
+    engine = engines()
+    request = Request("torch", 30.0, None, torch_stacks=True)
+    done = until(manager, manager.request("g", "s", request), "done")
+    assert "torch-rank0.raw.json.gz" in left(store, done)
+    assert (engine.asks[0].cpu, engine.asks[0].stacks) == (False, True)
+    with store.open(done.id, "torch-rank0.raw.json.gz"):
+        pass
+
+
+def test_a_cpu_device_shows_its_steps_without_a_gpu(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
+) -> None:
+    engines(clock=Clock.HOST)
+    done = until(manager, manager.request("g", "s", ask("torch")), "done")
+    content = json.loads((store.folder(done.id) / "report.json").read_text())
+    assert content["gpus"]  # the script's kernels; what matters is that the ranges are the host's
+    import gzip
+
+    events = json.loads(gzip.decompress((store.folder(done.id) / "torch-rank0.json.gz").read_bytes()))
+    marks = [event for event in events["traceEvents"] if event["name"] == "llmprobe:decode"]
+    assert [event["cat"] for event in marks] == ["user_annotation"] * 4
+
+
+@pytest.mark.parametrize("tool", ["kernels", "torch"])
+def test_several_processes_are_one_report(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store, tool: str
+) -> None:
+    for rank in (0, 1):
+        engines(rank)
+    done = until(manager, manager.request("g", "s", ask(tool)), "done")
+    files = {name for name in left(store, done) if name.startswith(tool)}
+    suffix = "npz" if tool == "kernels" else "json.gz"
+    assert files == {f"{tool}-rank{rank}.{suffix}" for rank in (0, 1)}
+    report = json.loads((store.folder(done.id) / "report.json").read_text())
+    assert [gpu["name"] for gpu in report["gpus"]] == [f"rank{r}: GPU 0 (NVIDIA H100)" for r in (0, 1)]
+    assert {row["gpu"]: row["steps"] for row in report["phases"] if row["part"] is None} == {
+        "rank0: GPU 0 (NVIDIA H100)": 4,
+        "rank1: GPU 0 (NVIDIA H100)": 4,
+    }
+
+
+def test_only_the_ranks_that_are_wanted_are_asked(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
+) -> None:
+    first, second = engines(0), engines(1)
+    done = until(manager, manager.request("g", "s", ask(ranks=(1,))), "done")
+    assert (len(first.asks), len(second.asks)) == (0, 1)
+    assert "kernels-rank1.npz" in left(store, done)
+    assert "kernels-rank0.npz" not in left(store, done)
+
+
+def test_the_request_reaches_the_engine_as_numbers_and_words(
+    manager: Manager, engines: Callable[..., ScriptedEngine]
+) -> None:
+    engine = engines()
+    request = Request("torch", None, 7, label="; reboot", torch_cpu=True)
+    done = until(manager, manager.request("g", "s$(id)", request), "done")
+    (asked,) = engine.asks
+    assert (asked.id, asked.tool, asked.steps, asked.seconds) == (done.id, "torch", 7, 60.0)
+    assert (asked.cpu, asked.stacks) == (True, False)
+
+
+def test_notes_of_the_engine_are_the_captures(
+    manager: Manager, engines: Callable[..., ScriptedEngine]
+) -> None:
+    engines().notes = ("ended early: full",)
+    done = until(manager, manager.request("g", "s", ask()), "done")
+    assert done.notes == ("rank0: ended early: full",)
+
+
+def test_what_an_engine_refuses_is_the_reason(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
+) -> None:
+    engine = engines()
+    engine.does = "refuse"
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert failed.reason == "rank0: as told"
+    assert left(store, failed) == {"capture.json"}
+    assert engine.left == []
+
+
+def test_what_cannot_be_captured_by_then_is_not_asked(
+    manager: Manager, engines: Callable[..., ScriptedEngine]
+) -> None:
+    engine = engines()
+    engine.refusals["kernels"] = "an engine died in a window"
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert failed.reason == "rank0: an engine died in a window"
+    assert engine.asks == []
+
+
+def test_an_engine_that_does_not_answer_fails_it(
+    manager: Manager, engines: Callable[..., ScriptedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "_ANSWER_SECONDS", 0.3)
+    engine = engines()
+    engine.does = "nothing"
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert "did not answer" in (failed.reason or "")
+    assert engine.left == []
+
+
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_an_engine_that_dies_fails_it(
+    manager: Manager,
+    engines: Callable[..., ScriptedEngine],
+    server: PretendedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    all_of_it: bool,
+) -> None:
+    monkeypatch.setattr(asking, "_GONE_SECONDS", 0.2)
+    monkeypatch.setattr(run, "_GONE_SECONDS", 0.2)
+    engine, other = engines(0), engines(1)
+    engine.does = other.does = "hang"
+    capture = manager.request("g", "s", ask())
+    until(manager, capture, "recording")
+    while not (engine.asks and other.asks):
+        time.sleep(0.01)
+    if all_of_it:
+        server.now, server.processes[:] = None, []
+    else:
+        del server.processes[0]
+    reason = until(manager, capture, "failed").reason or ""
+    assert "ended while it was captured" in reason or "is gone" in reason
+
+
+def test_cancelling_calls_it_off_and_removes_everything(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
+) -> None:
+    engine = engines()
+    engine.does = "hang"
+    capture = manager.request("g", "s", ask())
+    until(manager, capture, "recording")
+    while not engine.asks:
+        time.sleep(0.01)
+    assert manager.delete(capture.id, wait_seconds=30)
+    assert engine.left == []
+    assert not store.folder(capture.id).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a window", b'{"schema": 1}\n'])
+@pytest.mark.parametrize("tool", ["kernels", "torch"])
+def test_a_result_that_is_damaged_is_one_line(
+    manager: Manager,
+    engines: Callable[..., ScriptedEngine],
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    tool: str,
+    content: bytes,
+) -> None:
+    engine = engines()
+    path = Paths.of(engine.recorder.writer.path).result
+    for name in ("_kernels", "_torch"):
+        monkeypatch.setattr(engine, name, lambda *arguments: path.write_bytes(content))
+    failed = until(manager, manager.request("g", "s", ask(tool)), "failed")
+    assert (failed.reason or "").startswith("the capture cannot be analysed: ")
+    assert "Traceback" not in (failed.reason or "")
+    assert left(store, failed) == {"capture.json"}
+
+
+def test_a_link_for_a_result_leads_nowhere(
+    manager: Manager, engines: Callable[..., ScriptedEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines()
+    (tmp_path / "secret").write_text(SECRET)
+    path = Paths.of(engine.recorder.writer.path).result
+    monkeypatch.setattr(engine, "_kernels", lambda *arguments: path.symlink_to(tmp_path / "secret"))
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert "cannot be fetched" in (failed.reason or "")
+
+
+WAY = ("recording", "importing")
+
+
+@pytest.mark.parametrize("reached", range(3))
+def test_the_next_agent_goes_on_from_what_is_on_disk(
+    make: Callable[[], Manager],
+    engines: Callable[..., ScriptedEngine],
+    store: Store,
+    directory: Path,
+    reached: int,
+) -> None:
+    engine = engines()
+    request = ask()
+    capture = Capture(store.new_id(), str(directory), "s", "g", request, times={"pending": time.time()})
+    for state in WAY[:reached]:
+        capture = capture.enter(state, time.time())  # type: ignore[arg-type]
+    store.create(capture)
+    if reached:  # the agent before this one had asked
+        asking.AskingTool(
+            "kernels",
+            capture.id,
+            store.folder(capture.id),
+            lambda: [engine.worker],
+            seconds=30,
+            steps=None,
+            interrupted=lambda: False,
+        ).start(30, None)
+    manager = make()
+    manager.resume()
+    done = until(manager, capture, "done")
+    assert "kernels-rank0.npz" in left(store, done)
+    assert engine.left == []
+
+
+def test_an_agent_that_died_before_it_asked_fails_it(
+    make: Callable[[], Manager], engines: Callable[..., ScriptedEngine], store: Store, directory: Path
+) -> None:
+    engines()
+    capture = Capture(store.new_id(), str(directory), "s", "g", ask(), times={"pending": time.time()})
+    store.create(capture.enter("recording", time.time()))
+    manager = make()
+    manager.resume()
+    assert "was not asked" in (until(manager, capture, "failed").reason or "")
+
+
+def test_a_capture_survives_as_data() -> None:
+    request = Request("torch", 1.0, None, ranks=(0, 3), torch_cpu=True)
+    capture = Capture("20261126-104500-abcdef", "o", "s", "g", request, times={"pending": 1.0})
+    assert Capture.from_json(json.loads(json.dumps(capture.to_json()))) == capture
+
+
+def test_steps_reach_a_little_before_their_mark_but_not_into_each_other() -> None:
+    from llmprobe.capture.worker_files import ranges_of
+    from llmprobe.record.layout import STEP
+
+    steps = np.zeros(3, STEP)
+    steps["phase"] = [0, 1, 1]
+    steps["e0"], steps["e3"] = [1000, 2000, 2010], [1900, 2008, 3000]
+    steps["e1"] = steps["e2"] = steps["e3"]
+    found = ranges_of(steps, 50)
+    whole = found[:3]
+    assert whole["begin"].tolist() == [950, 1950, 2009]
+    assert whole["end"].tolist() == [1900, 2008, 3000]
