@@ -1,0 +1,203 @@
+"""Files of ``kernels`` captures: read as they were written, and one line for everything else."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmprobe.analysis import AnalysisError, analyze
+from llmprobe.analysis.events import COPY, UNKNOWN
+from llmprobe.analysis.kernel_file import read_kernels, write_kernels
+from llmprobe.analysis.together import together
+
+ACTIVITY = np.dtype(
+    [("begin", "<i8"), ("end", "<i8"), ("name", "<u4"), ("stream", "<u4"), ("device", "u1"), ("kind", "u1")]
+)
+STEP = np.dtype([("begin", "<i8"), ("end", "<i8"), ("name", "u1"), ("tokens", "<i8")])
+MS = 1_000_000
+
+
+def header(**changes: Any) -> dict[str, Any]:
+    return {
+        "version": "0.1",
+        "names": ["gemm", "memcpy HtoD"],
+        "ranges": ["prefill", "decode", "forward"],
+        "devices": {"0": "NVIDIA H100", "3": "NVIDIA H100"},
+        "begin_ns": 0,
+        "end_ns": 100 * MS,
+        "dropped": 0,
+        **changes,
+    }
+
+
+def rows(device: int = 0) -> np.ndarray:
+    """Ten steps of 10 ms: a product for 6 ms from their begin on, 1 ms idle, a copy for 1 ms."""
+    found = np.zeros(20, ACTIVITY)
+    begin = np.arange(10) * 10 * MS
+    found["begin"] = np.stack((begin, begin + 7 * MS), axis=1).ravel()
+    found["end"] = np.stack((begin + 6 * MS, begin + 8 * MS), axis=1).ravel()
+    found["name"] = found["kind"] = np.tile([0, COPY], 10)
+    found["device"] = device
+    return found
+
+
+def steps() -> np.ndarray:
+    found = np.zeros(20, STEP)
+    begin = np.arange(10) * 10 * MS
+    found["begin"], found["name"], found["tokens"] = np.tile(begin, 2), [0, *[1] * 9, *[2] * 10], 4
+    found["end"] = np.concatenate((begin + 8 * MS, begin + 6 * MS))
+    return found
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    made = tmp_path / "kernels-rank0.npz"
+    write_kernels(made, header(), rows(), steps())
+    return made
+
+
+def test_busy_time_and_phases_are_exact(path: Path) -> None:
+    report = analyze(path)
+    (gpu,) = report.gpus
+    assert (gpu.name, gpu.kernels, gpu.copies) == ("GPU 0 (NVIDIA H100)", 10, 10)
+    assert gpu.seconds == pytest.approx(0.098)
+    assert gpu.busy_seconds == pytest.approx(0.070)
+    assert gpu.exposed_transfer_seconds == pytest.approx(0.010)
+    assert gpu.unlaunched_idle_seconds is None
+    phases = {(row.name, row.part): row for row in report.phases}
+    decode = phases[("decode", None)]
+    assert (decode.steps, decode.tokens) == (9, 36)
+    assert decode.seconds == pytest.approx(0.072)
+    assert decode.busy_ratio == pytest.approx(7 / 8)
+    assert decode.gap_seconds == pytest.approx(0.018)
+    assert decode.sync_gap_ratio == pytest.approx((9 * 2 + 9 * 2) / (9 * 10))  # gaps, idle and copies alone
+    assert phases[("prefill", None)].steps == 1
+    assert phases[("decode", "forward")].busy_ratio == 1.0
+    assert report.trust.verdict == "limited"  # few kernels
+    assert report.gaps[0].phase in ("prefill", "decode")
+    assert "late launches cannot be told" in report.to_text()
+    assert not any(finding.name in ("launch_bubbles", "host_bound") for finding in report.findings)
+
+
+def test_kernels_that_were_dropped_make_it_untrusted(path: Path) -> None:
+    write_kernels(path, header(dropped=2), rows(), steps())
+    assert analyze(path).trust.verdict == "untrusted"
+
+
+def test_nothing_that_ran_is_said(path: Path) -> None:
+    write_kernels(path, header(), rows()[:0], steps())
+    report = analyze(path)
+    assert report.trust.reasons[0].check == "no_kernels"
+    assert [(row.name, row.seconds) for row in report.phases if row.part is None] == [
+        ("decode", None),
+        ("prefill", None),
+    ]
+
+
+def test_steps_belong_to_the_device_that_does_most(path: Path) -> None:
+    both = np.concatenate((rows(3), rows(0)[:3]))
+    write_kernels(path, header(), both, steps())
+    trace = read_kernels(path)
+    assert trace.devices == ["GPU 0 (NVIDIA H100)", "GPU 3 (NVIDIA H100)"]
+    assert set(trace.device_ranges.thread.tolist()) == {1}
+    assert {row.gpu for row in analyze(path).phases} == {"GPU 3 (NVIDIA H100)"}
+
+
+def test_two_processes_together_are_both(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.npz"
+    write_kernels(other, header(names=["softmax", "gemm"], dropped=1), rows(), steps())
+    one = read_kernels(path)
+    trace = together([("rank0", one), ("rank1", read_kernels(other))])
+    assert trace.devices == ["rank0: GPU 0 (NVIDIA H100)", "rank1: GPU 0 (NVIDIA H100)"]
+    assert trace.lost == ["rank1: 1 times there was no room for what the GPU did"]
+    assert len(trace.activities) == 40
+    assert (np.diff(trace.activities.begin_ns) >= 0).all()
+    named = np.array(trace.names)[trace.activities.name]
+    on_second = trace.activities.device == 1
+    assert sorted(set(named[on_second].tolist())) == ["gemm", "softmax"]
+    assert sorted(set(named[~on_second].tolist())) == ["gemm", "memcpy HtoD"]
+    assert set(trace.activities.thread.tolist()) == {UNKNOWN}
+    assert (trace.device_ranges.thread == 1).sum() == 20
+    assert together([("rank0", one)]) is one
+
+
+def repacked(path: Path, **members: bytes) -> None:
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {**content, **{f"{key}.npy": data for key, data in members.items()}}.items():
+            archive.writestr(name, data)
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=array.dtype == object)
+    return buffer.getvalue()
+
+
+def said(**changes: Any) -> bytes:
+    content = {"schema": 1, **header(**changes)}
+    return npy(np.frombuffer(json.dumps(content).encode(), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"header": b""},
+        {"header": npy(np.zeros(3, np.uint8))},
+        {"header": said(schema=2)},
+        {"header": said(names=[])},
+        {"header": said(ranges="x")},
+        {"header": said(devices=[])},
+        {"header": said(dropped="many")},
+        {"header": said(begin_ns=None)},
+        {"header": said(end_ns=1 << 80)},
+        {"activities": npy(np.zeros(3))},
+        {"activities": npy(np.zeros((2, 2), ACTIVITY))},
+        {"activities": npy(np.array([{"a": 1}], dtype=object))},
+        {"activities": npy(rows()[["begin", "end"]])},
+        {"steps": b"\x93NUMPY"},
+        {"steps": npy(rows())},
+        {"further": npy(np.zeros(1))},
+    ],
+)
+def test_a_foreign_member_is_one_line(path: Path, members: dict[str, bytes]) -> None:
+    repacked(path, **members)
+    with pytest.raises(AnalysisError) as caught:
+        analyze(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_unpacks_without_end_is_refused(path: Path) -> None:
+    draft = io.BytesIO()
+    with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("header.npy", "steps.npy"):
+            archive.writestr(name, b"")
+        with archive.open("activities.npy", "w", force_zip64=True) as member:
+            for _ in range(1100):
+                member.write(bytes(1 << 20))
+    path.write_bytes(draft.getvalue())
+    with pytest.raises(AnalysisError, match="holds more than"):
+        analyze(path)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.integers(0, 3000), st.integers(0, 255), st.booleans())
+def test_no_damage_is_a_stack_trace(path: Path, at: int, byte: int, cut: bool) -> None:
+    content = bytearray(path.read_bytes())
+    content[min(at, len(content) - 1)] = byte
+    damaged = path.with_name("damaged.npz")
+    damaged.write_bytes(content[:at] if cut else content)
+    try:
+        analyze(damaged)
+    except AnalysisError as error:
+        assert "\n" not in str(error)
