@@ -15,6 +15,7 @@ from engine import (
     get_json,
     metrics,
     phases,
+    post,
     readers,
     stream,
     tokens,
@@ -126,6 +127,46 @@ def test_parallel_requests_are_all_counted(server: VllmServer, steps: Steps) -> 
     found = steps.take(lambda rows: rows["decode_tokens"].sum() >= 12 * 11)
     assert found["prompt_tokens"].sum() == sum(15 + n for n in range(12))
     assert found["sampled"].sum() == 12 * 12
+
+
+def test_a_first_token_counts_once_and_before_its_client_has_it(server: VllmServer) -> None:
+    front = next(iter(readers(server.directory, "frontend")))
+
+    def known() -> tuple[int, int]:
+        return int(front.histogram("time_to_first_token").sum()), front.counters()[
+            "sum_ns_time_to_first_token"
+        ]
+
+    def more(before: tuple[int, int]) -> int:
+        """Nanoseconds of the one first token since ``before``."""
+        until(lambda: known()[0] > before[0], "the time to first token")
+        count, sum_ns = known()
+        assert count == before[0] + 1
+        return sum_ns - before[1]
+
+    before = known()
+    asked = time.monotonic_ns()
+    with stream(server, tokens(30, 20), 8) as running:
+        assert running.readline().startswith(b"data: {")
+        heard = time.monotonic_ns()
+        running.read()
+    streamed = more(before)
+    assert 0 < streamed < heard - asked
+    before = known()
+    asked = time.monotonic_ns()
+    complete(server, tokens(31, 20), 50)
+    assert 0 < more(before) < (time.monotonic_ns() - asked) / 2  # of the first, not of the answer
+    before = known()
+    chat = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 3,
+        "stream": True,
+    }
+    asked = time.monotonic_ns()
+    with post(server, chat, "/v1/chat/completions") as running:
+        running.read()
+    assert 0 < more(before) < time.monotonic_ns() - asked
 
 
 def test_kv_bytes_are_what_vllm_says_within_one_block(server: VllmServer) -> None:

@@ -6,20 +6,22 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import starlette.applications
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
 
+from llmprobe.hooks.guard import Guard
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.vllm import arrival
 from llmprobe.hooks.vllm.arrival import FirstTokens
@@ -37,6 +39,7 @@ class SmallProbe:
     active = True
 
     def __init__(self) -> None:
+        self.guard = Guard()
         self.patches: list[Patch] = []
 
     def patch(self, owner: Any, name: str, make: Any) -> None:
@@ -56,6 +59,11 @@ def hooked() -> Iterator[None]:
             assert patch.remove()
 
 
+def taken(tokens: FirstTokens) -> list[int]:
+    """What is known of the first tokens since the last call, in nanoseconds."""
+    return [token.seconds_ns() for token in tokens.take()]
+
+
 def serve_once(engine: Any) -> None:
     """Hand one real HTTP request to ``engine`` (a coroutine function), below the hook."""
 
@@ -73,7 +81,7 @@ def test_without_http_a_request_arrives_when_the_engine_says() -> None:
     tokens = FirstTokens()
     tokens.arrived("a", time.monotonic_ns() - HELD_NS)
     tokens.outputs(outputs("a"))
-    (seconds_ns,) = tokens.take()
+    (seconds_ns,) = taken(tokens)
     assert seconds_ns >= HELD_NS
     assert tokens.take() == ()
 
@@ -95,7 +103,7 @@ def test_time_spent_in_the_http_layer_is_part_of_it() -> None:
         tokens.outputs(outputs("a"))
 
     serve_once(engine)
-    (seconds_ns,) = tokens.take()
+    (seconds_ns,) = taken(tokens)
     assert seconds_ns >= HELD_NS
 
 
@@ -109,9 +117,9 @@ def test_requests_that_one_http_request_brings_at_once_all_arrive_with_it() -> N
         tokens.outputs(outputs("a", "b"))
 
     serve_once(engine)
-    taken = tokens.take()
-    assert len(taken) == 2
-    assert min(taken) >= HELD_NS
+    both = taken(tokens)
+    assert len(both) == 2
+    assert min(both) >= HELD_NS
 
 
 def test_a_request_made_after_the_first_answer_arrives_by_itself() -> None:
@@ -126,7 +134,7 @@ def test_a_request_made_after_the_first_answer_arrives_by_itself() -> None:
         tokens.arrived("b", asked)
         tokens.outputs(outputs("b"))
         heard = time.monotonic_ns()
-        _, second = tokens.take()
+        _, second = taken(tokens)
         assert second <= heard - asked
 
     serve_once(engine)
@@ -142,7 +150,7 @@ def test_requests_of_a_websocket_arrive_by_themselves() -> None:
         asked = time.monotonic_ns()
         tokens.arrived("a", asked)
         tokens.outputs(outputs("a"))
-        (seconds_ns,) = tokens.take()
+        (seconds_ns,) = taken(tokens)
         await socket.send_text(str(seconds_ns <= time.monotonic_ns() - asked))
         await socket.close()
 
@@ -178,7 +186,7 @@ def test_an_application_inside_another_does_not_arrive_later() -> None:
         client = TestClient(app)
         for _ in range(2):  # and one request after another arrives anew
             assert client.get("/inner/").text == "done"
-    first, second = tokens.take()
+    first, second = taken(tokens)
     assert first >= HELD_NS
     assert second >= HELD_NS
 
@@ -200,3 +208,114 @@ def test_servers_still_take_a_hooked_application_for_asgi3() -> None:
     with hooked():
         for kind in (Starlette, FastAPI):
             assert inspect.iscoroutinefunction(kind().__call__)
+
+
+async def streamed(pieces: list[tuple[bytes, float]], chunk: Any = None, broken: bool = False) -> list[bytes]:
+    """Serve one request with a streaming response, without a network.
+
+    Args:
+        pieces: of the body, and for how long its connection takes each.
+        chunk: called with a piece's number before it is made.
+        broken: the connection fails at the first piece.
+
+    Returns:
+        The pieces that arrived.
+    """
+    got: list[bytes] = []
+    slow = dict(pieces)
+
+    async def endpoint(request: Request) -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            for number, (piece, _) in enumerate(pieces):
+                if chunk is not None:
+                    chunk(number)
+                yield piece
+
+        return StreamingResponse(body())
+
+    async def receive() -> Any:
+        await asyncio.sleep(3600)
+
+    async def send(message: Any) -> None:
+        if piece := message.get("body"):
+            if broken:
+                raise OSError("gone")
+            await asyncio.sleep(slow[piece])
+            got.append(piece)
+
+    app = Starlette(routes=[Route("/", endpoint)])
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
+    with contextlib.suppress(OSError):
+        await app(scope, receive, send)
+    return got
+
+
+def test_the_first_token_of_a_stream_is_there_when_its_piece_was_sent() -> None:
+    tokens = FirstTokens()
+    delivered: list[int] = []
+
+    def chunk(number: int) -> None:
+        if number == 0:
+            tokens.arrived("a", time.monotonic_ns())
+            tokens.outputs(outputs("a"))
+            (token,) = tokens.take()
+            assert token.held
+            token.when_sent(delivered.append)
+            assert not delivered
+        else:
+            assert len(delivered) == 1  # once, and before the next piece
+
+    with hooked():
+        got = asyncio.run(streamed([(b"first", HELD_NS / 1e9), (b"second", 0.0)], chunk))
+    assert got == [b"first", b"second"]
+    (seconds_ns,) = delivered
+    assert seconds_ns >= HELD_NS
+
+
+def test_a_first_token_that_is_never_sent_counts_from_the_engine() -> None:
+    tokens = FirstTokens()
+    delivered: list[int] = []
+    known: list[int] = []
+
+    def chunk(number: int) -> None:
+        tokens.arrived("a", time.monotonic_ns())
+        tokens.outputs(outputs("a"))
+        (token,) = tokens.take()
+        known.append(token.seconds_ns())
+        token.when_sent(delivered.append)
+
+    with hooked():
+        got = asyncio.run(streamed([(b"first", 0.0)], chunk, broken=True))
+    assert got == []
+    assert delivered == known
+
+
+def test_a_token_nobody_asks_about_is_sent_all_the_same() -> None:
+    """Such as one whose numbers did not match vLLM's."""
+    tokens = FirstTokens()
+
+    def chunk(number: int) -> None:
+        tokens.arrived("a", time.monotonic_ns())
+        tokens.outputs(outputs("a"))
+        tokens.take()
+
+    with hooked():
+        assert asyncio.run(streamed([(b"first", 0.0)], chunk)) == [b"first"]
+
+
+@pytest.mark.swallows
+def test_an_error_of_ours_while_a_piece_is_sent_does_not_reach_the_response() -> None:
+    tokens = FirstTokens()
+
+    def fails(seconds_ns: int) -> None:
+        raise RuntimeError("broken on purpose")
+
+    def chunk(number: int) -> None:
+        if number == 0:
+            tokens.arrived("a", time.monotonic_ns())
+            tokens.outputs(outputs("a"))
+            (token,) = tokens.take()
+            token.when_sent(fails)
+
+    with hooked():
+        assert asyncio.run(streamed([(b"first", 0.0), (b"second", 0.0)], chunk)) == [b"first", b"second"]

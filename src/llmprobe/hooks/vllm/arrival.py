@@ -1,8 +1,12 @@
-"""When a request reached the server, and when its first token was with its stream.
+"""When a request reached the server, and when its first token left it.
 
-vLLM takes a request for arrived once its HTTP layer has read, parsed and validated it; whoever waits for a
-token waits for that too. Here a request arrives when the application is called with its headers. The time
-travels in a context variable, which the tasks that serve a request inherit.
+vLLM takes a request for arrived once its HTTP layer has read, parsed and validated it, and a token for there
+once the engine has said it; whoever waits for a token waits for the rest too. Here a request arrives when the
+application is called with its headers, and the first token of a streaming response is there when the piece
+that holds it has been handed to the connection. Of any other response, and without HTTP, it is there when it
+is detokenized and with its stream.
+
+The HTTP request travels in a context variable, which the tasks that serve it inherit.
 """
 
 from __future__ import annotations
@@ -13,34 +17,97 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
+from llmprobe.hooks.guard import Guard
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 
 _now = time.monotonic_ns
 
 
+class FirstToken:
+    """The first token of one engine request."""
+
+    __slots__ = ("_arrived_ns", "_deliver", "_there_ns", "held")
+
+    def __init__(self, arrived_ns: int, there_ns: int) -> None:
+        self._arrived_ns = arrived_ns
+        self._there_ns = there_ns
+        self._deliver: Callable[[int], None] | None = None
+        #: It waits for the piece of a response that will hold it.
+        self.held = False
+
+    def seconds_ns(self) -> int:
+        """Nanoseconds from arrival to what is known so far."""
+        return self._there_ns - self._arrived_ns
+
+    def when_sent(self, deliver: Callable[[int], None]) -> None:
+        """Call ``deliver`` with `seconds_ns` once it is no longer held."""
+        self._deliver = deliver
+
+    def let_go(self, there_ns: int | None = None) -> None:
+        """It was sent at ``there_ns``, or (None) will not be: then it counts as it was."""
+        self.held = False
+        if there_ns is not None:
+            self._there_ns = there_ns
+        if self._deliver is not None:
+            self._deliver(self.seconds_ns())
+
+
 class HttpRequest:
     """One HTTP request; it may bring several requests for the engine, at once or one after another."""
 
-    __slots__ = ("answered", "arrived_ns", "scope")
+    __slots__ = ("_held", "_streaming", "answered", "arrived_ns", "scope")
 
     def __init__(self, arrived_ns: int, scope: Any = None) -> None:
         self.arrived_ns = arrived_ns
         self.scope = scope
         #: It has had a token: what the engine is asked from now on did not arrive with it.
         self.answered = False
+        #: Its response began before a token was there: tokens are sent as they come.
+        self._streaming = False
+        self._held: list[FirstToken] = []
+
+    def hold(self, token: FirstToken) -> None:
+        """A first token for this request, which the next piece of a streaming response holds."""
+        self.answered = True
+        if self._streaming:
+            token.held = True
+            self._held.append(token)
+
+    def watched(self, send: Callable[[Any], Any], guard: Guard) -> Callable[[Any], Any]:
+        """``send`` that lets first tokens go. To any other piece it adds a call and two comparisons."""
+
+        def watching(message: Any) -> Any:
+            kind = message["type"]
+            if kind == "http.response.start":
+                self._streaming = True
+            elif self._held and kind == "http.response.body" and message.get("body"):
+                return sending(message)
+            return send(message)
+
+        async def sending(message: Any) -> None:
+            await send(message)
+            guard.call("vllm.first_token", self.let_go, _now())
+
+        return watching
+
+    def let_go(self, there_ns: int | None = None) -> None:
+        """What was held has been sent, or (None) will not be."""
+        held, self._held = self._held, []
+        for token in held:
+            token.let_go(there_ns)
 
 
 _http_request: ContextVar[HttpRequest | None] = ContextVar("llmprobe_http_request", default=None)
 
 
 class FirstTokens:
-    """Times to first token of one front end. Not for several threads."""
+    """First tokens of one front end. Not for several threads."""
 
     def __init__(self) -> None:
         #: Engine request without a token yet → when it arrived, and with what.
         self._waiting: dict[str, tuple[int, HttpRequest | None]] = {}
-        self._seconds_ns: list[int] = []
+        self._there: list[FirstToken] = []
 
     def arrived(self, request_id: str, arrived_ns: int) -> None:
         """The engine was asked; without an HTTP request it arrived at ``arrived_ns`` (CLOCK_MONOTONIC)."""
@@ -58,14 +125,15 @@ class FirstTokens:
         for output in outputs:
             if output.request_id in waiting:
                 arrived_ns, http = waiting.pop(output.request_id)
-                self._seconds_ns.append(now - arrived_ns)
+                token = FirstToken(arrived_ns, now)
+                self._there.append(token)
                 if http is not None:
-                    http.answered = True
+                    http.hold(token)
 
-    def take(self) -> tuple[int, ...]:
-        """Nanoseconds of every first token since the last call."""
-        taken = tuple(self._seconds_ns)
-        self._seconds_ns.clear()
+    def take(self) -> tuple[FirstToken, ...]:
+        """Every first token since the last call; some are still held."""
+        taken = tuple(self._there)
+        self._there.clear()
         return taken
 
     def forget(self, request_ids: list[str]) -> None:
@@ -78,28 +146,43 @@ class FirstTokens:
         self._waiting.clear()
 
 
-def _take_note(scope: Any) -> None:
-    """An application is called. What it serves runs in this context, or in one that inherits it."""
+def _take_note(scope: Any) -> HttpRequest | None:
+    """An application is called. What it serves runs in this context, or in one that inherits it.
+
+    Returns:
+        The HTTP request, if this is where one arrives.
+    """
     kind = scope.get("type") if isinstance(scope, dict) else None
     if kind == "http":
         known = _http_request.get()
         if known is None or known.scope is not scope:  # else an application inside another
-            _http_request.set(HttpRequest(_now(), scope))
+            http = HttpRequest(_now(), scope)
+            _http_request.set(http)
+            return http
     elif kind == "websocket":  # requests come long after the connection
         _http_request.set(None)
+    return None
 
 
 def install(probe: Probe, module: ModuleType) -> None:
-    """Note when Starlette, which serves vLLM's HTTP, is handed a request.
+    """Note when Starlette, which serves vLLM's HTTP, is handed a request, and when it answers.
 
     Its own method, not FastAPI's that calls it: servers look at the outermost one to tell how to call it.
     """
+    guard = probe.guard
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         async def __call__(self: Any, scope: Any, receive: Any, send: Any) -> None:
+            http: HttpRequest | None = None
             if patch.active and probe.active:
-                _take_note(scope)
-            await original(self, scope, receive, send)
+                http = guard.call("vllm.arrival", _take_note, scope)
+            if http is None:
+                await original(self, scope, receive, send)
+                return
+            try:
+                await original(self, scope, receive, http.watched(send, guard))
+            finally:
+                guard.call("vllm.first_token", http.let_go)
 
         return __call__
 

@@ -16,7 +16,7 @@ from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.session import server_name
 from llmprobe.hooks.vllm import facts
-from llmprobe.hooks.vllm.arrival import FirstTokens
+from llmprobe.hooks.vllm.arrival import FirstToken, FirstTokens
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
@@ -96,7 +96,7 @@ class FrontEnd:
     def record(self, scheduler: Any, iteration: Any, engine: int) -> None:
         """vLLM's statistics of one engine iteration; either may be None."""
         entered = _now()
-        first_token_ns = self._first_tokens.take()
+        first_tokens = self._first_tokens.take()
         recorder = self._recorders.get(engine)
         if recorder is None:
             return
@@ -106,13 +106,13 @@ class FrontEnd:
             # Also when nothing changed: of several front ends the one that heard last is believed.
             recorder.load(scheduler.num_running_reqs, waiting, float(scheduler.kv_cache_usage), unfinished)
         if iteration is not None:
-            self._tokens(recorder, iteration, first_token_ns, entered)
+            self._tokens(recorder, iteration, first_tokens, entered)
             for finished in iteration.finished_requests:
                 self._finished(recorder, finished, engine)
         self._settle(self._processor)
 
     def _tokens(
-        self, recorder: Recorder, iteration: Any, first_token_ns: tuple[int, ...], entered: int
+        self, recorder: Recorder, iteration: Any, first_tokens: tuple[FirstToken, ...], entered: int
     ) -> None:
         name = "inter_token_latencies_iter"
         if not hasattr(iteration, name):  # 0.11
@@ -122,7 +122,12 @@ class FrontEnd:
         first = iteration.time_to_first_tokens_iter
         if not (first or gaps or iteration.num_generation_tokens or iteration.num_preempted_reqs):
             return
-        if len(first_token_ns) != len(first):
+        if len(first_tokens) == len(first):
+            first_token_ns = tuple(token.seconds_ns() for token in first_tokens if not token.held)
+            for token in first_tokens:
+                if token.held:
+                    token.when_sent(lambda seconds_ns: self._sent(recorder, seconds_ns))
+        else:
             # Some arrived before we looked. vLLM's own times end before it detokenizes and hands the tokens
             # to their streams.
             handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
@@ -137,6 +142,11 @@ class FrontEnd:
             inter_token_ns=Counter(round(seconds * 1e9) for seconds in gaps),
             own_ns=_now() - entered,
         )
+
+    def _sent(self, recorder: Recorder, seconds_ns: int) -> None:
+        """A first token, that had to wait for its piece of a response, has left."""
+        if self._probe.active:
+            recorder.tokens(first_token_ns=(seconds_ns,))
 
     @staticmethod
     def _finished(recorder: Recorder, finished: Any, engine: int) -> None:
