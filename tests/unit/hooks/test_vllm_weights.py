@@ -180,6 +180,15 @@ def test_an_encoder_is_in_memory_but_not_in_a_step() -> None:
     assert found["weights_bytes"] == TABLE + 256 + 2 * 64 * 64
 
 
+def test_an_encoder_that_vllm_cannot_tell_apart_is_said() -> None:
+    class Seeing(Model):
+        def get_language_model(self) -> nn.Module:
+            raise NotImplementedError
+
+    (problem,) = measure(Seeing(visual=Linear(64, 64)), True)["unmodelled"]
+    assert problem.startswith("encoder: ")
+
+
 def test_layers_with_different_experts_are_not_modelled() -> None:
     other = RoutedExperts()
     other.top_k = 4

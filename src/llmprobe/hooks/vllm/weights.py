@@ -58,7 +58,12 @@ def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
     """
     modules = list(dict.fromkeys(model.modules()))
     names = {module: name for name, module in model.named_modules()}
-    spoken = _language(model)
+    unmodelled: list[str] = []
+    try:
+        spoken = _language(model)
+    except NotImplementedError:
+        spoken = None
+        unmodelled.append("encoder: vLLM does not tell which modules are the language model")
     unread = _unread(modules)
     storages = Storages()
     params = dict.fromkeys(KINDS, 0)
@@ -93,7 +98,6 @@ def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
             experts.append(found)
     found_bytes = {kind: size + assumed[kind] for kind, size in storages.bytes().items()}
     total = sum(found_bytes.values())
-    unmodelled: list[str] = []
     # Models may look up more than tokens: positions, or a row for every layer. The head is tied to tokens.
     words, table, _ = max(embeddings, key=lambda found: found[0], default=(0, 0, None))
     if named := [found for found in embeddings if _is_input(names[found[2]])]:
@@ -136,7 +140,11 @@ def _repacked_size(module: Any) -> int:
 
 
 def _language(model: Any) -> set[int] | None:
-    """The modules that run in every step of a multimodal model; None if all do."""
+    """The modules that run in every step of a multimodal model; None if all do.
+
+    Raises:
+        NotImplementedError: vLLM cannot tell either.
+    """
     find = getattr(model, "get_language_model", None)
     if not callable(find):
         return None
