@@ -56,7 +56,7 @@ def weights(model: Any, kind_of: Callable[[str, Any], str], device_type: str) ->
         if kind == "experts":
             found.experts = max(found.experts, _experts_of(name, own))
         for _, parameter in own:
-            for tensor in _plain(parameter):
+            for tensor in plain(parameter):
                 if tensor.device.type == device_type and tensor.numel():
                     _count(found, counted, kind, tensor)
     return found
@@ -82,7 +82,7 @@ def storage_bytes(tensors: Iterable[Any]) -> int:
     """Bytes of the distinct storages behind ``tensors``: what they keep resident, not what they show."""
     sizes: dict[Any, int] = {}
     for tensor in tensors:
-        for plain in _plain(tensor):
+        for plain in plain(tensor):
             if plain.device.type != "meta":
                 storage = plain.untyped_storage()
                 sizes[plain.device, storage.data_ptr()] = storage.nbytes()
@@ -123,11 +123,11 @@ def _own_tensors(module: Any) -> Iterator[tuple[str, Any]]:
             yield name, tensor
 
 
-def _plain(tensor: Any) -> Iterator[Any]:
+def plain(tensor: Any) -> Iterator[Any]:
     """The tensors that hold the data: itself, or the parts of a wrapper subclass (torchao, DTensor)."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+            yield from plain(getattr(tensor, name))
     else:
         yield tensor
 

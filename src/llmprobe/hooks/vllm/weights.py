@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llmprobe.hooks.torch_model import plain
+
 KINDS = ("linear", "head", "experts", "embedding", "encoder", "unread")
 _FEWEST = 4  # numbers in a byte, as densely as any format packs them
 #: Layers whose inner dtype is FP4 by their class: the stored type, uint8, does not tell.
@@ -80,7 +82,7 @@ def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
         elif id(module) in unread:
             kind = "unread"
         stored = 0
-        for tensor in _stored(module):
+        for tensor in (part for whole in _stored(module) for part in plain(whole)):
             before = storages.add(kind, tensor)
             stored += tensor.numel() * tensor.element_size()
             if {before, kind} == {"head", "embedding"}:
@@ -158,7 +160,7 @@ def _unread(modules: Iterable[Any]) -> set[int]:
         source = getattr(module, "kv_b_proj", None)
         copies = list(_absorbed(module))
         if source is not None and copies:
-            own = {tensor.untyped_storage().data_ptr() for tensor in _stored(source)}
+            own = {part.untyped_storage().data_ptr() for tensor in _stored(source) for part in plain(tensor)}
             if own.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in copies):
                 found.add(id(source))
     return found
