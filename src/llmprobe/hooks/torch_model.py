@@ -82,10 +82,10 @@ def storage_bytes(tensors: Iterable[Any]) -> int:
     """Bytes of the distinct storages behind ``tensors``: what they keep resident, not what they show."""
     sizes: dict[Any, int] = {}
     for tensor in tensors:
-        for plain in plain(tensor):
-            if plain.device.type != "meta":
-                storage = plain.untyped_storage()
-                sizes[plain.device, storage.data_ptr()] = storage.nbytes()
+        for part in plain(tensor):
+            if part.device.type != "meta":
+                storage = part.untyped_storage()
+                sizes[part.device, storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 
 
