@@ -118,7 +118,7 @@ def test_a_kernel_of_known_length_lies_where_the_host_saw_it(cupti: Cupti) -> No
     window = cupti.close()
     (row,) = window.activities
     assert begin <= row["begin"] < row["end"] <= end
-    assert (end - begin) - (row["end"] - row["begin"]) < 200_000
+    assert (end - begin) - (row["end"] - row["begin"]) < 2_000_000  # launch and wake-up, of some 10 ms
 
 
 def test_a_window_that_overflows_says_so_and_the_next_is_whole(cupti: Cupti) -> None:

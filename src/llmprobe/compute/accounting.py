@@ -24,7 +24,7 @@ import numpy.typing as npt
 from llmprobe.compute.facts import OPERATORS, ModelFacts
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.intervals import Intervals, empty, overlap_ns, subtract
-from llmprobe.compute.steps import EMPTY, PHASES, RESTARTED, Bools, Floats, Ints
+from llmprobe.compute.steps import EMPTY, NO_PARTS, PHASES, RESTARTED, Bools, Floats, Ints
 from llmprobe.compute.traffic import traffic, work
 
 COMPONENTS = (
@@ -165,6 +165,7 @@ def account(
     e0 = np.clip(steps["e0"], begin, end)
     e1 = np.clip(steps["e1"], e0, end)
     e2 = np.clip(steps["e2"], e1, end)
+    sample_gap_ns = _sample_gaps(steps, end - e0, e2 - e1)
     idle_end = np.clip(e0 - steps["encode_ns"].astype(np.int64), begin, e0)
 
     blocked = empty() if blocked is None else blocked
@@ -177,7 +178,7 @@ def account(
     gap_known = (number == before + 1) & ((steps["flags"] & RESTARTED) == 0)
     gap_ns = np.where(gap_known, pending_ns, 0)
 
-    busy_s = (end - e0 - (e2 - e1)) / 1e9
+    busy_s = (end - e0 - sample_gap_ns) / 1e9
     moved = np.zeros((len(steps), len(OPERATORS))) if model is None else traffic(steps, model)
     done = np.zeros((len(steps), len(OPERATORS))) if model is None else work(steps, model)
     memory_s, compute_s = floors(moved, done, peaks)
@@ -190,7 +191,7 @@ def account(
     components[:, _INDEX["floor_memory"]] = memory_s * scale
     components[:, _INDEX["floor_compute"]] = compute_s * scale
     components[:, _INDEX["host_gap"]] = gap_ns / 1e9
-    components[:, _INDEX["sample_gap"]] = (e2 - e1) / 1e9
+    components[:, _INDEX["sample_gap"]] = sample_gap_ns / 1e9
     components[:, _INDEX["unattributed"]] = (
         np.where(too_high, 0, busy_s - floor_s) + (pending_ns - gap_ns + e0 - idle_end) / 1e9
     )
@@ -202,7 +203,7 @@ def account(
         span_s=(end - e0) / 1e9,
         gap_s=gap_ns / 1e9,
         no_work_s=no_work_ns / 1e9,
-        sample_gap_s=(e2 - e1) / 1e9,
+        sample_gap_s=sample_gap_ns / 1e9,
         busy_s=busy_s,
         floor_s=floor_s,
         traffic_bytes=moved,
@@ -218,6 +219,23 @@ def account(
         cursor_ns=int(end[-1]),
         last_step=int(number[-1]),
     )
+
+
+def _sample_gaps(steps: np.ndarray, span_ns: Ints, stamped_ns: Ints) -> Ints:
+    """The wait before sampling: as stamped; steps without stamps there have the mean of their phase's others.
+
+    Where no step of the phase has them, none is known, and it stays in the busy time.
+    """
+    missing = (steps["flags"] & NO_PARTS) != 0
+    if not missing.any():
+        return stamped_ns
+    found = np.where(missing, 0, stamped_ns)
+    for phase in np.unique(steps["phase"][missing]):
+        known = ~missing & (steps["phase"] == phase)
+        if known.any():
+            rows = missing & (steps["phase"] == phase)
+            found[rows] = np.minimum(round(float(stamped_ns[known].mean())), span_ns[rows])
+    return found
 
 
 def floors(traffic_bytes: Floats, flops: Floats, peaks: Peaks | None) -> tuple[Floats, Floats]:

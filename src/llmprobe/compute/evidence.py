@@ -30,7 +30,8 @@ class KernelEvidence:
     ``communication_ratio`` and ``transfer_ratio``: only such ran, while no compute kernel did (exposed).
     ``clock_ratio``: span by kernels ÷ span by the step clock over the same steps; None if not compared.
     ``gap_busy_ratio``: share of the time *between* steps in which something ran all the same, such as copies
-    and kernels that prepare the next step; None if there was no such time.
+    and kernels that prepare the next step; None if there was no such time. ``disturbed_ratio``: by how much
+    the window itself made the steps longer, which is in none of the other figures.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class KernelEvidence:
     age_seconds: float
     clock_ratio: float | None = None
     gap_busy_ratio: float | None = None
+    disturbed_ratio: float = 0.0
 
     @property
     def stall_ratio(self) -> float:

@@ -31,6 +31,16 @@ def union(*parts: Intervals) -> Intervals:
     return np.stack((rows[first, 0], reach[last]), axis=1)
 
 
+def bridge(intervals: Intervals, longest_ns: int) -> Intervals:
+    """``intervals``, sorted and disjoint, with every gap of at most ``longest_ns`` between them filled."""
+    if len(intervals) < 2:
+        return intervals
+    apart = intervals[1:, 0] - intervals[:-1, 1] > longest_ns
+    begins = intervals[np.concatenate(([True], apart)), 0]
+    ends = intervals[np.concatenate((apart, [True])), 1]
+    return np.stack((begins, ends), axis=1)
+
+
 def subtract(whole: Intervals, part: Intervals) -> Intervals:
     """What is in ``whole`` and not in ``part``."""
     if not len(whole) or not len(part):

@@ -3,6 +3,11 @@
 A step lies in a window if it began on the host after the window was opened (what was launched before may be
 missing) and ended on the device before it was closed. Its span is e0 to e3 of the step clock; both clocks are
 CLOCK_MONOTONIC to within some ten microseconds.
+
+Two things are not bubbles. From one kernel to the next in a queue that never runs dry the device itself
+takes about half a microsecond (`_BACK_TO_BACK_NS`). And a window slows what it looks at: launching a CUDA
+graph takes the host longer while its kernels are recorded. By how much steps in the window are longer than
+those right before it is known from the step clock, and taken off (``disturbed_ns``).
 """
 
 from __future__ import annotations
@@ -14,16 +19,23 @@ import numpy as np
 
 from llmprobe.compute.device_activity import COMMUNICATION, COMPUTE, TRANSFER, device_activity
 from llmprobe.compute.evidence import KernelEvidence
-from llmprobe.compute.intervals import Intervals, overlap_ns
+from llmprobe.compute.intervals import Intervals, bridge, overlap_ns
 from llmprobe.compute.kernel_classes import COMMUNICATION as COMMUNICATION_CLASS
 from llmprobe.compute.kernel_classes import kernel_class
-from llmprobe.compute.steps import PHASES, RESTARTED, Ints
+from llmprobe.compute.steps import NO_PARTS, PHASES, RESTARTED, Ints
 
 #: Kinds of activity, as `llmprobe.record.cupti` numbers them.
 KERNEL, COPY, SET = 0, 1, 2
 #: Kernels this near to a span's ends still count when its length is compared: both clocks differ a bit.
 _SLACK_NS = 50_000
 _TOP = 12
+#: A kernel that follows another within this time was waiting in the device's queue.
+_BACK_TO_BACK_NS = 1_000
+#: Steps that ended so long before a window at most say how long steps are without one; so many at least.
+_BEFORE_NS = 3 * 10**9
+_LEAST_BEFORE = 8
+#: ... and their median number of tokens is that of the steps in the window, to within this ratio.
+_SAME_TOKENS = 1.1
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class PhaseWindow:
     gap_ns: int  #: between the steps
     gap_busy_ns: int  #: of it, time in which something ran all the same (preparation of the next step)
     kernel_span_ns: int  #: first kernel to last kernel of each step
+    disturbed_ns: int = 0  #: by how much the window made them longer; no part of the other figures
     class_ns: dict[str, int] = field(default_factory=dict)  #: by class, summed over kernels that overlap too
     top: tuple[TopKernel, ...] = ()
 
@@ -59,10 +72,11 @@ class PhaseWindow:
         return KernelEvidence(
             steps=self.steps,
             launch_gap_ratio=self.launch_gap_ns / span,
+            disturbed_ratio=self.disturbed_ns / span,
             communication_ratio=self.communication_ns / span,
             transfer_ratio=self.transfer_ns / span,
             age_seconds=age_seconds,
-            clock_ratio=self.kernel_span_ns / span,
+            clock_ratio=self.kernel_span_ns / (span + self.disturbed_ns),
             gap_busy_ratio=self.gap_busy_ns / self.gap_ns if self.gap_ns > 0 else None,
         )
 
@@ -114,14 +128,16 @@ def phase_windows(
     role[~is_kernel] = TRANSFER
     rows = np.stack((activities["begin"], activities["end"]), axis=1)
     ran = device_activity(rows, role)
+    busy = bridge(ran.busy, _BACK_TO_BACK_NS)
 
     e0, e1, e2, e3 = (steps[name].astype(np.int64) for name in ("e0", "e1", "e2", "e3"))
     e1 = np.clip(e1, e0, e3)
     e2 = np.clip(e2, e1, e3)
-    inside = overlap_ns(ran.busy, e0, e3)
-    in_sample_gap = overlap_ns(ran.busy, e1, e2)
+    inside = overlap_ns(busy, e0, e3)
+    in_sample_gap = overlap_ns(busy, e1, e2)
     sample_gap = e2 - e1
-    launch_gap = (e3 - e0 - sample_gap) - (inside - in_sample_gap)
+    waited = _waits_before_sampling(steps, whole, sample_gap - in_sample_gap, e3 - e0 - inside)
+    launch_gap = e3 - e0 - inside - waited
     communication = overlap_ns(ran.exposed_communication, e0, e3)
     transfer = overlap_ns(ran.exposed_transfer, e0, e3)
     last_end = np.concatenate((e0[:1], np.maximum.accumulate(e3)[:-1]))
@@ -140,21 +156,53 @@ def phase_windows(
         if phase >= len(PHASES):
             continue
         class_ns, top = _kernels(activities, names, classes, e0[chosen], e3[chosen])
+        bubbles = int(launch_gap[chosen].sum())
+        disturbed = min(_disturbed(steps, chosen, begin_ns), bubbles)
         found[PHASES[phase]] = PhaseWindow(
             steps=int(chosen.sum()),
-            span_ns=int((e3 - e0)[chosen].sum()),
+            span_ns=int((e3 - e0)[chosen].sum()) - disturbed,
             sample_gap_ns=int(sample_gap[chosen].sum()),
             busy_ns=int(inside[chosen].sum()),
-            launch_gap_ns=int(launch_gap[chosen].sum()),
+            launch_gap_ns=bubbles - disturbed,
             communication_ns=int(communication[chosen].sum()),
             transfer_ns=int(transfer[chosen].sum()),
             gap_ns=int(gap[chosen].sum()),
             gap_busy_ns=int(gap_busy[chosen].sum()),
             kernel_span_ns=int(envelope[chosen].sum()),
+            disturbed_ns=disturbed,
             class_ns=class_ns,
             top=top,
         )
     return found
+
+
+def _waits_before_sampling(steps: np.ndarray, whole: np.ndarray, stamped: Ints, idle: Ints) -> Ints:
+    """Idle time of each step before its sampling; steps without stamps there have the mean of the others."""
+    missing = (steps["flags"] & NO_PARTS) != 0
+    found = np.where(missing, 0, stamped)
+    for phase in np.unique(steps["phase"][missing]):
+        known = whole & ~missing & (steps["phase"] == phase)
+        if known.any():
+            rows = missing & (steps["phase"] == phase)
+            found[rows] = np.minimum(round(float(stamped[known].mean())), idle[rows])
+    return np.asarray(np.minimum(found, idle))
+
+
+def _disturbed(steps: np.ndarray, chosen: np.ndarray, begin_ns: int) -> int:
+    """Nanoseconds by which the chosen steps are longer than like steps before the window, together."""
+    inside = steps[chosen]
+    before = steps[
+        (steps["phase"] == inside["phase"][0])
+        & (steps["e3"] < begin_ns)
+        & (steps["e3"] > begin_ns - _BEFORE_NS)
+    ]
+    if len(before) < _LEAST_BEFORE or len(inside) < 2:
+        return 0
+    tokens = [float(np.median(rows["prompt_tokens"] + rows["decode_tokens"])) for rows in (inside, before)]
+    if max(tokens) > min(tokens) * _SAME_TOKENS:
+        return 0
+    spans = [float(np.median(rows["e3"] - rows["e0"])) for rows in (inside, before)]
+    return max(round((spans[0] - spans[1]) * len(inside)), 0)
 
 
 def _envelope(busy: Intervals, e0: Ints, e3: Ints) -> Ints:

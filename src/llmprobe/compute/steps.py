@@ -19,6 +19,7 @@ ENCODE = PHASES.index("encode")
 
 RESTARTED = 1  #: the gap before this step is not known
 EMPTY = 4  #: no token was scheduled
+NO_PARTS = 8  #: where the forward ended and sampling began was not stamped
 
 
 def column(steps: np.ndarray, name: str) -> Floats:

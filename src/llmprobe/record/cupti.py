@@ -164,7 +164,12 @@ class Cupti:
         return sum(map(len, self._parts))
 
     def close(self) -> Window:
-        """Stop recording and return what ran. Takes milliseconds; not for the step path."""
+        """Stop recording and return what ran. Takes milliseconds; not for the step path.
+
+        CUPTI stays attached to the process, which makes each launch of a CUDA graph dearer from then on
+        (docs/decisions/kernel-windows.md). ``cuptiFinalize`` would detach it, but while kernels are in flight
+        it ends the process with a memory fault of the device.
+        """
         end_ns = time.monotonic_ns()
         self._disable()
         self._check("cuptiActivityFlushAll", ctypes.c_uint32(1))

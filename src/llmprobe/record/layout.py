@@ -76,6 +76,7 @@ class Flag(IntFlag):
     RESTARTED = 1  #: first step after arming or after a lost one: the gap before it is not known
     NO_SAMPLE = 2  #: the engine has no separate sampling call; e2 equals e1
     EMPTY = 4  #: no token was scheduled (an engine's "flush" step)
+    NO_PARTS = 8  #: e1 and e2 were not stamped, to save time; both equal e3
 
 
 KV_GROUPS = 4  #: KV-cache groups (by visible window) told apart in a step record

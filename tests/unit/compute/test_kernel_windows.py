@@ -6,11 +6,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprobe.compute.kernel_windows import COPY, KERNEL, phase_windows, together
+from llmprobe.compute.kernel_windows import COPY, KERNEL, PhaseWindow, phase_windows, together
 from llmprobe.compute.steps import RESTARTED
 from llmprobe.record.cupti import ACTIVITY
 from llmprobe.record.layout import STEP, Phase
 
+US = 1000  # small numbers stand for microseconds: below one, nothing is a bubble
 NAMES = ["ampere_gemm", "ncclDevKernel_AllReduce", "memcpy HtoD", "flash_fwd_kernel"]
 GEMM, NCCL, MEMCPY, FLASH = range(4)
 
@@ -19,8 +20,8 @@ def step(
     number: int, e0: int, e1: int, e2: int, e3: int, *, phase: int = Phase.DECODE, time: int = 0
 ) -> np.ndarray:
     row = np.zeros(1, STEP)
-    row["step"], row["phase"], row["time"] = number, phase, time or e0 - 5
-    row["e0"], row["e1"], row["e2"], row["e3"] = e0, e1, e2, e3
+    row["step"], row["phase"], row["time"] = number, phase, (time or e0 - 5) * US
+    row["e0"], row["e1"], row["e2"], row["e3"] = e0 * US, e1 * US, e2 * US, e3 * US
     return row
 
 
@@ -28,9 +29,13 @@ def activities(*rows: tuple[int, int, int]) -> np.ndarray:
     """(begin, end, name) each."""
     made = np.zeros(len(rows), ACTIVITY)
     for row, (begin, end, name) in zip(made, rows, strict=True):
-        row["begin"], row["end"], row["name"] = begin, end, name
+        row["begin"], row["end"], row["name"] = begin * US, end * US, name
         row["kind"] = COPY if name == MEMCPY else KERNEL
     return made[np.argsort(made["begin"], kind="stable")]
+
+
+def windows(seen: np.ndarray, steps: np.ndarray, begin: int, end: int) -> dict[str, PhaseWindow]:
+    return phase_windows(seen, NAMES, steps, begin * US, end * US)
 
 
 def test_bubbles_gaps_and_exposed_work_are_told_apart() -> None:
@@ -45,25 +50,27 @@ def test_bubbles_gaps_and_exposed_work_are_told_apart() -> None:
         (1260, 1270, MEMCPY),  # exposed
         (1290, 1300, FLASH),
     )
-    found = phase_windows(seen, NAMES, steps, begin_ns=1140, end_ns=2000)["decode"]
+    found = windows(seen, steps, 1140, 2000)["decode"]
     assert found.steps == 1  # the first was launched before the window was open
-    assert (found.span_ns, found.sample_gap_ns) == (100, 10)
-    assert found.launch_gap_ns == 10 + 10 + 10  # before NCCL, before the copy, after it; not the sample gap
-    assert (found.communication_ns, found.transfer_ns) == (15, 10)
-    assert found.busy_ns == 60
-    assert found.class_ns == {"gemm": 20, "communication": 20, "attention": 15}
-    assert found.kernel_span_ns == 100
+    assert (found.span_ns, found.sample_gap_ns) == (100 * US, 10 * US)
+    assert (
+        found.launch_gap_ns == (10 + 10 + 10) * US
+    )  # before NCCL, before the copy, after it; not the sample gap
+    assert (found.communication_ns, found.transfer_ns) == (15 * US, 10 * US)
+    assert found.busy_ns == 60 * US
+    assert found.class_ns == {"gemm": 20 * US, "communication": 20 * US, "attention": 15 * US}
+    assert found.kernel_span_ns == 100 * US
     assert (found.gap_ns, found.gap_busy_ns) == (0, 0)  # it began before the window
 
 
 def test_the_gap_between_whole_steps_is_split_into_waiting_and_preparation() -> None:
     steps = np.concatenate([step(1, 1000, 1100, 1100, 1100), step(2, 1200, 1300, 1300, 1300)])
     seen = activities((1000, 1100, GEMM), (1150, 1175, MEMCPY), (1200, 1300, GEMM))
-    found = phase_windows(seen, NAMES, steps, begin_ns=900, end_ns=2000)["decode"]
-    assert (found.gap_ns, found.gap_busy_ns) == (100, 25)
+    found = windows(seen, steps, 900, 2000)["decode"]
+    assert (found.gap_ns, found.gap_busy_ns) == (100 * US, 25 * US)
     assert found.evidence(3.0).gap_busy_ratio == 0.25
     steps["flags"][1] = RESTARTED
-    restarted = phase_windows(seen, NAMES, steps, begin_ns=900, end_ns=2000)["decode"]
+    restarted = windows(seen, steps, 900, 2000)["decode"]
     assert restarted.evidence(3.0).gap_busy_ratio is None
 
 
@@ -72,14 +79,14 @@ def test_phases_are_apart_and_steps_that_outlast_the_window_are_left_out() -> No
         [step(1, 1000, 1100, 1100, 1100), step(2, 1200, 1300, 1300, 1300, phase=Phase.PREFILL)]
     )
     seen = activities((1000, 1100, GEMM), (1200, 1300, FLASH))
-    assert set(phase_windows(seen, NAMES, steps, 900, 2000)) == {"decode", "prefill"}
-    assert set(phase_windows(seen, NAMES, steps, 900, 1299)) == {"decode"}
-    assert phase_windows(seen, NAMES, steps, 1500, 2000) == {}
+    assert set(windows(seen, steps, 900, 2000)) == {"decode", "prefill"}
+    assert set(windows(seen, steps, 900, 1299)) == {"decode"}
+    assert windows(seen, steps, 1500, 2000) == {}
 
 
 def test_a_window_without_kernels_is_all_bubble() -> None:
     steps = step(1, 1000, 1100, 1100, 1100)
-    found = phase_windows(activities(), [], steps, 900, 2000)["decode"]
+    found = phase_windows(activities(), [], steps, 900 * US, 2000 * US)["decode"]
     evidence = found.evidence(0.0)
     assert (evidence.launch_gap_ratio, evidence.clock_ratio) == (1.0, 0.0)
     assert (found.class_ns, found.top) == ({}, ())
@@ -87,16 +94,35 @@ def test_a_window_without_kernels_is_all_bubble() -> None:
 
 def test_windows_together_add_up_and_rank_their_kernels_anew() -> None:
     steps = step(1, 1000, 1100, 1100, 1100)
-    one = phase_windows(activities((1000, 1060, GEMM)), NAMES, steps, 900, 2000)["decode"]
-    two = phase_windows(activities((1000, 1010, GEMM), (1020, 1100, FLASH)), NAMES, steps, 900, 2000)[
-        "decode"
-    ]
+    one = windows(activities((1000, 1060, GEMM)), steps, 900, 2000)["decode"]
+    two = windows(activities((1000, 1010, GEMM), (1020, 1100, FLASH)), steps, 900, 2000)["decode"]
     both = together([one, two])
-    assert (both.steps, both.span_ns, both.busy_ns) == (2, 200, 150)
+    assert (both.steps, both.span_ns, both.busy_ns) == (2, 200 * US, 150 * US)
     assert [(kernel.name, kernel.count) for kernel in both.top] == [
         ("flash_fwd_kernel", 1),
         ("ampere_gemm", 2),
     ]
+
+
+def test_kernels_back_to_back_leave_no_bubble() -> None:
+    steps = step(1, 1000, 1100, 1100, 1100)
+    seen = activities((1000, 1049, GEMM), (1050, 1098, FLASH))
+    seen["begin"][1] -= 100  # 900 ns after the one before
+    assert windows(seen, steps, 900, 2000)["decode"].launch_gap_ns == 2 * US
+    seen["begin"][1] += 200
+    assert windows(seen, steps, 900, 2000)["decode"].launch_gap_ns == 2 * US + 1100
+
+
+def test_what_the_window_itself_costs_is_taken_off() -> None:
+    before = [step(number, at, at + 90, at + 90, at + 90) for number, at in enumerate(range(0, 1000, 100), 1)]
+    inside = [step(number, at, at + 100, at + 100, at + 100) for number, at in ((11, 1100), (12, 1300))]
+    seen = activities((1130, 1200, GEMM), (1330, 1400, GEMM))
+    found = windows(seen, np.concatenate([*before, *inside]), 1050, 2000)["decode"]
+    assert (found.span_ns, found.disturbed_ns, found.launch_gap_ns) == (180 * US, 20 * US, 40 * US)
+    longer = np.concatenate([*before, *inside])
+    longer["decode_tokens"][:10] = 1
+    longer["decode_tokens"][10:] = 2  # another load: no comparison
+    assert windows(seen, longer, 1050, 2000)["decode"].disturbed_ns == 0
 
 
 @given(
@@ -112,7 +138,7 @@ def test_parts_never_exceed_their_whole(
         at = e0 + forward + wait + sample
         steps.append(step(number, e0, e0 + forward, e0 + forward + wait, at, time=50))
     seen = activities(*((begin, begin + length, name) for begin, length, name in ran))
-    for found in phase_windows(seen, NAMES, np.concatenate(steps), 0, 10_000).values():
+    for found in windows(seen, np.concatenate(steps), 0, 10_000).values():
         assert 0 <= found.launch_gap_ns <= found.span_ns - found.sample_gap_ns
         assert 0 <= found.communication_ns + found.transfer_ns <= found.busy_ns <= found.span_ns
         assert 0 <= found.gap_busy_ns <= found.gap_ns

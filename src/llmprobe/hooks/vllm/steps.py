@@ -19,7 +19,7 @@ from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, Batch, BatchReader, Noted, note
 from llmprobe.record.clock import HOST_STEPS_KEPT, Stamps, StepClock, step_clock
-from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
+from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Clock, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
@@ -27,11 +27,15 @@ from llmprobe.settings import logger
 STEP_METHODS = ("execute_model", "sample_tokens", "execute_dummy_batch")
 
 _now = time.monotonic_ns
+_HOST = int(Clock.HOST)
 _IDLE_NS = 100_000_000
 #: Steps wait for the housekeeping thread. If it does not come, the step path writes so many at a time.
 _AT_ONCE = 4
 _UNREAD_AT_MOST = 2 * HOST_STEPS_KEPT
-_RESTARTED, _NO_SAMPLE = int(Flag.RESTARTED), int(Flag.NO_SAMPLE)
+#: On a device's clock a stamp is a CUDA event, which costs the engine some 4 us: where the forward ends and
+#: sampling begins is stamped in every fifth step only (no multiple of two: steps may alternate).
+_PARTS_EVERY = 5
+_RESTARTED, _NO_SAMPLE, _NO_PARTS = int(Flag.RESTARTED), int(Flag.NO_SAMPLE), int(Flag.NO_PARTS)
 
 
 class Step:
@@ -94,6 +98,7 @@ class WorkerSteps:
         self._begun_ns = 0
         self._own = 0
         self._marked = False
+        self._parts = self._all_parts = True
         self._harvesting = threading.Lock()  # only ever tried, never waited for
         self._last_number = 0
         self._generation = probe.generation
@@ -123,6 +128,7 @@ class WorkerSteps:
         kv = (recorder.facts.get("model") or {}).get("kv") or {"groups": []}
         self._batches = BatchReader(facts.windows(kv))
         self._clock = clock
+        self._all_parts = clock.kind == _HOST
         self._seam = seam
         if seam is not None:
             running = self._running
@@ -218,6 +224,7 @@ class WorkerSteps:
             batch = self._read(step)
             self._nvtx.begin(PHASES[batch.phase], batch.tokens)
         self._step, self._stamps, self._begun_ns = step, stamps, entered
+        self._parts = self._all_parts or number % _PARTS_EVERY == 0
         self._running.steps = self
         # Dummy batches go round the seam, and so does every step of a vLLM without one: their preparation
         # then counts as busy.
@@ -249,7 +256,8 @@ class WorkerSteps:
         stamps, clock = self._stamps, self._clock
         if stamps is None or clock is None:
             return
-        clock.mark(stamps, 1)
+        if self._parts:
+            clock.mark(stamps, 1)
         if self._nvtx is not None:
             self._nvtx.part(None)
         # Here a device has just been given its work, whether or not steps overlap.
@@ -270,7 +278,8 @@ class WorkerSteps:
         if self._stamps is not None and self._clock is not None:
             if self._nvtx is not None:
                 self._nvtx.part(SAMPLE)
-            self._clock.mark(self._stamps, 2)
+            if self._parts:
+                self._clock.mark(self._stamps, 2)
             self._own += _now() - entered
 
     def sample_end(self, output: Any) -> None:
@@ -309,7 +318,7 @@ class WorkerSteps:
         self._stamps = self._step = self._running.steps = None
         if self._nvtx is not None:
             self._nvtx.end()
-        step.flags = flags
+        step.flags = flags if self._parts else flags | _NO_PARTS
         stamps.payload = step
         # Before the clock has it: from then on another thread may write it.
         step.own_ns, self._own = self._own + _now() - entered, 0
