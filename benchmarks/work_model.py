@@ -100,7 +100,8 @@ def main() -> int:
                     print(f"{family.name}, {engine}", file=sys.stderr, flush=True)
                     rows = list(check(family, path, truth, results.notes))
                     found += rows
-                    results.rows.append(_row(family, engine, rows))
+                    if rows:
+                        results.rows.append(_row(family, engine, rows))
     results.notes.insert(0, _READING)
     results.show(arguments.markdown)
     if arguments.json:
@@ -112,6 +113,10 @@ _READING = (
     "Each cell: what llmprobe says in bytes or FLOPs, and how far that is from the truth. Prefill: a prompt "
     "of 40 and one of 24 tokens; decode: the step after it; matrix products first, then attention."
 )
+
+
+def _line(failure: str) -> str:
+    return failure.strip().splitlines()[0].rstrip(".")
 
 
 def _row(family: Family, engine: str, rows: list[Found]) -> list[str]:
@@ -188,6 +193,9 @@ def in_vllm(family: Family, path: Path, truth: Truth, notes: list[str]) -> Itera
 
     said = _program("vllm_facts.py", path, dict(family.engine))
     models = [ModelFacts.from_json(worker["facts"]["model"]) for worker in said["workers"]]
+    if not models:
+        notes.append(f"{family.name}: vLLM cannot load it on this processor ({_line(said['failure'])}).")
+        return
     stored = file_bytes(path)
     again, matrices = (size * (len(models) - 1) for size in replicated(path))
     stored["all"] += again
@@ -203,7 +211,9 @@ def in_vllm(family: Family, path: Path, truth: Truth, notes: list[str]) -> Itera
     ours = sum(group.bytes_per_token for model in models for group in model.kv_groups)
     yield Found(family.name, "vllm", "2 KV a token", ours, cached)
     if said["failure"]:
-        notes.append(f"{family.name}: loaded, not run, because vLLM's kernel is not for this processor.")
+        notes.append(
+            f"{family.name}: loaded, but vLLM cannot run it on this processor ({_line(said['failure'])})."
+        )
         return
     flops = sum(
         work(_steps(worker["steps"]), model) for worker, model in zip(said["workers"], models, strict=True)
@@ -228,9 +238,10 @@ def in_vllm(family: Family, path: Path, truth: Truth, notes: list[str]) -> Itera
         return
     yield from _flops(family, "vllm", 5, flops[1], token * len(PROMPTS), attention)
     if engine := said["engine_flops"]:
+        estimate = sum(engine.values()) * len(models)
         notes.append(
-            f"{family.name}: vLLM's own estimate of that decode step is "
-            f"{sum(engine.values()) / (token * len(PROMPTS) + attention):.3f} of the truth."
+            f"{family.name}: vLLM's perf.py has {estimate / (token * len(PROMPTS) + attention):.3f} of the "
+            "FLOPs of that decode step."
         )
 
 

@@ -41,7 +41,11 @@ def main() -> None:
         "dtype": "bfloat16",
         "disable_log_stats": True,
     }
-    llm = LLM(sys.argv[1], **{**engine, **json.loads(sys.argv[2])})
+    try:
+        llm = LLM(sys.argv[1], **{**engine, **json.loads(sys.argv[2])})
+    except NotImplementedError as error:  # by this processor
+        print("JSON " + json.dumps({"workers": [], "engine_flops": {}, "failure": str(error)}), flush=True)
+        os._exit(0)
     prompts = [{"prompt_token_ids": [10 + token % 7 for token in range(length)]} for length in PROMPTS]
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
     failure = ""
@@ -59,6 +63,7 @@ def main() -> None:
         "failure": failure,
     }
     print("JSON " + json.dumps(said), flush=True)
+    llm.llm_engine.engine_core.shutdown()
     os._exit(0)  # whatever a failed engine leaves running
 
 
