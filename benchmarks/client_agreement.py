@@ -85,7 +85,7 @@ def main() -> int:
         collector = Collector(server.directory)
         try:
             model = options.model or tiny_model()
-            runs = [_run(server, collector, model, load, Path(folder)) for load in _loads(options.requests)]
+            runs = [_run(server, collector, model, load, Path(folder)) for load in loads(options.requests)]
         finally:
             collector.close()
     _table(runs, machine).show(options.markdown)
@@ -94,7 +94,7 @@ def main() -> int:
     return int(not all(run.counts_agree and run.ttft_agrees and run.tpot_agrees for run in runs))
 
 
-def _loads(requests: int) -> list[Load]:
+def loads(requests: int) -> list[Load]:
     """Lengths vary by ± 50 %, arrivals are random. Odd numbers: a median is then one request's."""
 
     def load(name: str, prompt_tokens: int, generated_tokens: int, rate: float) -> Load:
