@@ -441,7 +441,8 @@ SECTIONS = (
                 ENGINE,
                 ("measured",),
                 "From the arrival of a request's HTTP headers (of the call, without HTTP) to its first "
-                "token: of a streaming response, handed to the connection; else detokenized and with its stream.",
+                "token: of a streaming response, handed to the connection; else detokenized and with its "
+                "stream.",
                 buckets.FIRST_TOKEN_SECONDS,
             ),
             Family(
