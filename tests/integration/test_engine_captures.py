@@ -93,8 +93,8 @@ def test_a_serving_vllm_is_captured_by_torch_while_it_serves(server: VllmServer,
     assert steps["decode"]["steps"] >= 10
     assert sum(row["steps"] for row in steps.values()) >= 40
     assert {"forward", "sample"} <= {row["part"] for row in report["phases"]}
-    operators = {row["name"]: row for row in report["host_operators"]}
-    assert operators["aten::linear"]["count"] >= 40  # of the engine's thread, not of ours
+    # Of the engine's thread: ours calls no operator.
+    assert sum(row["count"] for row in report["host_operators"]) >= 10 * 40
     assert captured.ask("DELETE", url)[0] == 200
 
 
