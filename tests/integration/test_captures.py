@@ -402,4 +402,4 @@ def test_a_server_without_nsys_is_told_how(wrapped: Callable[..., Wrapped]) -> N
     for tool in ("torch", "kernels"):
         status, answer = one.ask("POST", "/api/captures", {"tool": tool})
         assert status == 409
-        assert "tool=nsys" in answer["detail"]
+        assert "has not said what can capture it" in answer["detail"]

@@ -545,8 +545,8 @@ SECTIONS = (
                 "captures",
                 ("tool", "outcome"),
                 ("measured",),
-                "Captures of this agent that ended: done, failed or cancelled. Since it started; only on the "
-                "agent's own /metrics.",
+                "Captures of this agent that ended, by tool (nsys, torch, kernels): done, failed or "
+                "cancelled. Since it started; only on the agent's own /metrics.",
             ),
             Family(
                 "llmprobe_build_info",
