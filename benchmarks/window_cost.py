@@ -1,0 +1,107 @@
+"""What a kernel window leaves behind: how long a CUDA graph takes, on the device and to launch.
+
+    python benchmarks/window_cost.py
+
+Replays a graph of about 470 kernels, the linear parts of an 8B decoder at batch 1, before CUPTI was ever used in
+the process, while a window is open, and after. Needs an NVIDIA GPU with 20 GB and torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from support.machine import machine_line
+from support.table import Results, command
+
+from llmprobe.record.cupti import Cupti
+
+_HIDDEN, _INTERMEDIATE, _LAYERS, _VOCABULARY = 4096, 12288, 36, 151936
+_REPLAYS, _SKIPPED = 60, 5
+
+
+def main() -> int:
+    """Measure, and print one table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
+    options = parser.parse_args()
+    machine = machine_line()
+    graph = _graph()
+    rows = [_row("before CUPTI was used", graph) for _ in range(3)]
+    cupti = Cupti()
+    cupti.open()
+    cupti.close()
+    rows += [_row("after an empty window", graph) for _ in range(3)]
+    kernels = 0
+    for _ in range(3):
+        cupti.open()
+        rows.append(_row("in a window", graph, 20))
+        kernels = len(cupti.close().activities) // 20
+        rows.append(_row("after it", graph))
+    Results(
+        "A CUDA graph before, in and after kernel windows",
+        command("window_cost.py"),
+        machine,
+        ("", "replay on the device, median", "launch on the host, median"),
+        rows,
+        [f"{kernels} kernels a graph, {_REPLAYS} replays a row."],
+    ).show(options.markdown)
+    return 0
+
+
+def _graph() -> Any:
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.01
+
+    layers = [
+        (
+            matrix(6144, _HIDDEN),
+            matrix(_HIDDEN, _HIDDEN),
+            matrix(2 * _INTERMEDIATE, _HIDDEN),
+            matrix(_HIDDEN, _INTERMEDIATE),
+        )
+        for _ in range(_LAYERS)
+    ]
+    head, start = matrix(_VOCABULARY, _HIDDEN), matrix(1, _HIDDEN)
+    linear, norm = torch.nn.functional.linear, torch.nn.functional.rms_norm
+
+    def model() -> torch.Tensor:
+        x = start
+        for qkv, out, up, down in layers:
+            attended = linear(norm(x, (_HIDDEN,)), qkv)[:, :_HIDDEN].sigmoid()
+            x = x + linear(attended, out)
+            both = linear(norm(x, (_HIDDEN,)), up)
+            x = x + linear(torch.nn.functional.silu(both[:, :_INTERMEDIATE]) * both[:, _INTERMEDIATE:], down)
+        return linear(x, head)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            model()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model()
+    return graph
+
+
+def _row(name: str, graph: Any, replays: int = _REPLAYS) -> list[str]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    host = []
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        begin = time.perf_counter_ns()
+        graph.replay()
+        host.append((time.perf_counter_ns() - begin) / 1e3)
+        event.record()
+    torch.cuda.synchronize()
+    device = [a.elapsed_time(b) * 1e3 for a, b in zip(events[:-1], events[1:], strict=True)][_SKIPPED:]
+    return [name, f"{np.median(device):.0f} µs", f"{np.median(host):.0f} µs"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
