@@ -118,9 +118,9 @@ _ONE = Requests(1, 128, 256)
 SCENARIOS = (
     Scenario("decode, batch 1, graphs", "graphs", gpu_labels.reads_memory, "decode", _ONE),
     Scenario("decode, batch 128", "graphs", gpu_labels.reads_memory, "decode", Requests(128, 64, 512)),
-    Scenario("prefill, 8000 tokens", "graphs", gpu_labels.multiplies, "prefill", Requests(2, 8000, 1)),
+    Scenario("prefill, 8000 tokens", "graphs", gpu_labels.multiplies, "prefill", Requests(1, 8000, 1)),
     Scenario(
-        "decode, 16 x 9000 tokens", "graphs", gpu_labels.reads_cache, "decode", Requests(16, 8800, 1200)
+        "decode, 16 x 9000 tokens", "graphs", gpu_labels.reads_cache, "decode", Requests(16, 8800, 400)
     ),
     Scenario("idle", "graphs", gpu_labels.runs_nothing, None, None),
     Scenario("light load", "graphs", gpu_labels.lightly_loaded, "decode", Requests(1, 128, 100, 1.5)),
@@ -148,7 +148,7 @@ SCENARIOS = (
     Scenario("a clock that lies", "liar", gpu_labels.is_lied_to, "decode", _ONE),
     Scenario("tiny model, graphs", "tiny", gpu_labels.leaves_it_idle, "decode", _ONE),
     Scenario(
-        "prefill, float32", "float32", gpu_labels.multiplies_plainly, "prefill", Requests(2, 3500, 1)
+        "prefill, float32", "float32", gpu_labels.multiplies_plainly, "prefill", Requests(1, 3500, 1)
     ),
     Scenario(
         "one request, small cache", "small cache", gpu_labels.reads_memory, "decode", Requests(1, 512, 512)
@@ -158,7 +158,7 @@ SCENARIOS = (
         "one request, small cache",
     ),
     Scenario("another model, batch 1", "other", gpu_labels.reads_memory, "decode", _ONE),
-    Scenario("another model, prefill", "other", gpu_labels.multiplies, "prefill", Requests(2, 8000, 1)),
+    Scenario("another model, prefill", "other", gpu_labels.multiplies, "prefill", Requests(1, 8000, 1)),
     Scenario(
         "another model, host", "other", gpu_labels.waits_for_host, "decode", _ONE, "another model, batch 1",
         slow_steps=1.5,

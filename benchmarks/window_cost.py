@@ -2,13 +2,14 @@
 
     python benchmarks/window_cost.py
 
-Replays a graph of about 470 kernels, the linear parts of an 8B decoder at batch 1, before CUPTI was ever used in
-the process, while a window is open, and after. Needs an NVIDIA GPU with 20 GB and torch.
+Replays a graph of about 470 kernels, the linear parts of an 8B decoder at batch 1, before CUPTI was ever used
+in the process, while a window is open, and after. Needs an NVIDIA GPU with 20 GB and torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from typing import Any
@@ -99,7 +100,7 @@ def _row(name: str, graph: Any, replays: int = _REPLAYS) -> list[str]:
         host.append((time.perf_counter_ns() - begin) / 1e3)
         event.record()
     torch.cuda.synchronize()
-    device = [a.elapsed_time(b) * 1e3 for a, b in zip(events[:-1], events[1:], strict=True)][_SKIPPED:]
+    device = [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events)][_SKIPPED:]
     return [name, f"{np.median(device):.0f} µs", f"{np.median(host):.0f} µs"]
 
 

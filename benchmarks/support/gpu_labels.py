@@ -162,9 +162,9 @@ def runs_nothing(facts: Facts) -> Label:
 
 
 def lightly_loaded(facts: Facts) -> Label:
-    """As `reads_memory` while requests run, which is at most 0.6 of the time."""
-    busy = facts.engine.get("running", 1.0)
-    rule = f"weights ÷ TPOT ÷ peak = {facts.weights_share:.2f} (≥ 0.55); requests run {busy:.2f} of the time"
+    """As `reads_memory` while requests run, with the GPU at work at most 0.6 of the time."""
+    busy = facts.counters.get("graphics", 1.0)
+    rule = f"weights ÷ TPOT ÷ peak = {facts.weights_share:.2f} (≥ 0.55); GPU active {busy:.2f} (≤ 0.60)"
     return Label(("memory_bound",), rule, facts.weights_share >= 0.55 and busy <= 0.6)
 
 
