@@ -96,6 +96,10 @@ class CaptureRequest(BaseModel):
     def _one_length(self) -> CaptureRequest:
         if self.seconds is not None and self.steps is not None:
             raise ValueError("seconds and steps exclude each other")
+        if self.torch_cpu or self.torch_stacks:
+            if self.tool not in ("auto", "torch"):
+                raise ValueError(f"torch_cpu and torch_stacks are for tool torch, not {self.tool}")
+            self.tool = "torch"
         return self
 
 
@@ -154,6 +158,7 @@ def workers_of(view: ServerView) -> list[Worker]:
                 rank.rank,
                 refusals if isinstance(refusals, dict) else {},
                 rank.facts.get("device") or {},
+                rank.facts.get("captures_unsafe") or {},
             )
         )
     return found
@@ -205,8 +210,8 @@ def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path
                     wanted.wait_seconds,
                     wanted.label,
                     None if wanted.ranks is None or tool == "nsys" else tuple(wanted.ranks),
-                    wanted.torch_cpu and tool == "torch",
-                    wanted.torch_stacks and tool == "torch",
+                    wanted.torch_cpu,
+                    wanted.torch_stacks,
                 ),
                 queue=wanted.queue,
             )

@@ -8,11 +8,12 @@ of both what may be looked at.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 import llmprobe
 from llmprobe.capture.store import write_json
 from llmprobe.capture.tool import Interrupted, ToolError, Worker
-from llmprobe.record.asked import MOST_RESULT_BYTES, Ask, Paths, Said, open_plain, read_said, write
+from llmprobe.record.asked import FOLDER, MOST_RESULT_BYTES, Ask, Paths, Said, open_plain, read_said, write
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import STEP
 
@@ -36,6 +37,7 @@ _GRACE_SECONDS = 10.0
 _GONE_SECONDS = 3.0
 #: Steps reach the journal a moment after they end.
 _SETTLE_SECONDS = 0.7
+_MOST_ASK_BYTES = 64 << 10
 _NAME = re.compile(r"(engine\d{1,5}-)?rank\d{1,5}(-\d{1,3})?")
 #: In the capture's folder: ``raw-rank0.torch``, and ``raw-rank0.json``, ``raw-rank0.npy`` beside it.
 RAW_PREFIX = "raw-"
@@ -247,6 +249,22 @@ class AskingTool:
         if self._interrupted():
             raise Interrupted("waiting")
         time.sleep(seconds)
+
+
+def sweep_asks(directory: Path, live: Collection[str]) -> None:
+    """Remove what agents before this one asked for and nobody waits for any more. Raises nothing.
+
+    Args:
+        directory: the agent's shared directory.
+        live: the ids of captures that go on.
+    """
+    with contextlib.suppress(OSError):
+        for path in (directory / FOLDER).iterdir():
+            if path.suffix == ".ask":
+                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                    if json.loads(path.read_bytes()[:_MOST_ASK_BYTES])["id"] in live:
+                        continue
+                Paths(path, path.with_suffix(".said"), path.with_suffix(".result")).remove()
 
 
 def _steps(journal: Path, said: Said) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from llmprobe.capture.asking import sweep_asks
 from llmprobe.capture.condition import ConditionError, parse
 from llmprobe.capture.nsys import sweep_sessions
 from llmprobe.capture.run import Run, Server
@@ -43,7 +44,7 @@ class Refused(Exception):
 def choose_tool(
     directory: Path, group: str, wanted: str, workers: Sequence[Worker], ranks: Collection[int] | None = None
 ) -> ToolName:
-    """The tool for a request; ``auto`` is the deepest that is available and can do what is wanted.
+    """The tool for a request; ``auto`` is the deepest that is available, safe, and can do what is wanted.
 
     Args:
         workers: the server's.
@@ -61,9 +62,10 @@ def choose_tool(
         reasons["nsys"] = f"nsys records every process of the server, so ranks: {sorted(there)} or nothing"
         if wanted == "nsys":
             raise Refused("invalid", f"ranks: {reasons['nsys']}.", "Leave `ranks` out.")
-    for tool in TOOLS:
-        if wanted in ("auto", tool) and reasons[tool] is None:
-            return tool
+    able = [tool for tool in TOOLS if wanted in ("auto", tool) and reasons[tool] is None]
+    safe = [tool for tool in able if not any(tool in worker.unsafe for worker in chosen)]
+    if able:
+        return (safe or able)[0]
     why = reasons[wanted] if wanted != "auto" else "; ".join(f"{tool}: {reasons[tool]}" for tool in TOOLS)
     raise Refused(
         "unavailable", f"No {wanted} capture: {why}.", "GET /api/captures says what each server has."
@@ -103,7 +105,9 @@ class Manager:
         """Go on with the captures that an agent before this one left; called once, at the start."""
         self.store.sweep()
         sweep_sessions(self._directory)
-        for capture in reversed(self.store.all()):
+        found = self.store.all()
+        sweep_asks(self._directory, {capture.id for capture in found if capture.live})
+        for capture in reversed(found):
             if not capture.live:
                 continue
             if capture.owner == str(self._directory):

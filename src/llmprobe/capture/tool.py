@@ -24,7 +24,8 @@ class Worker:
     """One engine process that can be asked for a capture.
 
     ``name`` is unlike any other of the server's, such as ``rank0``; ``refusals`` says what cannot capture it
-    and why (tool → reason); a tool that it does not name cannot either. ``device``: what it says of its GPU.
+    and why (tool → reason); a tool that it does not name cannot either. ``unsafe``: what could, but is not
+    chosen where there is another. ``device``: what it says of its GPU.
     """
 
     journal: Path
@@ -32,6 +33,7 @@ class Worker:
     rank: int
     refusals: Mapping[str, str | None]
     device: Mapping[str, Any] = field(default_factory=dict)
+    unsafe: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tool(Protocol):

@@ -61,6 +61,12 @@ def available(recorder: Recorder) -> dict[str, str | None]:
     }
 
 
+def unsafe(recorder: Recorder) -> dict[str, str]:
+    """What could capture this process, but should not unless it is asked for by name: tool → why."""
+    reason = torch_trace.stops_the_engine() if available(recorder)["torch"] is None else None
+    return {} if reason is None else {"torch": reason}
+
+
 class AskedCaptures:
     """Follows the asks for one process, named by the journal of ``recorder``."""
 
@@ -88,7 +94,8 @@ class AskedCaptures:
         """See whether something is asked for, or was called off. Called a few times a second."""
         if not self._told:
             self._told = True
-            self._recorder.update_facts(captures=available(self._recorder))
+            recorder = self._recorder
+            recorder.update_facts(captures=available(recorder), captures_unsafe=unsafe(recorder))
         thread = self._thread
         if thread is not None and not thread.is_alive():
             thread = self._thread = None

@@ -70,6 +70,13 @@ def unavailable(cuda: bool) -> str | None:
     return None
 
 
+def stops_the_engine() -> str | None:
+    """Why a recording would stop the engine for a while at its end; None if it would not."""
+    if _Unlocked.find() is None:
+        return "its end would hold the interpreter lock for several microseconds an event"
+    return None
+
+
 def _all_threads(cpu: bool) -> Any:
     from torch._C._profiler import _ExperimentalConfig
 

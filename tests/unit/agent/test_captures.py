@@ -182,6 +182,8 @@ def test_a_tool_that_cannot_is_409_with_what_the_process_says(
         {"ranks": "all"},
         {"ranks": []},
         {"torch_cpu": 1},
+        {"tool": "nsys", "torch_cpu": True},
+        {"tool": "kernels", "torch_stacks": True},
         {"torch_stacks": "yes"},
         {"queue": "yes"},
         {"output": "/etc/passwd"},

@@ -360,6 +360,29 @@ def test_an_agent_that_died_before_it_asked_fails_it(
     assert "was not asked" in (until(manager, capture, "failed").reason or "")
 
 
+def test_what_nobody_waits_for_any_more_is_swept(
+    make: Callable[[], Manager], engines: Callable[..., ScriptedEngine], store: Store, directory: Path
+) -> None:
+    engine = engines()
+    engine.does = "hang"
+    tool = asking.AskingTool(
+        "kernels",
+        "20261126-104500-abcdef",
+        store.root,
+        lambda: [engine.worker],
+        seconds=30,
+        steps=None,
+        interrupted=lambda: False,
+    )
+    tool.start(30, None)
+    while not engine.asks:
+        time.sleep(0.01)
+    asking.sweep_asks(directory, {"20261126-104500-abcdef"})
+    assert engine.left
+    make().resume()
+    assert engine.left == []
+
+
 def test_a_capture_survives_as_data() -> None:
     request = Request("torch", 1.0, None, ranks=(0, 3), torch_cpu=True)
     capture = Capture("20261126-104500-abcdef", "o", "s", "g", request, times={"pending": 1.0})

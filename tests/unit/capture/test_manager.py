@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -361,6 +362,11 @@ def test_the_deepest_tool_that_is_available_is_taken(directory: Path, nsys: Scri
     assert choose_tool(directory, "g", "kernels", [both]) == "kernels"
     assert choose_tool(directory, "another", "auto", [both]) == "torch"
     assert choose_tool(directory, "another", "auto", [light]) == "kernels"
+    careful = dataclasses.replace(both, unsafe={"torch": "it would stop the engine"})
+    assert choose_tool(directory, "another", "auto", [both, careful]) == "kernels"
+    assert choose_tool(directory, "another", "torch", [careful]) == "torch"
+    alone = dataclasses.replace(careful, refusals={"torch": None, "kernels": "no GPU"})
+    assert choose_tool(directory, "another", "auto", [alone]) == "torch"
     with pytest.raises(Refused, match="llmprobe run --nsys"):
         choose_tool(directory, "another", "nsys", [both])
     with pytest.raises(Refused, match=r"nsys: .*llmprobe run --nsys.*; torch: busy; kernels: no GPU"):
