@@ -62,6 +62,21 @@ def test_blocked_time_outranks_pending_time() -> None:
     assert row(found) == {"host_gap": 7, "blocked": 3, "unattributed": 5}
 
 
+def test_steps_without_stamps_in_their_middle_wait_as_long_as_the_others() -> None:
+    bare = {"flags": Flag.NO_PARTS}
+    found = accounted(
+        steps(
+            {"times": times(0, 3, 4, 10)},
+            {"times": times(10, 20, 20, 20), **bare},
+            {"times": times(20, 23, 26, 30)},
+            {"times": times(30, 31, 31, 31), **bare},  # shorter than the others wait
+            {"times": times(31, 40, 40, 40), "phase": Phase.PREFILL, **bare},  # none of its phase has them
+        )
+    )
+    assert found.sample_gap_s.tolist() == [1, 2, 3, 1, 0]
+    assert found.busy_s.tolist() == [9, 8, 7, 0, 9]
+
+
 def test_time_begins_with_the_first_step() -> None:
     found = accounted(steps({"times": times(10, 11, 11, 12)}), cursor_ns=None, last_step=None)
     assert row(found) == {"unattributed": 2}

@@ -30,7 +30,8 @@ LLAMA = ModelFacts.from_json(
 def test_phases_and_flags_are_those_of_the_journal() -> None:
     assert known.PHASES == PHASES
     assert (known.DRAFT, known.DUMMY, known.ENCODE) == (Phase.DRAFT, Phase.DUMMY, Phase.ENCODE)
-    assert (known.RESTARTED, known.EMPTY) == (Flag.RESTARTED, Flag.EMPTY)
+    flags = Flag.RESTARTED, Flag.EMPTY, Flag.NO_PARTS
+    assert (known.RESTARTED, known.EMPTY, known.NO_PARTS) == flags
 
 
 def test_a_llama_by_hand() -> None:

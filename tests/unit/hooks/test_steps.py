@@ -13,9 +13,9 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm.batch import note
 from llmprobe.hooks.vllm.steps import Running, WorkerSteps
 from llmprobe.hooks.vllm.worker import _WRAPPERS
-from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock
+from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock, Stamps
 from llmprobe.record.journal_reader import JournalReader
-from llmprobe.record.layout import UNKNOWN_PHASE, Flag, Phase
+from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Flag, Phase
 from llmprobe.settings import Settings
 
 from .scheduled import Scheduled, cached, new
@@ -271,3 +271,33 @@ def test_an_error_of_ours_does_not_stop_the_engine_from_warming_up_again(rig: Ri
     assert worker.compile_or_warm_up_model() == "warm"
     assert not rig.steps.armed
     assert rig.probe.guard.errors["vllm.disarm"] == 1
+
+
+class DeviceClock(HostClock):
+    """A clock that says it is a device's, whose stamps are dear; it notes which were taken."""
+
+    kind = int(Clock.CUDA)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[int] = []
+
+    def mark(self, stamps: Stamps, index: int) -> None:
+        self.marks.append(index)
+        super().mark(stamps, index)
+
+
+def test_on_a_device_the_middle_of_every_fifth_step_is_stamped(rig: Rig) -> None:
+    clock = DeviceClock()
+    rig.steps._clock, rig.steps._all_parts = clock, False
+    rig.run(new("a", 10))
+    for context in range(10, 19):
+        rig.run(cached(a=(context, 1)))
+    steps = rig.written()
+    assert len(steps) == 10
+    assert clock.marks.count(0) == clock.marks.count(3) == 10
+    assert clock.marks.count(1) == clock.marks.count(2) == 2
+    stamped = [number for number, flags in zip(steps["step"], steps["flags"], strict=True) if not flags & 8]
+    assert stamped == [5, 10]
+    rest = steps[(steps["flags"] & int(Flag.NO_PARTS)) != 0]
+    assert (rest["e1"] == rest["e3"]).all() and (rest["e2"] == rest["e3"]).all()
