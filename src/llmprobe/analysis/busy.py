@@ -8,9 +8,10 @@ import numpy as np
 
 from llmprobe.analysis.events import COPY, KERNEL, SET, UNKNOWN, Activities, Ints, Trace
 from llmprobe.compute.device_activity import COMMUNICATION, COMPUTE, TRANSFER, device_activity
-from llmprobe.compute.intervals import Intervals
+from llmprobe.compute.intervals import Intervals, bridge
 from llmprobe.compute.kernel_classes import COMMUNICATION as COMMUNICATION_CLASS
 from llmprobe.compute.kernel_classes import kernel_class
+from llmprobe.compute.kernel_windows import BACK_TO_BACK_NS
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,15 @@ def occupations(trace: Trace) -> list[Occupation]:
         role = np.where((mine.kind == KERNEL) & communicates[mine.name], COMMUNICATION, COMPUTE)
         role[(mine.kind == COPY) | (mine.kind == SET)] = TRANSFER
         ran = device_activity(np.stack((mine.begin_ns, mine.end_ns), axis=1), role)
+        busy = ran.busy
+        if trace.source.tool == "kernels":  # as live windows see it, with which such a capture is compared
+            busy = bridge(busy, BACK_TO_BACK_NS)
         found.append(
             Occupation(
                 device=device,
                 activities=mine,
-                busy=ran.busy,
-                gaps=_gaps(mine, ran.busy),
+                busy=busy,
+                gaps=_gaps(mine, busy),
                 window_ns=window,
                 exposed_communication=ran.exposed_communication,
                 exposed_transfer=ran.exposed_transfer,

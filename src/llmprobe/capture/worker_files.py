@@ -144,9 +144,10 @@ def ranges_of(steps: np.ndarray, slack_ns: int) -> np.ndarray:
     begin = e0 - np.clip((e0 - before) // 2, 0, slack_ns)
     tokens = steps["prompt_tokens"].astype(np.int64) + steps["decode_tokens"]
     whole = _rows(begin, e3, steps["phase"], tokens)
-    marked = (e1 > e0) & (e1 <= e3)
+    parts = steps["flags"] & Flag.NO_PARTS == 0
+    marked = parts & (e1 > e0) & (e1 <= e3)
     forward = _rows(begin[marked], e1[marked], _RANGES.index(_FORWARD), tokens[marked])
-    sampled = (e2 >= e1) & (e3 > e2) & (steps["flags"] & Flag.NO_SAMPLE == 0)
+    sampled = parts & (e2 >= e1) & (e3 > e2) & (steps["flags"] & Flag.NO_SAMPLE == 0)
     sample = _rows(e2[sampled], e3[sampled], _RANGES.index(_SAMPLE), tokens[sampled])
     return np.concatenate((whole, forward, sample))
 

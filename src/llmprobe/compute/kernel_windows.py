@@ -5,7 +5,7 @@ missing) and ended on the device before it was closed. Its span is e0 to e3 of t
 CLOCK_MONOTONIC to within some ten microseconds.
 
 Two things are not bubbles. From one kernel to the next in a queue that never runs dry the device itself
-takes about half a microsecond (`_BACK_TO_BACK_NS`). And a window slows what it looks at: launching a CUDA
+takes about half a microsecond (`BACK_TO_BACK_NS`). And a window slows what it looks at: launching a CUDA
 graph takes the host longer while its kernels are recorded. By how much steps in the window are longer than
 those right before it is known from the step clock, and taken off (``disturbed_ns``).
 """
@@ -30,7 +30,7 @@ KERNEL, COPY, SET = 0, 1, 2
 _SLACK_NS = 50_000
 _TOP = 12
 #: A kernel that follows another within this time was waiting in the device's queue.
-_BACK_TO_BACK_NS = 1_000
+BACK_TO_BACK_NS = 1_000
 #: Steps that ended so long before a window at most say how long steps are without one; so many at least.
 _BEFORE_NS = 3 * 10**9
 _LEAST_BEFORE = 8
@@ -128,7 +128,7 @@ def phase_windows(
     role[~is_kernel] = TRANSFER
     rows = np.stack((activities["begin"], activities["end"]), axis=1)
     ran = device_activity(rows, role)
-    busy = bridge(ran.busy, _BACK_TO_BACK_NS)
+    busy = bridge(ran.busy, BACK_TO_BACK_NS)
 
     e0, e1, e2, e3 = (steps[name].astype(np.int64) for name in ("e0", "e1", "e2", "e3"))
     e1 = np.clip(e1, e0, e3)

@@ -23,6 +23,12 @@ from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
 
 _LOOK_SECONDS = 0.05
+_LOOK_FOR_STEPS_SECONDS = 0.01
+#: Of every tool that uses CUPTI, ours or torch's: docs/decisions/kernel-windows.md.
+_ATTACHED = (
+    "from its first capture or kernel window on, a process takes longer to launch a CUDA graph "
+    "(some 0.1 ms), until it is started anew"
+)
 _SAY_SECONDS = 0.5
 #: A kernel window is over by then.
 _IN_USE_SECONDS = 5.0
@@ -204,6 +210,8 @@ class _CaptureThread(threading.Thread):
             trace.save(self._paths.result)
         finally:
             trace.forget()
+        if self._recorder.facts.get("clock") == "cuda":
+            trace.notes.append(_ATTACHED)
         notes = (*((early,) if early else ()), *trace.notes)
         self._say(state="done", notes=notes)
         logger().info("captured %d steps with %s", steps, self.ask.tool)
@@ -217,7 +225,8 @@ class _CaptureThread(threading.Thread):
     def _wait(self, trace: Trace, begin_ns: int, begun: int) -> str | None:
         """Let it record; returns why it ended before its time, if it did."""
         said_at = time.monotonic()
-        while not self.called_off.wait(_LOOK_SECONDS):
+        pause = _LOOK_SECONDS if self.ask.steps is None else _LOOK_FOR_STEPS_SECONDS
+        while not self.called_off.wait(pause):
             if self._recorder.closed:
                 raise Refused("the engine ended, or its probe was taken out")
             if early := trace.look():

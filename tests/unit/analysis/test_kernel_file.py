@@ -87,6 +87,22 @@ def test_busy_time_and_phases_are_exact(path: Path) -> None:
     assert not any(finding.name in ("launch_bubbles", "host_bound") for finding in report.findings)
 
 
+def test_less_than_a_microsecond_between_two_is_no_idle_time(path: Path) -> None:
+    close = rows()[:2]
+    close["begin"], close["end"] = (
+        [
+            0,
+            10_500,
+        ],
+        [10_000, 20_000],
+    )
+    write_kernels(path, header(), close, steps()[:0])
+    assert analyze(path).gpus[0].busy_ratio == 1.0
+    close["begin"][1] = 11_500
+    write_kernels(path, header(), close, steps()[:0])
+    assert analyze(path).gpus[0].busy_ratio == pytest.approx(18.5 / 20)
+
+
 def test_kernels_that_were_dropped_make_it_untrusted(path: Path) -> None:
     write_kernels(path, header(dropped=2), rows(), steps())
     assert analyze(path).trust.verdict == "untrusted"

@@ -398,6 +398,8 @@ def test_steps_reach_a_little_before_their_mark_but_not_into_each_other() -> Non
     steps["e0"], steps["e3"] = [1000, 2000, 2010], [1900, 2008, 3000]
     steps["e1"] = steps["e2"] = steps["e3"]
     found = ranges_of(steps, 50)
+    steps["flags"] = [0, 8, 2]  # the second's parts were not stamped, the third has no sampling
+    assert len(found) == len(ranges_of(steps, 50)) + 1
     whole = found[:3]
     assert whole["begin"].tolist() == [950, 1950, 2009]
     assert whole["end"].tolist() == [1900, 2008, 3000]
