@@ -28,8 +28,8 @@ def main() -> None:
     )
     prompt = torch.ones(1, 8, dtype=torch.long)
     print(f"generating as {os.getpid()} {os.environ.get('PLANTED_SECRET', '')}", flush=True)
-    while not stop.wait(0.01):
-        model.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    while not stop.wait(0.05):
+        model.generate(prompt, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def test_an_ask_is_recorded_answered_and_only_once(
     for _ in range(3):
         captures.look()
     assert trace.calls == ["start", "stop", "save", "forget"]
-    assert not IN_USE.locked()
+    wait(lambda: not IN_USE.locked())  # a moment after the answer
 
 
 def test_steps_end_it(captures: AskedCaptures, paths: Paths, recorder: Recorder, trace: Scripted) -> None:
@@ -256,7 +256,7 @@ def test_whatever_fails_is_one_reason_and_leaves_no_result(
     captures.look()
     assert said(paths, "failed").reason == str(error)
     assert not paths.result.exists()
-    assert not IN_USE.locked()
+    wait(lambda: not IN_USE.locked())
     assert failures == ([error] if isinstance(error, ZeroDivisionError) else [])
     if where != "start":
         assert trace.calls[-1] == "forget"
