@@ -1,8 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-transformers test quick lint types unit integration bench docs clean
+.PHONY: help setup demo demo-transformers test serving beside alone lint types unit integration bench docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Integration tests that start no server.
+ALONE := tests/integration/generate $(addprefix tests/integration/test_,transformers_activation.py packaging.py)
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -19,11 +21,18 @@ demo-transformers: setup ## The same for a Hugging Face program that calls gener
 
 test: ## Everything CI checks: set-up, lint, types, unit and integration tests
 	@$(PYTHON) scripts/setup.py --prometheus --nsys
-	@$(MAKE) --no-print-directory -j2 integration quick
+	@$(MAKE) --no-print-directory -k -j2 serving beside
 
-quick: # What starts no engine. Beside the integration tests, so what it says waits until it has ended.
-	@$(MAKE) --no-print-directory lint types unit >.quick.log 2>&1; status=$$?; \
-		echo; cat .quick.log; rm -f .quick.log; exit $$status
+# Two halves that take about as long: tests with a server mostly wait for it.
+serving:
+	@$(BIN)/pytest tests/integration tests/gpu --durations=15 $(ALONE:%=--ignore=%)
+
+beside: # What it says waits until it has ended.
+	@$(MAKE) --no-print-directory -k lint types alone >.beside.log 2>&1; status=$$?; \
+		echo; cat .beside.log; rm -f .beside.log; exit $$status
+
+alone:
+	@$(BIN)/pytest tests/unit $(ALONE) --durations=5
 
 lint: ## ruff: rules and format
 	@$(BIN)/ruff check
