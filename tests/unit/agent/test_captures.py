@@ -414,7 +414,19 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = ("tool", "server", "seconds", "steps", "when", "wait_seconds", "ranks", "label", "queue", "other")
+FIELDS = (
+    "tool",
+    "server",
+    "seconds",
+    "steps",
+    "when",
+    "wait_seconds",
+    "ranks",
+    "label",
+    "queue",
+    "torch_cpu",
+    "other",
+)
 
 
 @settings(
