@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from llmprobe.compute.intervals import union
-from llmprobe.record.cupti import COPY, KERNEL, SET, Cupti, Window
+from llmprobe.record.cupti import Cupti
+from llmprobe.record.cupti_records import COPY, KERNEL, SET, Window
 from llmprobe.record.kernels import KernelWindowThread, profiling
 from llmprobe.record.recorder import Recorder
 from llmprobe.record.window_file import read_window, window_path

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from llmprobe.record.cupti import Cupti, CuptiError, Window, loaded_library
+from llmprobe.record.cupti import Cupti, CuptiError, loaded_library
+from llmprobe.record.cupti_records import Window
 from llmprobe.record.kernels import forbidden, profiling
 from llmprobe.record.latch import Latch
 from llmprobe.record.recorder import Recorder

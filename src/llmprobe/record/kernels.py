@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, Window, injected
+from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, injected
+from llmprobe.record.cupti_records import Window
 from llmprobe.record.latch import Latch, died_in_a_window
 from llmprobe.record.recorder import Recorder
 from llmprobe.record.window_file import FOLDER, Seen, window_path, write_window

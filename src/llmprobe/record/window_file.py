@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmprobe.record.cupti import ACTIVITY, Window
+from llmprobe.record.cupti_records import ACTIVITY, Window
 
 FOLDER = "windows"
 _SCHEMA = 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmprobe.capture.tool import Worker
 from llmprobe.record.asked import Paths, Said, read_ask, write
-from llmprobe.record.cupti import ACTIVITY, COPY, Window
+from llmprobe.record.cupti_records import ACTIVITY, COPY, Window
 from llmprobe.record.layout import Clock, Phase
 from llmprobe.record.recorder import Recorder
 from llmprobe.record.window_file import Seen, write_window

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmprobe.collect.windows import Windows
-from llmprobe.record.cupti import ACTIVITY, COPY, KERNEL, Window
+from llmprobe.record.cupti_records import ACTIVITY, COPY, KERNEL, Window
 from llmprobe.record.demangle import demangled
 from llmprobe.record.window_file import Seen, window_path, write_window
 

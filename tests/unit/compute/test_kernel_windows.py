@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llmprobe.compute.kernel_windows import COPY, KERNEL, PhaseWindow, phase_windows, together
 from llmprobe.compute.steps import RESTARTED
-from llmprobe.record.cupti import ACTIVITY
+from llmprobe.record.cupti_records import ACTIVITY
 from llmprobe.record.layout import STEP, Phase
 
 US = 1000  # small numbers stand for microseconds: below one, nothing is a bubble

@@ -31,7 +31,7 @@ def test_phases_and_flags_are_those_of_the_journal() -> None:
     assert known.PHASES == PHASES
     assert (known.DRAFT, known.DUMMY, known.ENCODE) == (Phase.DRAFT, Phase.DUMMY, Phase.ENCODE)
     flags = Flag.RESTARTED, Flag.EMPTY, Flag.NO_PARTS
-    assert (known.RESTARTED, known.EMPTY, known.NO_PARTS) == flags
+    assert flags == (known.RESTARTED, known.EMPTY, known.NO_PARTS)
 
 
 def test_a_llama_by_hand() -> None:

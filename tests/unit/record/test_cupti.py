@@ -11,19 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprobe.record import cupti
-from llmprobe.record.cupti import (
-    BUFFER_BYTES,
-    COPY,
-    KERNEL,
-    MOST_BUFFERS,
-    SET,
-    _Buffers,
-    _Names,
-    _Reading,
-    _Sizes,
-    monotonic_ns,
-)
+from llmprobe.record import cupti, cupti_records
+from llmprobe.record.cupti import BUFFER_BYTES, MOST_BUFFERS, _Buffers, _Reading, monotonic_ns
+from llmprobe.record.cupti_records import COPY, KERNEL, SET, Names, Records
 
 #: CUpti_ActivityKind → bytes of a record in CUPTI 13; 17 (overhead) is a kind that nobody asked for.
 SIZES = {10: 216, 1: 96, 2: 88, 17: 56}
@@ -54,7 +44,7 @@ def buffer_of(kinds: list[int]) -> tuple[np.ndarray, int]:
         record = memory[at : at + SIZES[kind]]
         record[:4].view("<u4")[0] = kind
         if kind in KIND:
-            offsets = cupti._OFFSETS[KIND[kind]]
+            offsets = cupti_records._OFFSETS[KIND[kind]]
             record[offsets["begin"] :][:8].view("<u8")[0] = 1000 + index
             record[offsets["end"] :][:8].view("<u8")[0] = 2000 + index
             record[offsets["device"] :][:4].view("<u4")[0] = 3
@@ -70,9 +60,9 @@ def buffer_of(kinds: list[int]) -> tuple[np.ndarray, int]:
 @given(st.lists(st.sampled_from(sorted(SIZES)), max_size=60))
 def test_every_record_of_any_mixture_is_found_once(kinds: list[int]) -> None:
     memory, valid = buffer_of(kinds)
-    library, names = Library(), _Names()
-    found = _Sizes(library).decode(memory, valid, names)
-    rows = np.concatenate(found) if found else np.zeros(0, cupti.ACTIVITY)
+    library, names = Library(), Names()
+    found = Records(library).decode(memory, valid, names)
+    rows = np.concatenate(found) if found else np.zeros(0, cupti_records.ACTIVITY)
     wanted = [(index, kind) for index, kind in enumerate(kinds) if kind in KIND]
     assert rows["begin"].tolist() == [1000 + index for index, _ in wanted]
     assert rows["end"].tolist() == [2000 + index for index, _ in wanted]
@@ -89,7 +79,7 @@ def test_every_record_of_any_mixture_is_found_once(kinds: list[int]) -> None:
 
 def test_a_buffer_that_ends_in_a_torn_record_gives_the_whole_ones() -> None:
     memory, valid = buffer_of([10, 10, 10])
-    found = _Sizes(Library()).decode(memory, valid - 50, _Names())
+    found = Records(Library()).decode(memory, valid - 50, Names())
     assert sum(map(len, found)) == 2
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from llmprobe.record import kernels
-from llmprobe.record.cupti import ACTIVITY, CuptiError, Window
+from llmprobe.record.cupti import CuptiError
+from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.kernels import KernelWindowThread
 from llmprobe.record.recorder import Recorder
 from llmprobe.record.window_file import read_window, window_path

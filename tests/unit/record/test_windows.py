@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmprobe.record.cupti import ACTIVITY, Window
+from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.latch import Latch, died_in_a_window
 from llmprobe.record.window_file import Seen, WindowFileError, read_window, window_path, write_window
 
