@@ -6,6 +6,10 @@ BIN := .venv/bin
 # Integration tests that start no server.
 ALONE := tests/integration/generate $(addprefix tests/integration/test_,transformers_activation.py packaging.py)
 
+# Benchmarks, without those that need a GPU where there is none.
+ON_GPU := $(addprefix benchmarks/,accuracy.py gpu_scenarios.py window_cost.py windows_endurance.py)
+BENCHMARKS = $(filter-out $(if $(wildcard /dev/nvidiactl),,$(ON_GPU)),$(wildcard benchmarks/*.py))
+
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
 		awk -F '\t' '{ printf "  make %-18s %s\n", $$1, $$2 }'
@@ -48,7 +52,7 @@ integration: ## The tests that start real engines, and those that need a GPU
 	@$(BIN)/pytest tests/integration tests/gpu --durations=15
 
 bench: ## What llmprobe costs and how true its figures are: the tables in docs/
-	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 docs: ## Print docs/metrics.md anew from the catalogue
 	@$(BIN)/python -m llmprobe.export.document > docs/metrics.md.new && mv docs/metrics.md.new docs/metrics.md
