@@ -9,6 +9,15 @@ import pytest
 
 from llmprobe.hooks.guard import Guard
 
+try:
+    from hypothesis import settings
+except ImportError:  # the tests in tests/gpu do without it
+    pass
+else:
+    # A busy machine may take any time over an example; how fast things are is for benchmarks.
+    settings.register_profile("llmprobe", deadline=None)
+    settings.load_profile("llmprobe")
+
 
 @pytest.fixture(autouse=True)
 def raise_what_production_swallows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
