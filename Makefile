@@ -3,8 +3,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Integration tests that start no server.
-ALONE := tests/integration/generate $(addprefix tests/integration/test_,transformers_activation.py packaging.py)
+# Integration tests that share no server with others.
+ALONE := tests/integration/generate \
+	$(patsubst %,tests/integration/test_%.py,transformers_activation packaging demo vllm_offline vllm_model)
 
 # Benchmarks, without those that need a GPU where there is none.
 ON_GPU := $(addprefix benchmarks/,accuracy.py gpu_scenarios.py window_cost.py windows_endurance.py)
@@ -27,7 +28,7 @@ test: ## Everything CI checks: set-up, lint, types, unit and integration tests
 	@$(PYTHON) scripts/setup.py --prometheus --nsys
 	@$(MAKE) --no-print-directory -k -j2 serving beside
 
-# Two halves that take about as long: tests with a server mostly wait for it.
+# Two halves that take about as long.
 serving:
 	@$(BIN)/pytest tests/integration tests/gpu --durations=15 $(ALONE:%=--ignore=%)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import RECIPES, Servers, turn
+from servers import FIXTURES, Servers, turn
 
 from llmprobe.demo.model import make_model
 from llmprobe.demo.server import VllmServer
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Tests that need no server come first: meanwhile servers start."""
     used = {item: getattr(item, "fixturenames", ()) for item in items}
     items.sort(key=lambda item: turn(used[item]))
-    config.stash[_WANTED] = {name for names in used.values() for name in names if name in RECIPES}
+    config.stash[_WANTED] = {name for names in used.values() for name in names if name in FIXTURES}
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def servers(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Iterator[Servers]:
-    """All servers of `RECIPES`, each with ``LLMPROBE=1`` and, but for a neighbour, its own LLMPROBE_DIR."""
+    """All servers that tests share, each with ``LLMPROBE=1``, and a LLMPROBE_DIR but for a neighbour."""
     wanted = request.config.stash[_WANTED]
     found = Servers(tiny_model, calibrated, wanted, lambda: tmp_path_factory.mktemp("server"))
     yield found
@@ -80,18 +80,18 @@ def slow_server(servers: Servers) -> VllmServer:
 
 
 @pytest.fixture(scope="session")
+def neighbour(servers: Servers) -> VllmServer:
+    """Shares the directory and the agent of ``slow_server``; has two API servers and hardly any KV cache."""
+    return servers.ready("neighbour")
+
+
+@pytest.fixture(scope="session")
 def broken_server(servers: Servers) -> VllmServer:
-    """One of llmprobe's hooks fails at each of its steps."""
+    """The same as ``slow_server``, when its neighbour is gone; for `servers.break_hook`."""
     return servers.ready("broken_server")
 
 
 @pytest.fixture(scope="session")
 def mortal(servers: Servers) -> VllmServer:
-    """For tests that switch it off, kill its agent and, as the last one, its worker."""
+    """The same as ``server``, for tests that switch it off, kill its agent and, as the last, its worker."""
     return servers.ready("mortal")
-
-
-@pytest.fixture(scope="session")
-def neighbour(servers: Servers) -> VllmServer:
-    """Shares the directory and the agent of ``mortal``; has two API servers and hardly any KV cache."""
-    return servers.ready("neighbour")

@@ -25,13 +25,18 @@ _SPARE_BYTES = 6 << 30  # with less memory than that no server is started before
 
 _BREAKS_A_HOOK = textwrap.dedent(
     """
-    # Found first on PYTHONPATH: makes one of llmprobe's hooks fail at every step, in every process.
+    # Found first on PYTHONPATH: one of llmprobe's hooks fails at every step once there is a file "broken".
+    from pathlib import Path
+
     import llmprobe.hooks.vllm.steps as steps
 
-    def broken(scheduled):
-        raise RuntimeError("broken on purpose")
+    def note(*arguments):
+        if BROKEN.exists():
+            raise RuntimeError("broken on purpose")
+        return original(*arguments)
 
-    steps.note = broken
+    BROKEN = Path(__file__).with_name("broken")
+    original, steps.note = steps.note, note
     """
 )
 
@@ -40,18 +45,23 @@ def _nothing(folder: Path) -> dict[str, str]:
     return {}
 
 
-def _broken_hook(folder: Path) -> dict[str, str]:
+def _injections(folder: Path) -> dict[str, str]:
     (folder / "sitecustomize.py").write_text(_BREAKS_A_HOOK)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+    paths = (str(folder), str(_BENCHMARKS), os.environ.get("PYTHONPATH"))
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        _slow_host().VARIABLE: str(folder / "seconds"),
+    }
 
 
-def _told_delay(folder: Path) -> dict[str, str]:
-    return {"PYTHONPATH": str(_BENCHMARKS), _slow_host().VARIABLE: str(folder / "seconds")}
+def tell_delay(injected: VllmServer, seconds: float) -> None:
+    """From the next step on, the server sleeps that long before each."""
+    _slow_host().tell(injected.log.with_name("seconds"), seconds)
 
 
-def tell_delay(slow_server: VllmServer, seconds: float) -> None:
-    """From the next step on, ``slow_server`` sleeps that long before each."""
-    _slow_host().tell(slow_server.log.with_name("seconds"), seconds)
+def break_hook(injected: VllmServer) -> None:
+    """From the next step on, one of llmprobe's hooks fails at each."""
+    injected.log.with_name("broken").touch()
 
 
 def _slow_host() -> ModuleType:
@@ -77,31 +87,37 @@ class Recipe:
     beside: str | None = None
 
 
-#: By the name of the fixture, in the order in which their tests run.
 RECIPES = {
-    "server": Recipe(("--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--enable-prefix-caching")),
-    "slow_server": Recipe(
+    "plain": Recipe(("--max-num-batched-tokens", "256", "--max-num-seqs", "16", "--enable-prefix-caching")),
+    "injected": Recipe(
         (
             *("--no-async-scheduling", "--no-enable-prefix-caching"),
             *("--scheduler-cls", "support.slow_scheduler.SlowScheduler"),
         ),
-        _told_delay,
+        _injections,
     ),
-    "broken_server": Recipe(environment=_broken_hook),
     "neighbour": Recipe(
         (
             *("--num-gpu-blocks-override", "14", "--api-server-count", "2", "--max-model-len", "384"),
             *("--block-size", "32", "--no-enable-prefix-caching"),
         ),
-        beside="mortal",
+        beside="injected",
     ),
-    "mortal": Recipe(),
+}
+
+#: Fixture → server, in the order in which tests run: what they do to a server only later ones may see.
+FIXTURES = {
+    "server": "plain",
+    "slow_server": "injected",
+    "neighbour": "neighbour",
+    "broken_server": "injected",
+    "mortal": "plain",
 }
 
 
 def turn(names: Iterable[str]) -> int:
-    """When a test with these fixtures runs: -1 before all servers, else with the first one of `RECIPES`."""
-    return min((at for at, name in enumerate(RECIPES) if name in names), default=-1)
+    """When a test with these fixtures runs: -1 before all servers, else with the first one of `FIXTURES`."""
+    return min((at for at, name in enumerate(FIXTURES) if name in names), default=-1)
 
 
 class Servers:
@@ -110,22 +126,27 @@ class Servers:
     Args:
         model: the directory of the model, served as ``tiny``.
         cache: their XDG_CACHE_HOME.
-        wanted: the servers that this run of the tests needs.
+        fixtures: those of `FIXTURES` that this run of the tests needs.
         new_folder: makes a folder for one server.
     """
 
     def __init__(
-        self, model: Path, cache: Path, wanted: Iterable[str], new_folder: Callable[[], Path]
+        self, model: Path, cache: Path, fixtures: Iterable[str], new_folder: Callable[[], Path]
     ) -> None:
         self._model = model
         self._cache = cache
-        self._wanted = set(wanted)
+        #: Server → when the last test that needs it runs, in the order of their first ones.
+        self._last_turn: dict[str, int] = {}
+        for at, (fixture, name) in enumerate(FIXTURES.items()):
+            if fixture in fixtures:
+                self._last_turn[name] = at
         self._new_folder = new_folder
         self._started: dict[str, VllmServer] = {}
         self._ending: dict[str, threading.Thread] = {}
 
-    def ready(self, name: str) -> VllmServer:
+    def ready(self, fixture: str) -> VllmServer:
         """The server, once it and its agent answer. Raises `ServerFailed`."""
+        name = FIXTURES[fixture]
         server = self._start(name)
         server.wait_ready()
         if RECIPES[name].beside is None:
@@ -139,14 +160,14 @@ class Servers:
             fixtures: of the test that comes next.
         """
         now = turn(fixtures)
-        for at, name in enumerate(RECIPES):
-            if at < now and name in self._started and name not in self._ending:
+        for name, last in self._last_turn.items():
+            if last < now and name in self._started and name not in self._ending:
                 self._ending[name] = threading.Thread(target=self._started[name].stop)
                 self._ending[name].start()
         if any(self._starting(server) for server in self._started.values()):
             return
-        for at, name in enumerate(RECIPES):
-            if at >= now and name in self._wanted and name not in self._started:
+        for name, last in self._last_turn.items():
+            if last >= now and name not in self._started:
                 if psutil.virtual_memory().available > _SPARE_BYTES:
                     self._start(name)
                 return

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from engine import complete, get_json, until
+from servers import break_hook
 
 from llmprobe.demo.server import VllmServer
 from llmprobe.record import layout
@@ -111,6 +112,7 @@ def test_a_hook_that_fails_at_every_step_goes_inert_and_the_server_serves(
     broken_server: VllmServer,
 ) -> None:
     server = broken_server
+    break_hook(server)
     for number in range(3):
         answer = complete(server, [20 + number] * 10, 20)
         assert answer["usage"]["completion_tokens"] == 20

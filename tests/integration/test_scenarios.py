@@ -37,13 +37,15 @@ def seconds_per_token(slow_server: VllmServer) -> Iterator[list[float]]:
     yield taken
     ended.set()
     thread.join()
+    tell_delay(slow_server, 0)
 
 
 def test_a_host_that_sleeps_between_steps_is_what_the_verdict_names(
     slow_server: VllmServer, seconds_per_token: list[float]
 ) -> None:
     def host_bound() -> Any:
-        (entry,) = get_json(f"{slow_server.agent_url}/api/status")["servers"]
+        servers = get_json(f"{slow_server.agent_url}/api/status")["servers"]
+        (entry,) = (one for one in servers if one["server"] == f"vllm-{slow_server.port}")
         decode = entry["verdicts"].get("decode", {})
         named = decode.get("bottleneck") == "sync_bound" and decode["cause"] == "host_between_steps"
         # A figure of a window that the load fills.

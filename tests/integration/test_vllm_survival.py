@@ -52,7 +52,7 @@ def cli(server: VllmServer, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def test_two_servers_on_a_node_show_side_by_side_with_a_tiny_cache_preempting(
-    mortal: VllmServer, neighbour: VllmServer
+    slow_server: VllmServer, neighbour: VllmServer
 ) -> None:
     name = f"vllm-{neighbour.port}"
     threads = [threading.Thread(target=complete, args=(neighbour, tokens(n, 60), 120)) for n in range(4)]
@@ -62,16 +62,16 @@ def test_two_servers_on_a_node_show_side_by_side_with_a_tiny_cache_preempting(
         thread.join()
 
     def both() -> bool:
-        shown = {s["server"]: s for s in get_json(f"{mortal.agent_url}/api/status")["servers"]}
-        return {name, f"vllm-{mortal.port}"} <= set(shown) and shown[name]["engines"][0]["requests"] == 4
+        shown = {s["server"]: s for s in get_json(f"{slow_server.agent_url}/api/status")["servers"]}
+        return {name, f"vllm-{slow_server.port}"} <= set(shown) and shown[name]["engines"][0]["requests"] == 4
 
     until(both, "both servers in the status")
-    samples = metrics(f"{mortal.agent_url}/metrics")
+    samples = metrics(f"{slow_server.agent_url}/metrics")
     assert value(samples, "llmprobe_preemptions_total", server=name) > 0
     assert value(samples, "llmprobe_tokens_total", server=name, kind="generated") == 4 * 120
     assert value(samples, "llmprobe_tokens_total", server=name, kind="prompt") == 4 * 60
     worker = next(
-        reader for reader in readers(mortal.directory, "worker") if reader.facts()["server"] == name
+        reader for reader in readers(slow_server.directory, "worker") if reader.facts()["server"] == name
     )
     steps = worker.read().steps
     # Preempted requests compute their prompt, and what they had generated, again: prefill, not decode.
@@ -81,14 +81,14 @@ def test_two_servers_on_a_node_show_side_by_side_with_a_tiny_cache_preempting(
     for _ in range(4):
         until(lambda: f'server="{name}"' in get(f"{neighbour.url}/metrics"), "our families")
     # vLLM's own page shows only its own server.
-    assert f'server="vllm-{mortal.port}"' not in get(f"{neighbour.url}/metrics")
+    assert f'server="vllm-{slow_server.port}"' not in get(f"{neighbour.url}/metrics")
     neighbour.stop_server_only()
 
     def gone() -> bool:
-        return name not in {s["server"] for s in get_json(f"{mortal.agent_url}/api/status")["servers"]}
+        return name not in {s["server"] for s in get_json(f"{slow_server.agent_url}/api/status")["servers"]}
 
     until(gone, "the stopped server's leaving")
-    assert name not in get(f"{mortal.agent_url}/metrics")
+    assert name not in get(f"{slow_server.agent_url}/metrics")
 
 
 def test_an_agent_killed_under_load_is_replaced_and_counters_go_on(mortal: VllmServer) -> None:

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 import llmprobe
-from llmprobe.cli.app import VERBS
+from llmprobe.cli.app import VERBS, app
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,8 +40,8 @@ def test_help_imports_neither_an_engine_nor_the_agent():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_of_its_own(verb):
-    done = run(verb, "--help")
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [verb, "--help"], prog_name="llmprobe")
+    assert done.exit_code == 0, done.output
     assert f"llmprobe {verb}" in done.stdout
 
 
