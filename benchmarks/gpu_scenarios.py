@@ -22,28 +22,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from support import gpm, gpu_labels
 from support.gpu_labels import Facts
 from support.gpu_scenario_servers import KINDS, Workshop
 from support.journals import live_journals
-from support.labels import Client, Label
+from support.labels import Client
 from support.load import Load, LoadFailed
 from support.machine import machine_line
+from support.outcomes import HEADER, Outcome, bars, json_of, status, table_rows
 from support.serving import NAME
 from support.switch import NotSwitched, wait_known
 from support.table import Results, command
-from support.watching import RIGHT_SECONDS, SURE, Score, Trace, Watching, as_json, classes, score
+from support.watching import Watching, classes, score
 
 from llmprobe.compute.hardware import lookup
 from llmprobe.demo.server import ServerFailed, VllmServer
 
 _BETWEEN_SECONDS = 1.0
 _STEADY_AFTER_SECONDS = 5.0
-_HEADER = ("scenario", "label", "its rule", "verdict", "confidence", "headline", "right after", "flips", "")
 _BURN = "while True: pass"
 
 
@@ -166,17 +165,6 @@ SCENARIOS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One scenario that ran."""
-
-    name: str
-    facts: Facts
-    label: Label
-    score: Score
-    trace: Trace
-
-
 def main() -> int:
     """Run the scenarios; returns the exit status."""
     options = _options()
@@ -202,9 +190,7 @@ def main() -> int:
             except (ServerFailed, LoadFailed, NotSwitched, OSError, ValueError) as error:
                 print(f"{kind}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     _table(outcomes, machine, options.seconds, time.monotonic() - begin).show(options.markdown)
-    if len(outcomes) < len(chosen) or any(o.label.holds and o.score.faults for o in outcomes):
-        return 1
-    return 0 if all(outcome.label.holds for outcome in outcomes) else 2
+    return 1 if len(outcomes) < len(chosen) else status(outcomes)
 
 
 def _run(
@@ -267,54 +253,22 @@ def _published_flops(dtype: str) -> float:
 
 def _save(outcomes: list[Outcome], machine: str, path: Path | None) -> None:
     if path is not None:
-        path.write_text(json.dumps({"machine": machine, "runs": [_json(o) for o in outcomes]}, indent=1))
+        path.write_text(json.dumps(json_of(outcomes, machine), indent=1))
 
 
 def _table(outcomes: list[Outcome], machine: str, seconds: float, took: float) -> Results:
     notes = [
-        f"Bars: right within {RIGHT_SECONDS:.0f} s of the first request, no flip until the end of the "
-        f"{seconds:.0f} s that each ran, no third class, and after {RIGHT_SECONDS:.0f} s none that is wrong "
-        f"above confidence {SURE:g}.",
+        bars(seconds),
         f"Took {took / 60:.0f} min.",
     ]
     return Results(
         "Verdicts on GPU runs whose truth is known",
         command("gpu_scenarios.py"),
         machine,
-        _HEADER,
-        [_row(outcome) for outcome in outcomes],
+        HEADER,
+        table_rows(outcomes),
         notes,
     )
-
-
-def _row(outcome: Outcome) -> list[str]:
-    label, found = outcome.label, outcome.score
-    truth = " or ".join(label.classes) + (f": {label.cause}" if label.cause else "")
-    truth = truth or f"“{label.headline} …”"
-    said, cause = str(found.last.get("bottleneck", "none")), found.last.get("cause")
-    result = "; ".join(found.faults) if found.faults else "right"
-    after = "never" if found.right_after is None else f"{found.right_after:.0f} s"
-    return [
-        outcome.name,
-        truth,
-        label.rule,
-        f"{said}: {cause}" if cause else said,
-        f"{found.last.get('confidence') or 0:.2f}",
-        found.headline,
-        after,
-        str(found.flips),
-        result if label.holds else "label does not hold",
-    ]
-
-
-def _json(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "name": outcome.name,
-        "facts": asdict(outcome.facts),
-        "label": asdict(outcome.label),
-        "score": asdict(outcome.score),
-        "trace": as_json(outcome.trace),
-    }
 
 
 def _options() -> argparse.Namespace:

@@ -16,25 +16,24 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from support import labels
-from support.labels import Client, Facts, Label, Machine
+from support.labels import Client, Facts, Machine
 from support.load import Load
 from support.machine import machine_line
+from support.outcomes import HEADER, Outcome, bars, json_of, status, table_rows
 from support.scenario_servers import CHUNK_TOKENS, KINDS, Workshop
 from support.serving import NAME
 from support.switch import wait_known
 from support.table import Results, command
-from support.watching import RIGHT_SECONDS, SURE, Score, Trace, Watching, as_json, classes, score
+from support.watching import Watching, classes, score
 
 from llmprobe.demo.server import VllmServer
 
 _ALONE_SECONDS = 12.0
 _BETWEEN_SECONDS = 1.0
-_HEADER = ("scenario", "label", "its rule", "verdict", "confidence", "headline", "right after", "flips", "")
 
 
 @dataclass(frozen=True)
@@ -98,17 +97,6 @@ SCENARIOS = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One scenario that ran."""
-
-    name: str
-    facts: Facts
-    label: Label
-    score: Score
-    trace: Trace
-
-
 def main() -> int:
     """Run the scenarios; returns the exit status."""
     options = _options()
@@ -133,12 +121,8 @@ def main() -> int:
                     before = classes(outcome.trace)
     _table(outcomes, machine, peaks, options.seconds, time.monotonic() - begin).show(options.markdown)
     if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine, "runs": [_json(o) for o in outcomes]}, indent=1)
-        )
-    if any(outcome.label.holds and outcome.score.faults for outcome in outcomes):
-        return 1
-    return 0 if all(outcome.label.holds for outcome in outcomes) else 2
+        options.json.write_text(json.dumps(json_of(outcomes, machine), indent=1))
+    return status(outcomes)
 
 
 def _run(
@@ -192,49 +176,20 @@ def _run(
 
 
 def _table(outcomes: list[Outcome], machine: str, peaks: Machine, seconds: float, took: float) -> Results:
-    rows = [_row(outcome) for outcome in outcomes]
     notes = [
         f"Peaks: {peaks.bandwidth_bytes_per_second / 1e9:.1f} GB/s, "
         f"{peaks.flops_per_second / 1e9:.0f} GFLOP/s in float32, threads: {peaks.threads}.",
-        f"Bars: right within {RIGHT_SECONDS:.0f} s of the first request, no flip until the end of the "
-        f"{seconds:.0f} s that each ran, no third class, and after {RIGHT_SECONDS:.0f} s none that is wrong "
-        f"above confidence {SURE:g}.",
+        bars(seconds),
         f"Took {took / 60:.0f} min.",
     ]
     return Results(
-        "Verdicts on runs whose truth is known", command("scenarios.py"), machine, _HEADER, rows, notes
+        "Verdicts on runs whose truth is known",
+        command("scenarios.py"),
+        machine,
+        HEADER,
+        table_rows(outcomes),
+        notes,
     )
-
-
-def _row(outcome: Outcome) -> list[str]:
-    label, found = outcome.label, outcome.score
-    truth = " or ".join(label.classes) + (f": {label.cause}" if label.cause else "")
-    truth = truth or f"“{label.headline} …”"
-    said = str(found.last.get("bottleneck", "none"))
-    cause = found.last.get("cause")
-    result = "; ".join(found.faults) if found.faults else "right"
-    after = "never" if found.right_after is None else f"{found.right_after:.0f} s"
-    return [
-        outcome.name,
-        truth,
-        label.rule,
-        f"{said}: {cause}" if cause else said,
-        f"{found.last.get('confidence') or 0:.2f}",
-        found.headline,
-        after,
-        str(found.flips),
-        result if label.holds else "label does not hold",
-    ]
-
-
-def _json(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "name": outcome.name,
-        "facts": asdict(outcome.facts),
-        "label": asdict(outcome.label),
-        "score": asdict(outcome.score),
-        "trace": as_json(outcome.trace),
-    }
 
 
 def _options() -> argparse.Namespace:
