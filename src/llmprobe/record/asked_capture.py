@@ -69,7 +69,9 @@ def available(recorder: Recorder) -> dict[str, str | None]:
 
 def unsafe(recorder: Recorder) -> dict[str, str]:
     """What could capture this process, but should not unless it is asked for by name: tool → why."""
-    reason = torch_trace.stops_the_engine() if available(recorder)["torch"] is None else None
+    if available(recorder)["torch"] is not None:
+        return {}
+    reason = torch_trace.stops_the_engine(recorder.facts.get("clock") == "cuda")
     return {} if reason is None else {"torch": reason}
 
 

@@ -70,9 +70,13 @@ def unavailable(cuda: bool) -> str | None:
     return None
 
 
-def stops_the_engine() -> str | None:
-    """Why a recording would stop the engine for a while at its end; None if it would not."""
-    if _Unlocked.find() is None:
+def stops_the_engine(cuda: bool) -> str | None:
+    """Why a recording would stop the engine for a while at its end; None if it would not.
+
+    Args:
+        cuda: whether the process drives a CUDA device.
+    """
+    if cuda or _Unlocked.find() is None:
         return "its end would hold the interpreter lock for several microseconds an event"
     return None
 
@@ -118,8 +122,9 @@ class TorchTrace:
             with_stack=self._stacks,
             experimental_config=_all_threads(self._cpu),
         )
-        # Python frames are put in order by Python code, which wants the lock.
-        self._unlocked = None if self._stacks else _Unlocked.find()
+        # Python frames are put in order by Python code, which wants the lock. On CUDA devices nobody has seen
+        # it end without: what throws there ends the process, so the lock is held.
+        self._unlocked = None if self._stacks or self._cuda else _Unlocked.find()
         if self._unlocked is None:
             self.notes.append("the interpreter lock was held while the trace was put together")
         self._resident = resident_bytes()
