@@ -66,8 +66,35 @@ def capture(
 ) -> None:
     """Capture what a running server does, wait for the result, and fetch it.
 
-    With nsys if the server was started with `llmprobe run --nsys`; else with torch's own profiler or, where its
-    end would stop the engine (as on CUDA devices), by recording the kernels alone.
+    With nsys if the server was started with `llmprobe run --nsys`; else with torch's own profiler, or by
+    recording the kernels alone where torch's end would stop the engine (as on CUDA devices).
+    """
+    agents = _agents(target or [], token_file)
+    wanted = {
+        "tool": tool,
+        "server": server,
+        "when": when,
+        "wait_seconds": wait_seconds,
+        "label": label,
+        "queue": queue,
+        **({} if seconds is None else {"seconds": seconds}),
+        **({} if steps is None else {"steps": steps}),
+        **({"ranks": rank} if rank else {}),
+        **({"torch_cpu": True} if torch_cpu else {}),
+        **({"torch_stacks": True} if torch_stacks else {}),
+    }
+    followed = _begin(agents, wanted)
+    try:
+        follow(followed)
+    except KeyboardInterrupt:
+        _cancel(followed)
+        fail("cancelled", code=130)
+    for one in followed:
+        if one.capture.get("state") == "done":
+            _fetch(one, output, raw)
+    _show(followed, as_json)
+    if any(one.error for one in followed):
+        raise typer.Exit(1)
 
 
 def _agents(targets: Sequence[str], token_file: Path | None) -> list[Agent]:
