@@ -3,23 +3,28 @@
     python benchmarks/overhead.py                       both, one after the other
     python benchmarks/overhead.py vllm --blocks 10 --concurrency 1
     python benchmarks/overhead.py vllm --model PATH --concurrency 1 16 128 \\
-        --env LLMPROBE_KERNEL_WINDOWS=0.1/5 -- --load-format dummy
+        --env LLMPROBE_KERNEL_WINDOWS=0.1/5 -- --max-model-len 4096
+    python benchmarks/overhead.py vllm --model dense --concurrency 1 16 128 --json cost.json
     python benchmarks/overhead.py transformers
 
-One process lives through the whole measurement; ``llmprobe off`` and ``on`` take turns in it. Exit status 1
-if a bar is missed. See README.md beside this file.
+One process lives through the whole measurement; ``llmprobe off`` and ``on`` take turns in it. Figures are
+saved after every pair of blocks, and a run that is ended early shows what it has. Exit status 1 if a bar is
+missed. See README.md beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from support import transformers_cost, vllm_cost
+from support.gpu_models import CONFIGURATIONS, served
 from support.machine import has_gpu, machine_line
 from support.own_time import OwnTime
 from support.paired import Difference
@@ -30,43 +35,63 @@ _OWN_US_TRANSFORMERS = 15.0
 _OWN_US_CPU = 30.0
 _OWN_US_GPU, _OWN_US_GPU_LARGE, _LARGE = 25.0, 40.0, 64
 _AGENT_BYTES = 150 << 20
+_ENDED = 143  # as a shell says of a process that SIGTERM ended
 
 
 def main() -> int:
     """Measure what the command line asks for; returns the exit status."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_ENDED))  # servers are stopped, tables shown
     machine = machine_line()
     saved: dict[str, Any] = {"machine": machine, "command": command("overhead.py")}
-    tables = []
-    if options.what in ("vllm", "all"):
-        plan = vllm_cost.Plan(
-            options.blocks,
-            options.block_seconds,
-            options.warm_up_seconds,
-            options.concurrency,
-            options.prompt_tokens,
-            options.output_tokens,
-            options.model,
-            options.flags,
-            dict(options.env),
-        )
-        saved["vllm"] = []
-        for cost in vllm_cost.measure(plan):
-            saved["vllm"].append(asdict(cost))
-            tables.append(_vllm_table(cost, options, machine))
-            if options.json:  # also if a later concurrency fails
-                options.json.write_text(json.dumps(saved, indent=1) + "\n")
-    if options.what in ("transformers", "all"):
-        program = transformers_cost.measure(
-            transformers_cost.Plan(options.blocks, options.block_seconds, options.warm_up_seconds)
-        )
-        saved["transformers"] = asdict(program)
-        tables.append(_transformers_table(program, options, machine))
-    for table in tables:
-        table.show(options.markdown)
+    tables: dict[str, Results] = {}
+    try:
+        if options.what in ("vllm", "all"):
+            with tempfile.TemporaryDirectory(prefix="llmprobe-overhead-") as folder:
+                _measure_vllm(options, Path(folder), saved, tables)
+        if options.what in ("transformers", "all"):
+            program = transformers_cost.measure(
+                transformers_cost.Plan(options.blocks, options.block_seconds, options.warm_up_seconds)
+            )
+            saved["transformers"] = asdict(program)
+            tables["transformers"] = _transformers_table(program, options, machine)
+            _save(saved, options)
+    finally:
+        for table in tables.values():
+            table.show(options.markdown)
+    return int(any("MISSED" in cell for table in tables.values() for row in table.rows for cell in row))
+
+
+def _measure_vllm(
+    options: argparse.Namespace, folder: Path, saved: dict[str, Any], tables: dict[str, Results]
+) -> None:
+    """Fill ``saved`` and ``tables``, pair by pair."""
+    model, flags = served(options.model, folder) if options.model else (None, [])
+    plan = vllm_cost.Plan(
+        options.blocks,
+        options.block_seconds,
+        options.warm_up_seconds,
+        options.concurrency,
+        options.prompt_tokens,
+        options.output_tokens,
+        model,
+        [*flags, *options.flags],
+        dict(options.env),
+    )
+    print(f"takes {plan.seconds:.0f} s once the server is up", file=sys.stderr, flush=True)
+    costs: dict[int, vllm_cost.VllmCost] = {}
+    for cost in vllm_cost.measure(plan):
+        costs[cost.concurrency] = cost
+        saved["vllm"] = [asdict(found) for found in costs.values()]
+        tables[f"vllm, {cost.concurrency}"] = _vllm_table(cost, options, saved["machine"])
+        _save(saved, options)
+
+
+def _save(saved: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
-        options.json.write_text(json.dumps(saved, indent=1) + "\n")
-    return int(any("MISSED" in cell for table in tables for row in table.rows for cell in row))
+        written = options.json.with_name(f".{options.json.name}")
+        written.write_text(json.dumps(saved, indent=1) + "\n")
+        written.replace(options.json)  # never half a file, whenever this is ended
 
 
 def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: str) -> Results:
@@ -104,7 +129,7 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
         _HEADER,
         rows,
         [
-            f"{options.blocks} pairs of blocks of {options.block_seconds:g} s; {cost.requests} requests of "
+            f"{cost.pairs} pairs of blocks of {options.block_seconds:g} s; {cost.requests} requests of "
             f"{options.prompt_tokens} + {options.output_tokens} tokens; {cost.own.steps} steps with the "
             f"probe on, {cost.steps_per_second:.0f} a second; {cost.windows} kernel windows in them"
         ],
@@ -160,7 +185,10 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="What follows -- goes to vllm serve: overhead.py vllm --model dense -- --max-model-len 4096",
+    )
     parser.add_argument("what", nargs="?", choices=("vllm", "transformers", "all"), default="all")
     parser.add_argument("--blocks", type=int, default=10, help="pairs of blocks, off and on [10]")
     parser.add_argument("--block-seconds", type=float, default=10.0, help="length of a block [10]")
@@ -169,16 +197,24 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
     group = parser.add_argument_group("vllm")
     group.add_argument(
-        "--concurrency", type=int, nargs="+", default=[1], help="requests at a time; several take turns [1]"
+        "--concurrency", type=int, nargs="+", default=[1], help="requests at a time; several in turn [1]"
     )
     group.add_argument("--prompt-tokens", type=int, default=32, help="of each request [32]")
     group.add_argument("--output-tokens", type=int, default=64, help="of each request [64]")
-    group.add_argument("--model", type=Path, help="a model directory [the demo's tiny Llama]")
+    group.add_argument(
+        "--model",
+        metavar="PATH",
+        help=f"a model directory, or a configuration without weights: {', '.join(CONFIGURATIONS)} "
+        "[the demo's tiny Llama]",
+    )
     group.add_argument(
         "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="of the server"
     )
-    group.add_argument("flags", nargs="*", metavar="-- FLAGS", help="further flags of vllm serve")
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    # By hand: where `what` is given, argparse has given "no flags" away before it comes to them.
+    cut = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:cut])
+    options.flags = words[cut + 1 :]
     if (
         options.blocks < 1
         or options.block_seconds <= 0

@@ -100,3 +100,14 @@ def make_configuration(name: str, path: Path) -> Path:
             shutil.copy(file, path)
     (path / "config.json").write_text(json.dumps({**CONFIGURATIONS[name], **_COMMON}, indent=1))
     return path
+
+
+def served(model: str, folder: Path) -> tuple[Path, list[str]]:
+    """A model's directory and the flags of ``vllm serve`` that go with it.
+
+    Args:
+        model: a name of `CONFIGURATIONS`, made in ``folder``; or a directory.
+    """
+    if model in CONFIGURATIONS:
+        return make_configuration(model, folder / model), ["--load-format", "dummy"]
+    return Path(model), []

@@ -14,7 +14,8 @@ import numpy as np
 
 from support import streaming_client
 
-_FIELDS = np.dtype([("sent", "i8"), ("first", "i8"), ("last", "i8")])
+_NAMES = ("sent", "first", "last", "longest", "longest_until")
+_FIELDS = np.dtype([(name, "i8") for name in _NAMES])
 
 
 class LoadFailed(Exception):
@@ -53,8 +54,9 @@ class Load:
         }
         self._command = [sys.executable, str(Path(streaming_client.__file__))]
         self._command += [str(part) for option in options.items() for part in option]
+        self.concurrency = concurrency
         self._output_tokens = output_tokens
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[int, ...]] = []
         self._short = 0
 
     def __enter__(self) -> Load:
@@ -72,7 +74,7 @@ class Load:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             row = json.loads(line)
-            self._rows.append((row["sent"], row["first"], row["last"]))
+            self._rows.append(tuple(row[name] for name in _NAMES))
             self._short += not row["full"]
 
     def wait(self, seconds: float) -> None:
@@ -84,8 +86,14 @@ class Load:
             raise LoadFailed(f"{self._short} requests did not get all their tokens")
 
     def requests(self) -> np.ndarray:
-        """Those that are over: when each was ``sent``, and its ``first`` and ``last`` token came (ns)."""
+        """Those that are over: when each was ``sent``, its ``first`` and ``last`` token came, how long the
+        ``longest`` wait between two of its tokens was, and until when (ns)."""
         return np.array(list(self._rows), dtype=_FIELDS)
+
+    def longest_seconds(self) -> float:
+        """Of the last requests: one that runs now should be over after that long."""
+        rows = self.requests()[-2 * self.concurrency :]
+        return float((rows["last"] - rows["sent"]).max()) / 1e9 if len(rows) else 0.0
 
     def seen(self, begin_ns: int, end_ns: int) -> Seen:
         """Requests wholly between two times; of the others, their tokens count. Raises LoadFailed."""

@@ -19,6 +19,8 @@ from support.serving import NAME, running_server
 from support.switch import switch, wait_known
 
 _SETTLE_SECONDS = 1.0
+_SWITCH_SECONDS = 0.5  # about
+_POLLED_SECONDS = 1.0  # until a step is in the journal and read from it
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ class Plan:
     model: Path | None
     flags: Sequence[str]
     env: Mapping[str, str]
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes once the server is up, with requests of a second."""
+        block = _SWITCH_SECONDS + _SETTLE_SECONDS + self.block_seconds
+        pair = 2 * block + _POLLED_SECONDS + 1.0
+        return len(self.concurrencies) * (self.warm_up_seconds + self.pairs * pair)
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,10 @@ class Block:
 
 @dataclass(frozen=True)
 class VllmCost:
-    """At one concurrency. Differences in seconds and tokens/s, own time in microseconds."""
+    """One concurrency, pairs so far. Differences in seconds and tokens/s, own time in microseconds."""
 
     concurrency: int
+    pairs: int
     requests: int
     steps_per_second: float
     tpot: Difference
@@ -72,6 +82,8 @@ class VllmCost:
 def measure(plan: Plan) -> Iterator[VllmCost]:
     """Start a server, load it as the plan says, one concurrency after the other; switch, and compare.
 
+    Yields after every pair of blocks what the pairs so far say of this concurrency.
+
     Raises:
         RuntimeError: the engine recorded steps while it was off: its methods were not restored.
     """
@@ -83,9 +95,9 @@ def measure(plan: Plan) -> Iterator[VllmCost]:
             agent = AgentCost(server.directory)
             with load, Polling(steps):
                 load.wait(plan.warm_up_seconds)
-                taken = _blocks(plan, server, load, agent)
-                load.wait(1.0)  # the last requests of the last block
-            yield _result(concurrency, taken, load, steps, agent.resident_bytes)
+                for taken in _blocks(plan, server, load, agent):
+                    load.wait(_POLLED_SECONDS + load.longest_seconds())  # the last requests of the last block
+                    yield _result(concurrency, taken, load, steps, agent.resident_bytes)
 
 
 @dataclass
@@ -97,8 +109,8 @@ class _Taken:
     windows: int = 0
 
 
-def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> _Taken:
-    """Pairs of blocks, off-on and on-off in turns, so that a steady drift cancels too."""
+def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> Iterator[_Taken]:
+    """Pairs of blocks, off-on and on-off in turns, so that drift cancels too; after each, all so far."""
     front_ends = live_journals(server.directory, "frontend")
     worker = live_journals(server.directory, "worker")[0].path
     taken = _Taken([])
@@ -114,8 +126,8 @@ def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> _Ta
             if on:
                 taken.front_end_ns += sum(reader.counters()["own_ns_request"] for reader in front_ends) - own
                 taken.windows += _windows(worker) - windows
-        print(f"pair {pair + 1} of {plan.pairs}", file=sys.stderr, flush=True)
-    return taken
+        print(f"{load.concurrency} at a time: pair {pair + 1} of {plan.pairs}", file=sys.stderr, flush=True)
+        yield taken
 
 
 def _windows(journal: Path) -> int:
@@ -135,6 +147,7 @@ def _result(concurrency: int, taken: _Taken, load: Load, steps: StepLog, agent_r
     seen_off, seen_on = _seen(load, off), _seen(load, on)
     return VllmCost(
         concurrency=concurrency,
+        pairs=len(on),
         windows=taken.windows,
         requests=sum(seen.requests for seen in seen_off + seen_on),
         steps_per_second=len(own) / sum(block.seconds for block in on),
