@@ -39,10 +39,14 @@ DEFAULT_LISTEN = ("127.0.0.1", 9480)
 
 @dataclass(frozen=True)
 class KernelWindows:
-    """How long a kernel window lasts and how often one is opened, in seconds."""
+    """How long a kernel window lasts and how often one is opened, in seconds.
+
+    ``spare_graphs``: open none where CUDA graphs are launched, because CUPTI makes that dearer for good.
+    """
 
     seconds: float
     period: float
+    spare_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,9 @@ class Settings:
             kernel_windows=_read(
                 env,
                 "LLMPROBE_KERNEL_WINDOWS",
-                "off",
+                "auto",
                 _windows,
-                "off, or SECONDS/PERIOD with 0 < SECONDS <= PERIOD, such as 0.1/10",
+                "auto, off, or SECONDS/PERIOD with 0 < SECONDS <= PERIOD, such as 0.1/10",
             ),
             capture_dir=_read(env, "LLMPROBE_CAPTURE_DIR", "", _optional_path, "an absolute path"),
             capture_max_seconds=_read(
@@ -230,6 +234,8 @@ def _positive(value: str) -> float:
 def _windows(value: str) -> KernelWindows | None:
     if value == "off":
         return None
+    if value == "auto":
+        return KernelWindows(0.1, 10.0, spare_graphs=True)
     seconds, _, period = value.partition("/")
     windows = KernelWindows(_positive(seconds), _positive(period))
     if windows.seconds > windows.period:

@@ -133,18 +133,7 @@ def _make(settings: Settings) -> Probe:
         os.environ[GROUP_VARIABLE] = secrets.token_hex(6)
     probe = Probe(settings)
     probe.on_armed.append(lambda recorder: _Housekeeping(probe, recorder).start())
-    probe.on_armed.append(lambda recorder: _watch_kernels(probe, recorder))
     return probe
-
-
-def _watch_kernels(probe: Probe, recorder: Recorder) -> None:
-    """Open kernel windows in a process that drives a CUDA device, if the settings ask for them."""
-    plan = probe.settings.kernel_windows
-    if plan is None or recorder.facts.get("clock") != "cuda":
-        return
-    from llmprobe.record.kernels import KernelWindowThread
-
-    KernelWindowThread(recorder, plan, active=lambda: probe.active, failed=probe.guard.failed).start()
 
 
 class _Housekeeping(threading.Thread):
@@ -160,6 +149,7 @@ class _Housekeeping(threading.Thread):
         self._published: Any = None
         self._keepalive_at = 0.0
         self._asked: dict[Recorder, AskedCaptures] = {}
+        self._watched: Recorder | None = None
 
     def run(self) -> None:
         guard = self._probe.guard
@@ -173,6 +163,7 @@ class _Housekeeping(threading.Thread):
             for recorder in self._probe.recorders():
                 guard.call("housekeeping.publish", recorder.publish)
             guard.call("housekeeping.captures", self._look_for_asks)
+            guard.call("housekeeping.kernels", self._watch_kernels)
             time.sleep(_POLL_SECONDS)
         for asked in self._asked.values():
             asked.close()
@@ -215,6 +206,24 @@ class _Housekeeping(threading.Thread):
                     recorder, profiler=probe.running_profiler, failed=probe.guard.failed
                 )
             self._asked[recorder].look()
+
+    def _watch_kernels(self) -> None:
+        """Open kernel windows in a process that drives a CUDA device, if the settings ask for them.
+
+        One thread for the process: the recorder that drives the device may come after the first one, where a
+        front end and its worker share a process.
+        """
+        plan = self._probe.settings.kernel_windows
+        if plan is None or self._watched is not None:
+            return
+        for recorder in self._probe.recorders():
+            if recorder.facts.get("clock") == "cuda":
+                from llmprobe.record.kernels import KernelWindowThread
+
+                self._watched = recorder
+                active, failed = (lambda: self._probe.active), self._probe.guard.failed
+                KernelWindowThread(recorder, plan, active=active, failed=failed).start()
+                return
 
     def _keep_agent(self) -> None:
         now = time.monotonic()

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, injected
@@ -68,13 +68,15 @@ class KernelWindowThread(threading.Thread):
                 self._path.unlink()
 
     def _run(self) -> None:
-        reason = forbidden(self._recorder)
+        reason = forbidden(self._recorder) or self._spared()
         cupti = None
         if reason is None:
             try:
                 cupti = Cupti()
-                # The first one sets CUPTI up, which takes longest: before the engine has work.
-                self._window(cupti, 0.0)
+                if not self._plan.spare_graphs or self._recorder.facts.get("framework") == "vllm":
+                    # The first one sets CUPTI up, which takes longest: before the engine has work. A program
+                    # may still turn out to launch graphs: there the first one comes with the first due.
+                    self._window(cupti, 0.0)
             except (CuptiError, OSError) as error:
                 reason = str(error)
         if cupti is None or reason is not None:
@@ -83,6 +85,9 @@ class KernelWindowThread(threading.Thread):
             return
         self._say(True, "")
         self._watch(cupti)
+
+    def _spared(self) -> str | None:
+        return launches_graphs(self._recorder.facts) if self._plan.spare_graphs else None
 
     def _watch(self, cupti: Cupti) -> None:
         errors = begun = 0
@@ -93,8 +98,8 @@ class KernelWindowThread(threading.Thread):
             idle = self._recorder.begun == before
             if time.monotonic() < next_at or idle or not self._active():
                 continue
-            if profiling():
-                self._say(False, "a torch profiler runs in this process")
+            if reason := self._spared() or ("a torch profiler runs in this process" if profiling() else None):
+                self._say(False, reason)
                 next_at = time.monotonic() + self._plan.period
                 continue
             next_at = time.monotonic() + self._plan.period
@@ -153,6 +158,24 @@ def forbidden(recorder: Recorder) -> str | None:
     if left := died_in_a_window(folder):
         return f"an engine died while a window was open; remove {left} and start it again to try once more"
     return None
+
+
+def launches_graphs(facts: Mapping[str, Any]) -> str | None:
+    """Why kernel windows are left out for the sake of CUDA graphs; None if this process launches none.
+
+    vLLM says so in its configuration. For other programs: whether torch's compiler has loaded what it replays
+    graphs with. Graphs that a program captures by hand are not noticed.
+    """
+    if facts.get("framework") == "vllm":
+        graphs = (facts.get("flags") or {}).get("cudagraph_mode") != "NONE"
+    else:
+        graphs = "torch._inductor.cudagraph_trees" in sys.modules
+    if not graphs:
+        return None
+    return (
+        "this process launches CUDA graphs, and once CUPTI is attached each launch takes the host some 0.1 ms "
+        "longer, for good; LLMPROBE_KERNEL_WINDOWS=0.1/10 opens them all the same"
+    )
 
 
 def profiling() -> bool:

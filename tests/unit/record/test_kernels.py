@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -83,9 +85,9 @@ Start = Callable[..., KernelWindowThread]
 def start(recorder: Recorder) -> Iterator[Start]:
     threads: list[KernelWindowThread] = []
 
-    def make(**more: Any) -> KernelWindowThread:
+    def make(spare_graphs: bool = False, **more: Any) -> KernelWindowThread:
         values: dict[str, Any] = {"active": lambda: True, "failed": lambda where, error: None, **more}
-        threads.append(KernelWindowThread(recorder, KernelWindows(0.002, 0.01), **values))
+        threads.append(KernelWindowThread(recorder, KernelWindows(0.002, 0.01, spare_graphs), **values))
         threads[-1].start()
         return threads[-1]
 
@@ -181,6 +183,36 @@ def test_an_injected_profiler_keeps_windows_off(
     thread.join(5)
     assert scripted.opened == 0
     assert "CUDA_INJECTION64_PATH" in said(recorder)["reason"]
+
+
+@pytest.mark.parametrize(("mode", "on"), [("FULL_AND_PIECEWISE", False), (None, False), ("NONE", True)])
+def test_left_alone_vllm_with_graphs_is_spared(
+    scripted: Scripted, recorder: Recorder, engine: Engine, start: Start, mode: str | None, on: bool
+) -> None:
+    recorder.update_facts(framework="vllm", flags={"cudagraph_mode": mode} if mode else {})
+    thread = start(spare_graphs=True)
+    if on:
+        until(lambda: scripted.opened > 2)
+    else:
+        thread.join(5)
+        assert scripted.opened == 0
+    assert said(recorder)["on"] is on
+    assert on or "LLMPROBE_KERNEL_WINDOWS=" in said(recorder)["reason"]
+
+
+def test_left_alone_a_program_that_begins_to_replay_graphs_is_spared_from_then_on(
+    scripted: Scripted, recorder: Recorder, engine: Engine, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder.update_facts(framework="transformers")
+    monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees", raising=False)
+    start(spare_graphs=True)
+    until(lambda: scripted.opened > 2)
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", ModuleType("cudagraph_trees"))
+    until(lambda: said(recorder)["on"] is False)
+    until(lambda: scripted.opened == scripted.closed)
+    opened = scripted.opened
+    time.sleep(0.1)
+    assert scripted.opened == opened
 
 
 def test_a_profiler_in_another_thread_is_seen() -> None:
