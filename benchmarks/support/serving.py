@@ -19,6 +19,7 @@ from llmprobe.settings import default_directory
 from support.machine import has_gpu
 
 NAME = "tiny"
+_PREFIX_SECONDS = 60.0
 
 
 def tiny_model() -> Path:
@@ -34,7 +35,10 @@ def tiny_model() -> Path:
 
 @contextlib.contextmanager
 def running_server(
-    model: Path | None, flags: Sequence[str], env: Mapping[str, str] | None = None
+    model: Path | None,
+    flags: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[VllmServer]:
     """A ``vllm serve`` with llmprobe that answers, and its agent too; stopped at the end.
 
@@ -42,10 +46,16 @@ def running_server(
         model: None for `tiny_model`.
         flags: go behind the ones that make a quick start on the CPU.
         env: variables of the server and its agent beside those of this process.
+        prefix: a command that runs the server and ends with it; it is given time to clean up.
     """
     folder = Path(tempfile.mkdtemp(prefix="llmprobe-benchmark-"))
     server = VllmServer.start(
-        model or tiny_model(), new_directory(), folder / "vllm.log", [*_flags(model), *flags], env
+        model or tiny_model(),
+        new_directory(),
+        folder / "vllm.log",
+        [*_flags(model), *flags],
+        env,
+        prefix=prefix,
     )
     try:
         print(f"starting vllm serve (log: {server.log})", file=sys.stderr, flush=True)
@@ -53,6 +63,10 @@ def running_server(
         server.wait_agent()
         yield server
     finally:
+        if prefix and server.process.poll() is None:
+            server.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.process.wait(_PREFIX_SECONDS)
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -50,6 +50,7 @@ async def _request(
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     sent = time.monotonic_ns()
+    longest = longest_until = 0
     writer.write(head.encode() + body)
     status = await reader.readline()
     while (await reader.readline()).strip():
@@ -61,11 +62,21 @@ async def _request(
     while size := int(await reader.readline(), 16):
         data = await reader.readexactly(size + 2)
         if b'"choices"' in data:
-            last = time.monotonic_ns()
+            now = time.monotonic_ns()
+            if first and now - last > longest:
+                longest, longest_until = now - last, now
+            last = now
             first = first or last
             full = full or b'"finish_reason":"length"' in data
     await reader.readline()
-    return {"sent": sent, "first": first, "last": last, "full": full}
+    return {
+        "sent": sent,
+        "first": first,
+        "last": last,
+        "longest": longest,  # between two tokens
+        "longest_until": longest_until,
+        "full": full,
+    }
 
 
 def _options() -> argparse.Namespace:

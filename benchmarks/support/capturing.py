@@ -1,0 +1,315 @@
+"""Captures of a live server under load, one after the other, and what the client saw meanwhile."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from llmprobe.agent.client import LocalAgent
+from llmprobe.compute.accounting import account
+from llmprobe.demo.server import VllmServer
+from support.journals import StepLog, live_journals
+from support.load import Load
+from support.machine import has_gpu
+
+#: How much the gap ratio of the report and the live one may differ.
+TOLERANCE = 0.03
+_POLL_SECONDS = 0.2
+_DONE_SECONDS = 150.0
+_TAIL_SECONDS = 1.5  # the requests that run at its end
+_MEBI = 1 << 20
+_FINAL = ("done", "failed", "cancelled")
+
+
+class CaptureFailed(Exception):
+    """A capture was refused, failed, or did not end; the message says why."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Requests that ran, in part at least, in a stretch of time."""
+
+    requests: int
+    tpot_seconds: float | None  # median; None without requests
+    longest_gap_seconds: float  # between two tokens of one request, ending in the stretch; 0 if none did
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of the engine's processes and of all GPUs together."""
+
+    resident_bytes: int
+    gpu_bytes: int | None
+
+
+@dataclass
+class Look:
+    """One deep look into the server: a capture, or vLLM's own profiler."""
+
+    tool: str
+    before: Stretch
+    recording: Stretch  # from the first moment of it until the engine is rid of what it recorded
+    after: Stretch  # from then until the analysis is over
+    seconds_asked: float
+    engine_seconds: float  # until the engine was rid of it
+    done_seconds: float  # until report and files were there
+    file_bytes: int
+    kernels: int | None = None
+    trust: str = ""
+    trust_reasons: list[str] = field(default_factory=list)
+    gap_report: float | None = None  # of the report's phases together
+    idle_report: float | None = None  # of the GPUs' whole time
+    gap_live: float | None = None  # from the journal's steps of the same seconds
+    notes: list[str] = field(default_factory=list)
+    comparison: dict[str, Any] = field(default_factory=dict)  # as in live.json
+
+    @property
+    def apart(self) -> float | None:
+        """Live less captured; None where one of them is not known."""
+        if self.gap_report is None or self.gap_live is None:
+            return None
+        return self.gap_live - self.gap_report
+
+
+@dataclass
+class Row:
+    """Captures one after the other."""
+
+    tool: str
+    count: int
+    seconds_each: float  # median, until done
+    before: Stretch
+    after: Stretch
+    memory_before: Memory
+    memory_first: Memory  # after the first one
+    memory_after: Memory
+    failed: list[str] = field(default_factory=list)
+
+
+class Captures:
+    """One server under one load, and its agent."""
+
+    def __init__(
+        self, server: VllmServer, load: Load, steps: StepLog, output_tokens: int, before_seconds: float
+    ) -> None:
+        self._server = server
+        self._agent = LocalAgent(server.directory)
+        self._load = load
+        self._steps = steps
+        self._gaps = output_tokens - 1
+        self._before_seconds = before_seconds
+
+    def tools(self) -> dict[str, str | None]:
+        """What can capture the server: tool → None, or why it cannot."""
+        answer = self._ask("GET", "/api/captures")
+        return dict(next(iter(answer["tools"].values())))
+
+    def quiet(self) -> tuple[int, int]:
+        """A stretch of plain load."""
+        begin = time.monotonic_ns()
+        self._load.wait(self._before_seconds)
+        return begin, time.monotonic_ns()
+
+    def take(self, tool: str, seconds: float, **options: Any) -> Look:
+        """Capture, and wait until it is done. Raises CaptureFailed."""
+        quiet = self.quiet()
+        begin, capture = self._capture(tool, seconds, options)
+        times = {name: self._monotonic(at) for name, at in capture["times"].items()}
+        self._load.wait(_TAIL_SECONDS)
+        report = self._ask("GET", capture["report"])
+        live = self._ask("GET", f"{capture['url']}/files/live.json")
+        look = Look(
+            tool,
+            self.stretch(*quiet),
+            self.stretch(times["recording"], times["analysing"]),
+            self.stretch(times["analysing"], times["done"]),
+            seconds,
+            (times["analysing"] - begin) / 1e9,
+            (times["done"] - begin) / 1e9,
+            sum(file["bytes"] for file in capture["files"]),
+            sum(gpu["kernels"] for gpu in report["gpus"]) if report["gpus"] else None,
+            report["trust"]["verdict"],
+            [reason["text"] for reason in report["trust"]["reasons"]],
+            _gap(report),
+            _mean([(gpu["idle_ratio"], gpu["seconds"]) for gpu in report["gpus"]]),
+            self._live_gap(times["recording"], times["importing"]),
+            list(capture.get("notes") or ()),
+            live.get("comparison") or {},
+        )
+        self._ask("DELETE", capture["url"])
+        return look
+
+    def take_vllm(self, seconds: float, folder: Path) -> Look:
+        """The same with the server's ``/start_profile`` and ``/stop_profile``. Raises CaptureFailed."""
+        quiet = self.quiet()
+        begin = time.monotonic_ns()
+        self._post("/start_profile")
+        self._load.wait(seconds)
+        self._post("/stop_profile")
+        end = time.monotonic_ns()
+        self._load.wait(_TAIL_SECONDS)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        took = (end - begin) / 1e9
+        nothing = Stretch(0, None, 0.0)
+        return Look(
+            "vLLM's own", self.stretch(*quiet), self.stretch(begin, end), nothing, seconds, took, took, size
+        )
+
+    def in_a_row(self, tool: str, count: int, seconds: float, **options: Any) -> Row:
+        """So many captures one after the other. Raises CaptureFailed if the first does not succeed."""
+        quiet = self.quiet()
+        memory = [self.memory()]
+        took: list[float] = []
+        failed: list[str] = []
+        for number in range(count):
+            begin = time.monotonic()
+            try:
+                _, capture = self._capture(tool, seconds, options)
+                self._ask("DELETE", capture["url"])
+            except CaptureFailed as error:
+                if not took:
+                    raise
+                failed.append(f"{number + 1}: {error}")
+                if len(failed) > 2:
+                    break
+                continue
+            took.append(time.monotonic() - begin)
+            memory.append(self.memory())
+            print(f"{tool} {number + 1} of {count}", file=sys.stderr, flush=True)
+        after = self.quiet()
+        self._load.wait(_TAIL_SECONDS)
+        return Row(
+            tool,
+            len(took),
+            float(np.median(took)),
+            self.stretch(*quiet),
+            self.stretch(*after),
+            memory[0],
+            memory[1],
+            memory[-1],
+            failed,
+        )
+
+    def stretch(self, begin_ns: int, end_ns: int) -> Stretch:
+        """What the client saw of requests that are over by now."""
+        rows = self._load.requests()
+        mine = rows[(rows["first"] < end_ns) & (rows["last"] > begin_ns)]
+        if not len(mine):
+            return Stretch(0, None, 0.0)
+        tpot = float(np.median(mine["last"] - mine["first"])) / self._gaps / 1e9
+        # A wait that lasts beyond the stretch began in it, or is the one that it caused.
+        inside = (rows["longest_until"] >= begin_ns) & (rows["longest_until"] - rows["longest"] < end_ns)
+        longest = rows["longest"][inside].max(initial=0)
+        return Stretch(len(mine), tpot, float(longest) / 1e9)
+
+    def memory(self) -> Memory:
+        """As of now."""
+        resident = 0
+        for reader in live_journals(self._server.directory, "worker"):
+            resident += psutil.Process(int(reader.path.name.split("-")[1])).memory_info().rss
+            reader.close()
+        return Memory(resident, _gpu_bytes())
+
+    def _capture(self, tool: str, seconds: float, options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """When it was asked for, and the capture once it is done."""
+        until = time.monotonic() + _DONE_SECONDS
+        while True:
+            begin = time.monotonic_ns()
+            code, answer = self._agent.request(
+                "POST", "/api/captures", {"tool": tool, "seconds": seconds, **options}, timeout=30
+            )
+            if code == http.HTTPStatus.ACCEPTED:
+                break
+            if code != http.HTTPStatus.TOO_MANY_REQUESTS or time.monotonic() > until:
+                raise CaptureFailed(f"{tool}: {code}: {answer.get('detail', answer)}")
+            self._load.wait(2)
+        while True:
+            capture = self._ask("GET", answer["url"])
+            if capture["state"] in _FINAL:
+                break
+            if time.monotonic() > until:
+                self._ask("DELETE", answer["url"])
+                raise CaptureFailed(f"{tool}: {capture['state']} after {_DONE_SECONDS:.0f} s: {capture}")
+            self._load.wait(_POLL_SECONDS)
+        if capture["state"] != "done":
+            raise CaptureFailed(f"{tool}: {capture['state']}: {capture['reason']}")
+        return begin, capture
+
+    def _live_gap(self, begin_ns: int, end_ns: int) -> float | None:
+        """The sync-gap ratio by the journal's steps; requests are taken to be pending all the time."""
+        self._load.wait(0.5)  # steps reach the journal a moment after they end
+        self._steps.poll()
+        steps = self._steps.steps()
+        inside = steps[(steps["e3"] > begin_ns) & (steps["e0"] < end_ns)]
+        if len(inside) < 2:
+            return None
+        always = np.array([[0, np.iinfo(np.int64).max]])
+        rows = account(
+            inside[1:],
+            cursor_ns=int(inside["e3"][0]),
+            last_step=int(inside["step"][0]),
+            pending=always,
+            model=None,
+            peaks=None,
+        )
+        gaps = float((rows.gap_s + rows.sample_gap_s).sum())
+        return gaps / float((rows.gap_s + rows.span_s).sum())
+
+    def _monotonic(self, wall_seconds: float) -> int:
+        return time.monotonic_ns() - round((time.time() - wall_seconds) * 1e9)
+
+    def _ask(self, method: str, path: str) -> Any:
+        code, answer = self._agent.request(method, path, timeout=30)
+        if code >= http.HTTPStatus.BAD_REQUEST:
+            raise CaptureFailed(f"{method} {path}: {code}: {answer}")
+        return answer
+
+    def _post(self, path: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=_DONE_SECONDS)
+        try:
+            connection.request("POST", path)
+            response = connection.getresponse()
+            text = response.read().decode(errors="replace")
+        except OSError as error:
+            raise CaptureFailed(f"vLLM's {path}: {error}") from None
+        finally:
+            connection.close()
+        if response.status != http.HTTPStatus.OK:
+            raise CaptureFailed(f"vLLM's {path}: {response.status}: {text[:200]}")
+
+
+def profiler_flags(folder: Path) -> list[str]:
+    """Of ``vllm serve``: its own torch profiler with its defaults, writing into ``folder``."""
+    return ["--profiler-config", json.dumps({"profiler": "torch", "torch_profiler_dir": str(folder)})]
+
+
+def _gap(report: dict[str, Any]) -> float | None:
+    rows = [
+        (phase["sync_gap_ratio"], (phase["gap_seconds"] or 0) + (phase["seconds"] or 0))
+        for phase in report["phases"]
+        if phase["part"] is None and phase["gpu"] is not None
+    ]
+    return _mean(rows)
+
+
+def _mean(rows: list[tuple[float | None, float]]) -> float | None:
+    known = [(value, weight) for value, weight in rows if value is not None and weight]
+    return sum(v * w for v, w in known) / sum(w for _, w in known) if known else None
+
+
+def _gpu_bytes() -> int | None:
+    if not has_gpu():
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
