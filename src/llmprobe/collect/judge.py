@@ -17,6 +17,7 @@ from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
 from llmprobe.compute.attribution import attribute
 from llmprobe.compute.classify import classify
 from llmprobe.compute.figures import PhaseFigures
+from llmprobe.compute.graphs import launched_whole
 from llmprobe.compute.headline import headline, stalled
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
@@ -103,6 +104,8 @@ class Judge:
             shown.attribution = attribute(rank.between(since, now_ns), rank.peaks, shown.kernels)
             for phase in phases:
                 state = self._states.get((key, phase), Steady())
+                rows = rank.between(since, now_ns, (layout.PHASES.index(phase),))
+                tokens = rows.prompt_tokens + rows.decode_tokens
                 no_model = f"no model of the work: {rank.model_problem}" if rank.model is None else ""
                 seen = Observation(
                     phase,
@@ -114,6 +117,7 @@ class Judge:
                     kernels=shown.kernels.get(phase),
                     counters=shown.counters,
                     host=shown.host,
+                    one_graph=launched_whole(shown.facts.get("flags") or {}, phase, tokens),
                     no_model=no_model,
                 )
                 found = long.get(phase)

@@ -95,6 +95,7 @@ class _Case:
         self._signs: tuple[Sign, ...] = signs(seen.host, limits)
         # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
         self._device_queue = seen.clock != "host"
+        self._bubbles_possible = self._device_queue and not seen.one_graph
         self._stall = self._waiting()
         # Of the bubbles that the windows saw, accounting may have taken some out of busy time already.
         applied = figures.components.get("launch_gap", 0.0)
@@ -121,7 +122,7 @@ class _Case:
             cause = "no_peaks" if self._seen.peaks is None and not self._seen.no_model else "no_model"
             why = self._seen.no_model or "no peak rates for this device: run `llmprobe calibrate`"
             return self._unknown(cause, (why,))
-        if self._device_queue and self._kernels is None and not self._near_a_roof():
+        if self._bubbles_possible and self._kernels is None and not self._near_a_roof():
             return self._unknown("no_kernel_windows", (self._room_for_bubbles(),))
         return self._roofs()
 
@@ -188,7 +189,7 @@ class _Case:
         explained = self._signs if cause in ("host_between_steps", "launch_bubbles", "sampling") else ()
         if explained:
             votes.append(Vote("host signals", True))
-        bound = "" if self._kernels or not self._device_queue else "at least "
+        bound = "" if self._kernels or not self._bubbles_possible else "at least "
         reason = (
             f"the device waits {bound}{stall.ratio:.0%} of the time, mostly for {_CAUSE_WORDS[cause]} "
             f"({stall.by_cause[cause] / self._figures.steps * 1e3:.2f} ms a step)"
@@ -230,6 +231,8 @@ class _Case:
             (mbu, limits.memory_mbu_ratio) if memory >= compute else (mfu, limits.compute_mfu_ratio)
         )
         reason = f"busy, yet near neither roof: MBU {mbu:.2f}, MFU {mfu:.2f}"
+        if self._seen.one_graph and self._kernels is None:
+            reason += "; each step is one CUDA graph, so launches are not what it waits for"
         if not self._device_queue:
             reason += "; the framework's own work between operators is part of a CPU's busy time"
             if self._signs:

@@ -51,6 +51,7 @@ class Observation:
         kernels: None while windows are off.
         counters: None where the GPU has none.
         host: of the engine's process.
+        one_graph: each step was launched as one CUDA graph, see `llmprobe.compute.graphs`.
         no_model: why MBU and MFU are not known, if that is a matter of the model.
         problems: contradictions that were found elsewhere; any makes the verdict `UNKNOWN`.
     """
@@ -64,6 +65,7 @@ class Observation:
     kernels: KernelEvidence | None = None
     counters: CounterEvidence | None = None
     host: HostSignals | None = None
+    one_graph: bool = False
     no_model: str = ""
     problems: tuple[str, ...] = ()
 

@@ -173,7 +173,7 @@ def launches_graphs(facts: Mapping[str, Any]) -> str | None:
     if not graphs:
         return None
     return (
-        "this process launches CUDA graphs, and once CUPTI is attached each launch takes the host some 0.1 ms "
+        "this process launches CUDA graphs, and once CUPTI is attached each launch takes the host 0.1 ms "
         "longer, for good; LLMPROBE_KERNEL_WINDOWS=0.1/10 opens them all the same"
     )
 

@@ -55,6 +55,13 @@ CPU = {"clock": "host", "peaks": Peaks(50e9, 2e12, "bfloat16", "calibrated", "me
             "unknown",
             "no_kernel_windows",
         ),
+        ("one graph", seen(figures(mbu=0.3, mfu=0.1), one_graph=True), "inefficient_kernels", None),
+        (
+            "one graph, gap",
+            seen(figures(mbu=0.3, gap=9.0), one_graph=True),
+            "sync_bound",
+            "host_between_steps",
+        ),
         ("host 3 ms a step", seen(figures(mbu=0.6, span=6.0, gap=3.0)), "sync_bound", "host_between_steps"),
         ("host before sampling", seen(figures(mbu=0.6, sample_gap=3.0)), "sync_bound", "sampling"),
         ("all-reduces", seen(figures(mbu=0.4), kernels=kernels(0.02, 0.3)), "sync_bound", "communication"),
