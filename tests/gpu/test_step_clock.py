@@ -1,0 +1,261 @@
+"""What the step clock may not do to an engine on a GPU, and whether its times add up to the wall clock's.
+
+A real ``vllm.LLM`` with a tiny model of random weights, driven in its own process by ``watched_engine.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprobe.collect.collector import Collector
+from llmprobe.demo.model import make_model
+from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.layout import PHASES
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+HERE = Path(__file__).parent
+LOAD_SECONDS, ELAPSED_SECONDS, FRESH_SECONDS = 18.0, 10.0, 1.5
+START_SECONDS = 400.0
+ENGINE: dict[str, Any] = {
+    "load_format": "dummy",
+    "dtype": "bfloat16",
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "gpu_memory_utilization": 0.3,
+    "enable_prefix_caching": False,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]},
+    "seconds": LOAD_SECONDS,
+}
+#: Eager with whatever vLLM schedules by default; graphs step by step.
+ENGINES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "graphs": {"enforce_eager": False, "async_scheduling": False},
+}
+
+
+@dataclass
+class Ran:
+    """What came of one run of ``watched_engine.py``."""
+
+    said: dict[str, Any]
+    facts: dict[str, Any]
+    counters: dict[str, int]
+    #: Seconds by phase and component that the collector added up, over so many seconds of the wall clock.
+    elapsed: float
+    components: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module", params=list(ENGINES))
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    folder = tmp_path_factory.mktemp("engine")
+    directory = Path(tempfile.mkdtemp(prefix="llmprobe-test-", dir="/dev/shm"))
+    model = make_model(folder / "model")
+    options = {**ENGINE, **ENGINES[request.param]}
+    with engine(model, options, directory, folder / "log") as process:
+        yield watch(process, directory, folder / "log")
+
+
+@contextlib.contextmanager
+def engine(
+    model: Path, options: dict[str, Any], directory: Path, log: Path
+) -> Iterator[subprocess.Popen[str]]:
+    """The program, with this process's packages."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LLMPROBE")}
+    environment = {
+        **kept,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "LLMPROBE": "1",
+        "LLMPROBE_DIR": str(directory),
+        "LLMPROBE_AGENT": "off",
+    }
+    command = [sys.executable, str(HERE / "watched_engine.py"), str(model), json.dumps(options)]
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def watch(process: subprocess.Popen[str], directory: Path, log: Path) -> Ran:
+    """Add the components up while it runs, and read its journal when the load is over."""
+    next_line(process, log, "READY")
+    collector = Collector(directory)
+    before = ahead(collector)
+    until = before[1] + ELAPSED_SECONDS
+    while time.monotonic() < until:
+        collector.tick(final=True)
+        time.sleep(0.2)
+    after = ahead(collector)
+    said = json.loads(next_line(process, log, "JSON "))
+    (path,) = (directory / "journals").glob("worker-*.journal")
+    reader = JournalReader(path)
+    facts, counters = reader.facts(), reader.counters()
+    reader.close()
+    collector.close()
+    assert facts is not None
+    return Ran(said, facts, counters, after[1] - before[1], grown(before[2], after[2]))
+
+
+def next_line(process: subprocess.Popen[str], log: Path, beginning: str) -> str:
+    """The rest of the next line that begins so; vLLM prints others."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return line.removeprefix(beginning)
+    process.wait()
+    pytest.fail(f"the engine ended with {process.returncode}:\n{log.read_text()[-4000:]}")
+
+
+Components = dict[str, dict[str, float]]
+
+
+def ahead(collector: Collector) -> tuple[float, float, Components]:
+    """All components when their sum was furthest ahead of the clock, and that time.
+
+    The engine's steps are written four times a second. Right after that the sum lags by one step.
+    """
+    looks: list[tuple[float, float, Components]] = []
+    until = time.monotonic() + FRESH_SECONDS
+    while (now := time.monotonic()) < until:
+        collector.tick(final=True)
+        (view,) = collector.views()
+        (rank,) = view.ranks
+        times = {phase: dict(parts) for phase, parts in rank.device_time.items()}
+        looks.append((total(times) - now, now, times))
+        time.sleep(0.01)
+    return max(looks, key=lambda look: look[0])
+
+
+def total(components: Components) -> float:
+    return sum(seconds for parts in components.values() for seconds in parts.values())
+
+
+def grown(before: Components, after: Components) -> Components:
+    return {
+        phase: {name: value - before.get(phase, {}).get(name, 0.0) for name, value in parts.items()}
+        for phase, parts in after.items()
+    }
+
+
+def test_nothing_of_ours_waits_for_the_device(ran: Ran) -> None:
+    assert ran.said["control"], "a wait would not have been seen"
+    assert ran.said["sections"] > 1000
+    assert (ran.said["errors"], ran.said["inert"]) == ({}, False)
+    assert ran.counters["errors"] == 0
+
+
+def test_every_step_is_recorded_by_the_device_s_clock(ran: Ran) -> None:
+    assert ran.facts["clock"] == "cuda"
+    steps = sum(ran.counters[f"steps_{phase}"] for phase in PHASES)
+    assert steps == ran.said["executed"] > 100
+    assert ran.counters["dropped"] == 0
+    assert ran.counters["step_prompt_tokens"] == ran.said["prompt_tokens"]
+    # The first token of a request comes with its prompt. Overlapping schedules may run a step too many.
+    least = ran.said["generated_tokens"] * (1 - 1 / 48)
+    assert least <= ran.counters["step_decode_tokens"] <= least * 1.05
+
+
+def test_nothing_of_ours_asks_torch_for_memory(ran: Ran) -> None:
+    assert ran.said["allocations"] == 0
+
+
+def test_components_add_up_to_the_wall_clock(ran: Ran) -> None:
+    print(json.dumps(ran.components, indent=1), ran.elapsed)
+    assert ran.elapsed >= ELAPSED_SECONDS
+    assert total(ran.components) == pytest.approx(ran.elapsed, rel=0.01)
+    assert all(seconds >= -1e-6 for parts in ran.components.values() for seconds in parts.values())
+
+
+_EVENTS = """
+import json, os, sys, time
+import torch
+from llmprobe.record.clock import step_clock
+
+STEPS = 400
+device = torch.device("cuda", 0)
+a = torch.randn(512, 512, device=device)
+torch.cuda.synchronize()
+clock = step_clock(device) if sys.argv[1] == "on" else None
+harvested = 0
+for step in range(STEPS):
+    stamps = clock.begin(step) if clock else None
+    if stamps is not None:
+        clock.mark(stamps, 0)
+    b = a @ a
+    if stamps is not None:
+        for index in (1, 2, 3):
+            clock.mark(stamps, index)
+        clock.finish(stamps)
+    if clock and step % 50 == 49:
+        torch.cuda.synchronize()
+        harvested += len(clock.harvest())
+torch.cuda.synchronize()
+import pynvml
+pynvml.nvmlInit()
+gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+mine = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu) if p.pid == os.getpid()]
+print(json.dumps({
+    "harvested": harvested,
+    "allocated": torch.cuda.memory_allocated(),
+    "most": torch.cuda.max_memory_allocated(),
+    "reserved": torch.cuda.memory_reserved(),
+    "calls": torch.cuda.memory_stats()["allocation.all.allocated"],
+    "nvml_process": mine[0] if mine else None,
+    "nvml_device": pynvml.nvmlDeviceGetMemoryInfo(gpu).used,
+}))
+"""
+
+
+def test_events_take_no_memory_of_torch() -> None:
+    """The same work without and with 400 steps' stamps. What NVML saw is printed: others use the GPU too."""
+
+    def run(condition: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-c", _EVENTS, condition],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    off, on = run("off"), run("on")
+    print("off", off, "\non ", on)
+    assert (off.pop("harvested"), on.pop("harvested")) == (0, 400)
+    by_torch = ("allocated", "most", "reserved", "calls")
+    assert {name: on[name] - off[name] for name in by_torch} == dict.fromkeys(by_torch, 0)
