@@ -1,7 +1,9 @@
 """Writes the journals of one pretended server: run it as ``journal_feeder.py DIRECTORY ROLE [GROUP]``.
 
-It goes through the real recorder, and ends when its standard input closes. The facts are those of a
-4-layer model on one H100; steps pretend to have taken the time they are spread over.
+It goes through the real recorder, and ends when its standard input closes. Lines on it: ``hang`` makes a
+worker begin a step that lasts until ``go``, ``press`` makes a front end run as many requests as it may, with
+others waiting, until ``ease``. The facts are those of a 4-layer model on one H100; steps pretend to have
+taken the time they are spread over.
 """
 
 from __future__ import annotations
@@ -63,8 +65,26 @@ def facts(role: str, group: str) -> dict[str, Any]:
     }
 
 
-def feed_worker(recorder: Recorder, stop: threading.Event) -> None:
+class Orders:
+    """What standard input said last."""
+
+    def __init__(self) -> None:
+        self.going, self.pressed = threading.Event(), threading.Event()
+        self.going.set()
+
+    def take(self, line: str) -> None:
+        """Follow one line."""
+        {
+            "hang": self.going.clear,
+            "go": self.going.set,
+            "press": self.pressed.set,
+            "ease": self.pressed.clear,
+        }[line.strip()]()
+
+
+def feed_worker(recorder: Recorder, stop: threading.Event, orders: Orders | None = None) -> None:
     """Rounds of a prefill, a mixed step and eight decodes, with gaps between them."""
+    orders = orders or Orders()
     kinds = [(Phase.PREFILL, 2, 1024, 0), (Phase.MIXED, 2, 512, 8)] + [(Phase.DECODE, 0, 0, 16)] * 8
     number = 0
     while not stop.is_set():
@@ -72,6 +92,9 @@ def feed_worker(recorder: Recorder, stop: threading.Event) -> None:
             begin = time.monotonic_ns()
             number = recorder.begin(int(phase), prompt + decode, begin)
             time.sleep(0.004)
+            if not orders.going.is_set():
+                recorder.publish()
+                orders.going.wait()
             end = time.monotonic_ns()
             recorder.step(
                 number,
@@ -94,14 +117,15 @@ def feed_worker(recorder: Recorder, stop: threading.Event) -> None:
             time.sleep(0.001)
 
 
-def feed_frontend(recorder: Recorder, stop: threading.Event) -> None:
+def feed_frontend(recorder: Recorder, stop: threading.Event, orders: Orders) -> None:
     """Requests that come and go, with a pause now and then."""
     unfinished = 0
     while not stop.is_set():
         recorder.pending(time.monotonic_ns(), 8)
         unfinished = 8
         for _ in range(10):
-            recorder.load(running=6, waiting=2, kv_usage=0.25, unfinished=unfinished)
+            running = 16 if orders.pressed.is_set() else 6
+            recorder.load(running=running, waiting=2, kv_usage=0.25, unfinished=unfinished)
             recorder.tokens(
                 64, 16, first_token_ns=(120_000_000,), inter_token_ns={11_000_000: 15}, own_ns=5_000
             )
@@ -124,10 +148,17 @@ def main() -> None:
     """Feed until standard input closes."""
     directory, role, group = Path(sys.argv[1]), sys.argv[2], (sys.argv[3:] or ["a"])[0]
     recorder = Recorder.open(directory, role, facts(role, group))
-    stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    stop, orders = threading.Event(), Orders()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            orders.take(line)
+        stop.set()
+        orders.going.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     print("ready", flush=True)
-    (feed_worker if role == "worker" else feed_frontend)(recorder, stop)
+    (feed_worker if role == "worker" else feed_frontend)(recorder, stop, orders)
     recorder.close(remove=True)
 
 

@@ -17,6 +17,8 @@ from starlette.types import ASGIApp
 from llmprobe.agent import daemon, listen
 from llmprobe.agent.captures import Watched
 from llmprobe.agent.door import Door, door_for
+from llmprobe.agent.event_log import EventLog
+from llmprobe.agent.events import Watch
 from llmprobe.agent.exposition import ExpositionFiles
 from llmprobe.agent.files import Token
 from llmprobe.agent.jobs import Jobs
@@ -34,6 +36,7 @@ from llmprobe.record.agent_launch import CONTROL_NAME, LOG_NAME
 log = logging.getLogger("llmprobe.agent")
 
 CHECKPOINT_NAME = "checkpoint.json"
+EVENTS_NAME = "events.json"
 _TICK_SECONDS = 0.1
 _SAVE_SECONDS = 5.0
 _MOST_RESIDENT_BYTES = 150 << 20
@@ -63,15 +66,24 @@ def serve(options: Options, lock: daemon.Lock) -> None:
         directory,
         since_read=lambda: jobs.since_success("collect"),
         errors=lambda: dict(jobs.errors),
+        events=EventLog(directory / EVENTS_NAME),
     )
+    changes = Watch(state.events)
     state.captures = captures = Manager(
         Store(settings.capture_dir or default_directory(directory), settings.capture_max_bytes),
         directory,
         Watched(collector),
         max_seconds=settings.capture_max_seconds,
+        entered=changes.capture,
     )
     exposition = ExpositionFiles(directory)
     snapshots = SnapshotOnChange(directory, settings.snapshot_dir) if settings.snapshot_dir else None
+
+    def look_for_changes() -> None:
+        if "collect" in jobs.succeeded:  # before that, servers have not gone but not been found yet
+            changes.look(collector.views())
+
+    jobs.add("events", 1.0, look_for_changes)
     if snapshots is not None:
         jobs.add("snapshot", 1.0, lambda: snapshots.look(_classes(collector), state.status))
     try:
@@ -81,6 +93,7 @@ def serve(options: Options, lock: daemon.Lock) -> None:
         if snapshots is not None:
             jobs.attempt("snapshot", snapshots.close)
         jobs.attempt("captures", captures.close)
+        jobs.attempt("events", changes.save)
         jobs.attempt("checkpoint", collector.save)
         jobs.attempt("exposition", exposition.remove)
         if lock.in_place():
@@ -138,6 +151,7 @@ class _Agent:
             await leaving.wait()
         finally:
             self._leave.set()
+            self._state.events.close()
             for server in servers:
                 server.should_exit = True
             await asyncio.gather(*serving, return_exceptions=True)

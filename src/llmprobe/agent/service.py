@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import llmprobe
-from llmprobe.agent import captures, files
+from llmprobe.agent import captures, events, files
 from llmprobe.agent.door import Door, DoorKeeper
+from llmprobe.agent.event_log import EventLog
 from llmprobe.agent.limits import Audit, Limits
 from llmprobe.agent.problems import RESPONSES, Problem
 from llmprobe.capture.manager import Manager
@@ -39,6 +40,7 @@ GET  /metrics            Prometheus
 GET  /healthz            is the agent at work
 GET  /api/status         every server's figures, as JSON
 GET  /api/steps?last=N   the newest steps
+GET  /api/events         what changes, as it changes (server-sent events)
 POST /api/probe          {{"armed": true|false, "servers": [...]}}; needs the token
 POST /api/captures       {{"seconds": 5, ...}}: look deeper into a running server; needs the token
 GET  /api/captures       captures, and what can be captured; needs the token
@@ -73,6 +75,8 @@ class State:
     errors: Callable[[], dict[str, int]] = dict
     #: What runs captures; None: no capture can be asked for.
     captures: Manager | None = None
+    #: What changed.
+    events: EventLog = field(default_factory=EventLog)
 
     def status(self) -> dict[str, Any]:
         """What ``GET /api/status`` answers."""
@@ -111,6 +115,7 @@ def create_app(state: State, door: Door) -> FastAPI:
     _add_error_handlers(app)
     _add_reading(app, state)
     _add_switch(app, state)
+    events.add_routes(app, state.events)
     if state.captures is not None:
         captures.add_routes(app, state.captures, state.reader, state.directory)
     return app

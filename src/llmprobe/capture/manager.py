@@ -82,8 +82,14 @@ class Manager:
         server: Server,
         *,
         max_seconds: float,
+        entered: Callable[[Capture], object] = lambda capture: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """
+        Args:
+            entered: told of each state that a capture enters, from any thread; must neither raise nor wait.
+            clock: seconds.
+        """
         self.store = store
         self.max_seconds = max_seconds
         #: How captures of this agent ended, by (tool, outcome).
@@ -92,6 +98,7 @@ class Manager:
         )
         self._directory = directory
         self._server = server
+        self._entered = entered
         self._clock = clock
         self._lock = threading.Lock()
         self._runs: dict[str, Run] = {}
@@ -149,6 +156,7 @@ class Manager:
             except StoreError as error:
                 raise Refused("unavailable", f"{error}.", "`llmprobe doctor` looks at it too.") from None
             self._starts.append(self._clock())
+            self._entered(capture)
             self._enqueue(capture)
         return capture
 
@@ -177,7 +185,14 @@ class Manager:
             )
 
     def _enqueue(self, capture: Capture) -> None:
-        run = Run(capture, self.store, self._directory, self._server, max_seconds=self.max_seconds)
+        run = Run(
+            capture,
+            self.store,
+            self._directory,
+            self._server,
+            max_seconds=self.max_seconds,
+            entered=self._entered,
+        )
         self._runs[capture.id] = run
         group = capture.group
         self._queues.setdefault(group, deque()).append(run)

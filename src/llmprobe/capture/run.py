@@ -72,6 +72,7 @@ class Run:
         server: Server,
         *,
         max_seconds: float,
+        entered: Callable[[Capture], object] = lambda capture: None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         """
@@ -79,6 +80,7 @@ class Run:
             capture: as read from disk, in any state that is not final.
             directory: the agent's shared directory.
             max_seconds: ``LLMPROBE_CAPTURE_MAX_SECONDS``.
+            entered: told of each state that it enters, once that is on disk; must not raise.
         """
         self.capture = capture
         self.cancelled = threading.Event()
@@ -87,6 +89,7 @@ class Run:
         self._directory = directory
         self._server = server
         self._max_seconds = max_seconds
+        self._entered = entered
         self._wall = wall
         self._folder = store.folder(capture.id)
         self._seen_at = time.monotonic()
@@ -262,6 +265,7 @@ class Run:
         entered = self.capture.enter(state, self._wall(), reason=reason)
         self._store.write(entered)
         self.capture = entered
+        self._entered(entered)
 
     def _keep(self, capture: Capture) -> None:
         self.capture = capture
@@ -285,6 +289,7 @@ class Run:
         except OSError as error:  # a full disk: at least as long as this agent lives it is known
             log.error("capture %s: cannot write its state: %s", self.capture.id, error)
         self.capture = ended
+        self._entered(ended)
         log.warning("capture %s of %s %s: %s", self.capture.id, self.capture.server, state, reason)
 
 

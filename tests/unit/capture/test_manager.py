@@ -422,3 +422,19 @@ def test_raw_files_are_readable_by_their_owner_only(
         time.sleep(0.002)
     assert store.folder(capture.id).stat().st_mode & 0o777 == 0o700
     assert not raw.exists()
+
+
+def test_every_state_that_is_entered_is_told_once_it_is_on_disk(
+    store: Store, directory: Path, nsys: ScriptedNsys, server: PretendedServer
+) -> None:
+    told: list[tuple[str, str]] = []
+
+    def entered(capture: Capture) -> None:
+        told.append((capture.state, store.read(capture.id).state))
+
+    manager = Manager(store, directory, server, max_seconds=60.0, entered=entered)
+    try:
+        assert manager.delete(manager.request("g", "s", ask(NEVER)).id)
+    finally:
+        manager.close()
+    assert told == [("pending", "pending"), ("cancelled", "cancelled")]

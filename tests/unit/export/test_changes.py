@@ -1,0 +1,157 @@
+"""What is told of servers, and what is not told twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from llmprobe.collect.views import RankView, ServerView
+from llmprobe.compute.stall import Bound, Stall, StepSeen
+from llmprobe.export.changes import QUIET_SECONDS, SETTLED_SECONDS, Change, Changes
+
+from .views_for_tests import engine, pressure, rank, server, verdict
+
+STALL = Stall(
+    where="step",
+    since_ns=1,
+    seconds=12.0,
+    bound=Bound(10.0, "at least 10 s"),
+    step=41,
+    phase="decode",
+    tokens=8,
+    last_steps=(StepSeen(40, "decode", 8, 0.01),),
+)
+
+
+def worker(journal: str = "worker-1.journal", **changes: Any) -> RankView:
+    return dataclasses.replace(rank(journal=Path("/dev/shm") / journal), **changes)
+
+
+def view(**changes: Any) -> ServerView:
+    """A server that is calm and judged in decode only."""
+    calm: dict[str, Any] = {"ranks": [worker()], "pressure": {}, "verdicts": {"decode": verdict()}}
+    return server(**{**calm, **changes})
+
+
+def kinds(found: list[Change]) -> list[str]:
+    return [change.kind for change in found]
+
+
+def seen(*views: ServerView, now: float = 100.0) -> Changes:
+    """Somebody who has looked at these already."""
+    changes = Changes()
+    changes.look(views, now)
+    return changes
+
+
+def test_the_first_look_tells_of_each_engine_and_verdict() -> None:
+    found = Changes().look([view(ranks=[worker(), worker("w2", rank=1), worker("w3", engine=1)])], 1.0)
+    assert sorted(kinds(found)) == ["engine_came", "engine_came", "verdict"]
+    assert {change.data.get("engine") for change in found if change.kind == "engine_came"} == {0, 1}
+    (told,) = (change for change in found if change.kind == "verdict")
+    assert told.server == "vllm-8000"
+    assert (told.data["was"], told.data["bottleneck"]) == (None, "memory_bound")
+    json.dumps([change.data for change in found], allow_nan=False)
+
+
+def test_what_has_not_changed_is_not_told_again() -> None:
+    pressed = view(pressure={"queue": pressure()}, ranks=[worker(stall=STALL)])
+    changes = seen(pressed)
+    later = dataclasses.replace(pressed, ranks=[worker(stall=dataclasses.replace(STALL, seconds=99.0))])
+    assert changes.look([later], 200.0) == []
+
+
+def test_a_verdict_that_changes_says_what_it_was() -> None:
+    now_bound = verdict(bottleneck="sync_bound", cause="host_between_steps", held_seconds=0.0)
+    (found,) = seen(view()).look([view(verdicts={"decode": now_bound})], 101.0)
+    assert found.data["was"] == {"bottleneck": "memory_bound", "cause": None}
+    assert (found.data["bottleneck"], found.data["cause"]) == ("sync_bound", "host_between_steps")
+
+
+def test_idle_and_unknown_are_told_once_they_have_stood() -> None:
+    changes = seen(view())
+    for bottleneck, cause in (("idle", None), ("unknown", "changing")):
+        brief = verdict(bottleneck=bottleneck, cause=cause, held_seconds=SETTLED_SECONDS - 1)
+        assert changes.look([view(verdicts={"decode": brief})], 101.0) == []
+    assert changes.look([view()], 102.0) == []  # as if it had never wavered
+    stood = verdict(bottleneck="idle", held_seconds=SETTLED_SECONDS)
+    assert kinds(changes.look([view(verdicts={"decode": stood})], 112.0)) == ["verdict"]
+
+
+def test_pressure_that_flickers_is_one() -> None:
+    pressed, calm = view(pressure={"queue": pressure()}), view()
+    changes = seen(view())
+    (begun,) = changes.look([pressed], 100.0)
+    assert (begun.kind, begun.data["pressure"], begun.data["value"]) == ("pressure_begun", "queue", 0.4)
+    for second in range(1, 60):
+        assert changes.look([pressed if second % 5 == 0 else calm], 100.0 + second) == []
+    (ended,) = changes.look([calm], 155.0 + QUIET_SECONDS)
+    assert ended.kind == "pressure_ended"
+    assert ended.data == {"pressure": "queue", "engine": 0, "seconds": 55.0, "outcome": "eased"}
+
+
+def test_pressure_that_is_known_but_not_felt_is_none() -> None:
+    assert seen(view()).look([view(pressure={"queue": pressure(active=False)})], 101.0) == []
+
+
+def test_a_stall_says_what_the_engine_last_did_and_how_it_ended() -> None:
+    changes = seen(view())
+    hanging = view(ranks=[worker(stall=STALL)], engines=[engine(requests_running=3, requests_waiting=7)])
+    (begun,) = changes.look([hanging], 112.0)
+    assert begun.kind == "stall_begun"
+    assert begun.data["last_steps"] == [{"step": 40, "phase": "decode", "tokens": 8, "seconds": 0.01}]
+    assert (begun.data["requests_running"], begun.data["requests_waiting"]) == (3, 7)
+    assert "in step 41" in begun.data["text"]
+    (ended,) = changes.look([view()], 130.0)
+    assert ended.data == {"engine": 0, "rank": 0, "step": 41, "seconds": 30.0, "outcome": "recovered"}
+
+
+def test_one_stall_after_another_is_two() -> None:
+    changes = seen(view(ranks=[worker(stall=STALL)]))
+    found = changes.look([view(ranks=[worker(stall=dataclasses.replace(STALL, step=44))])], 130.0)
+    assert kinds(found) == ["stall_ended", "stall_begun"]
+
+
+def test_a_stall_that_nobody_watches_any_more_has_not_recovered() -> None:
+    changes = seen(view(ranks=[worker(stall=STALL)]))
+    (ended,) = changes.look([view(armed=False, ranks=[worker(armed=False)], verdicts={})], 130.0)
+    assert ended.data["outcome"] == "not_watched"
+
+
+def test_with_a_server_all_that_stood_ends() -> None:
+    changes = seen(view(ranks=[worker(stall=STALL)], pressure={"queue": pressure()}), server("other"))
+    found = changes.look([server("other")], 130.0)
+    assert kinds(found) == ["stall_ended", "pressure_ended", "engine_went"]
+    assert {change.data.get("outcome", "gone") for change in found} == {"gone"}
+    assert {change.server for change in found} == {"vllm-8000"}
+
+
+def test_an_engine_that_was_replaced_between_two_looks_went_and_came() -> None:
+    found = seen(view()).look([view(ranks=[worker("worker-2.journal")])], 101.0)
+    assert kinds(found) == ["engine_went", "engine_came"]
+
+
+def test_a_worker_more_or_less_is_still_the_same_engine() -> None:
+    both = view(ranks=[worker("w0"), worker("w1", rank=1)])
+    changes = seen(both)
+    assert changes.look([view(ranks=[worker("w0")])], 101.0) == []
+    assert changes.look([both], 102.0) == []
+
+
+def test_switched_off_nothing_is_concluded() -> None:
+    pressed = view(pressure={"queue": pressure()})
+    changes = seen(pressed)
+    off = view(armed=False, verdicts={}, pressure={}, ranks=[worker(armed=False)])
+    assert changes.look([off], 200.0) == []
+    assert changes.look([pressed], 201.0) == []
+
+
+def test_whoever_starts_anew_goes_on_where_it_was_left() -> None:
+    before = view(ranks=[worker(stall=STALL)], pressure={"queue": pressure()})
+    saved = json.loads(json.dumps(seen(before).save()))
+    anew = Changes()
+    anew.restore(saved)
+    assert anew.look([before], 103.0) == []
+    assert kinds(anew.look([], 110.0)) == ["stall_ended", "pressure_ended", "engine_went"]
