@@ -127,7 +127,6 @@ class TorchTrace:
         self._unlocked = None if self._stacks or self._cuda else _Unlocked.find()
         if self._unlocked is None:
             self.notes.append("the interpreter lock was held while the trace was put together")
-        self._resident = resident_bytes()
         try:
             self._profiler._prepare_trace()
             self._profiler._start_trace()
@@ -135,6 +134,8 @@ class TorchTrace:
             _flag(False)
             raise TorchTraceError(f"torch's profiler did not start: {error}") from None
         _flag(_OURS)
+        # From here on: what the first start sets up is no event. CUPTI alone brings some hundred MiB.
+        self._resident = resident_bytes()
 
     def look(self) -> str | None:
         """Why it must end now, if it must. Raises TorchTraceError if another profiler came in between."""
