@@ -102,16 +102,7 @@ class AskingTool:
         for worker in self._asked():
             paths = Paths.of(worker.journal)
             paths.remove()
-            ask = Ask(
-                self._id,
-                self._tool,
-                seconds,
-                steps,
-                self._options.cpu,
-                self._options.stacks,
-                time.monotonic_ns(),
-            )
-            write(paths.ask, ask)
+            write(paths.ask, self._ask(seconds, steps))
 
     def resume(self) -> None:
         """Raise unless the asks are there."""
@@ -136,7 +127,9 @@ class AskingTool:
         return 0
 
     def collect(self) -> list[str]:
-        """Fetch what each process made, once it has written it."""
+        """End what still records, and fetch what each process made, once it has written it."""
+        for worker in self._asked():
+            self._end(worker)
         notes: list[str] = []
         until = time.monotonic() + _WRITING_SECONDS
         for worker in self._asked():
@@ -165,6 +158,18 @@ class AskingTool:
                 raise ToolError(f"{wrong!r} is no name for a process")
             self._known = workers
         return self._known
+
+    def _ask(self, seconds: float, steps: int | None, end: bool = False) -> Ask:
+        options = self._options
+        return Ask(
+            self._id, self._tool, seconds, steps, options.cpu, options.stacks, time.monotonic_ns(), end
+        )
+
+    def _end(self, worker: Worker) -> None:
+        """Tell a process that what it has recorded by now is enough, unless it has ended by itself."""
+        said, paths = self._said(worker), Paths.of(worker.journal)
+        if paths.ask.exists() and (said is None or said.state == "recording"):
+            write(paths.ask, self._ask(self._seconds, self._steps, end=True))
 
     def _gone(self, worker: Worker) -> bool:
         now = time.monotonic()

@@ -2,7 +2,8 @@
 
 One way and without a port: beside the journals, in ``captures/`` of the shared directory (0700), the agent
 leaves ``<journal's name>.ask``; the process answers in ``.said`` and leaves what it recorded in ``.result``.
-Whoever removes the ask calls the capture off. All three are replaced as wholes, so nobody reads half of one.
+Whoever removes the ask calls the capture off; whoever writes it once more with ``end`` ends the recording,
+and what was recorded is kept. All three are replaced as wholes, so nobody reads half of one.
 
 An ask holds checked numbers, words of a fixed choice and an id: no path, and nothing that is run.
 """
@@ -40,7 +41,7 @@ class Ask:
     """What an agent wants.
 
     ``seconds`` is the longest it may last, ``steps`` after how many steps it ends before; ``cpu`` and
-    ``stacks`` are for ``torch``. ``asked_ns`` is CLOCK_MONOTONIC.
+    ``stacks`` are for ``torch``. ``asked_ns`` is CLOCK_MONOTONIC. ``end``: record no longer than until now.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Ask:
     cpu: bool
     stacks: bool
     asked_ns: int
+    end: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def read_ask(path: Path, now_ns: int | None = None) -> Ask | None:
         and (ask.steps is None or (_whole(ask.steps) and 1 <= ask.steps <= MOST_STEPS))
         and isinstance(ask.cpu, bool)
         and isinstance(ask.stacks, bool)
+        and isinstance(ask.end, bool)
         and _whole(ask.asked_ns)
         and 0 <= now_ns - ask.asked_ns <= GOOD_FOR_NS
     )

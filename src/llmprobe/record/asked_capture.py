@@ -96,6 +96,7 @@ class AskedCaptures:
         self._paths = Paths.of(recorder.writer.path)
         self._seen: tuple[int, int] | None = None
         self._thread: _CaptureThread | None = None
+        self._begun = ""
         self._told = False
 
     def look(self) -> None:
@@ -120,9 +121,12 @@ class AskedCaptures:
             # Another ask takes the place of the one that runs; it is looked at once that has ended.
             if ask is None or ask.id != thread.ask.id:
                 thread.called_off.set()
+            elif ask.end:
+                thread.enough.set()
             return
         self._seen = state
-        if ask is not None:
+        if ask is not None and not (ask.end and ask.id == self._begun):  # it may have ended just now
+            self._begun = ask.id
             self._thread = _CaptureThread(ask, self._paths, self._recorder, self._profiler, self._failed)
             self._thread.start()
 
@@ -153,6 +157,10 @@ class _CaptureThread(threading.Thread):
         super().__init__(name="llmprobe-capture", daemon=True)
         self.ask = ask
         self.called_off = threading.Event()
+        #: What was recorded by then is wanted, but no more of it.
+        self.enough = threading.Event()
+        if ask.end:
+            self.enough.set()
         self._paths = paths
         self._recorder = recorder
         self._profiler = profiler
@@ -233,6 +241,8 @@ class _CaptureThread(threading.Thread):
                 raise Refused("the engine ended, or its probe was taken out")
             if early := trace.look():
                 return early
+            if self.enough.is_set():
+                return None
             now, steps = time.monotonic(), self._recorder.begun - begun
             if self.ask.steps is not None and steps >= self.ask.steps:
                 return None

@@ -23,7 +23,10 @@ SECRET = "planted-5ecret-never-to-be-seen"
 
 
 class ScriptedEngine:
-    """Answers every ask on its own thread. ``does`` is ``record``, ``refuse``, ``nothing`` or ``hang``."""
+    """Answers every ask on its own thread.
+
+    ``does`` is ``record``, ``until ended``, ``refuse``, ``nothing`` or ``hang``.
+    """
 
     def __init__(self, directory: Path, rank: int = 0, clock: Clock = Clock.CUDA) -> None:
         self.recorder = Recorder.open(directory, "worker", {"role": "worker", "rank": rank})
@@ -70,6 +73,11 @@ class ScriptedEngine:
             write(self._paths.said, Said(ask.id, "recording", begin_ns=begin_ns))
             if self.does == "hang":
                 continue
+            while self.does == "until ended" and not self._over.wait(0.02):
+                again = read_ask(self._paths.ask)
+                if again is not None and again.end:
+                    self.asks.append(again)
+                    break
             spans = [self._step() for _ in range(4)]
             end_ns = time.monotonic_ns()
             clocks.append((time.time_ns(), time.monotonic_ns()))

@@ -284,6 +284,32 @@ def test_cancelling_calls_it_off_and_removes_everything(
     assert not store.folder(capture.id).exists()
 
 
+@pytest.mark.parametrize("tool", ["kernels", "torch"])
+def test_a_disk_that_fills_ends_what_the_engine_records_and_keeps_it(
+    manager: Manager,
+    engines: Callable[..., ScriptedEngine],
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    tool: str,
+) -> None:
+    running = [engines(0), engines(1)]
+    for engine in running:
+        engine.does = "until ended"
+    capture = manager.request("g", "s", ask(tool))
+    until(manager, capture, "recording")
+    while not all(engine.asks for engine in running):
+        time.sleep(0.01)
+    monkeypatch.setattr(run, "STOP_FREE_BYTES", 1 << 60)
+    done = until(manager, capture, "done")
+    assert done.times["importing"] - done.times["recording"] < 30  # what was asked for
+    assert "ended early" in done.notes[0]
+    assert "report.json" in left(store, done)
+    for engine in running:
+        first, last = engine.asks
+        assert (first.id, first.end, last.end) == (last.id, False, True)
+        assert engine.left == []
+
+
 @pytest.mark.parametrize("content", [b"", b"not a window", b'{"schema": 1}\n'])
 @pytest.mark.parametrize("tool", ["kernels", "torch"])
 def test_a_result_that_is_damaged_is_one_line(

@@ -137,6 +137,7 @@ def test_what_is_written_is_read_and_private(paths: Paths) -> None:
         {"steps": 1_000_001},
         {"cpu": 1},
         {"stacks": "no"},
+        {"end": 1},
         {"asked_ns": 0},
         {"asked_ns": 1 << 62},
         {"asked_ns": "now"},
@@ -306,6 +307,31 @@ def test_removing_the_ask_calls_it_off_and_nothing_is_left(
     wait(lambda: not IN_USE.locked())
     wait(lambda: list(paths.ask.parent.iterdir()) == [])
     assert "save" not in trace.calls
+
+
+def test_ending_it_keeps_what_was_recorded(captures: AskedCaptures, paths: Paths, trace: Scripted) -> None:
+    write(paths.ask, ask(steps=1000))
+    captures.look()
+    said(paths, "recording")
+    write(paths.ask, ask(steps=1000, end=True))
+    captures.look()
+    assert said(paths, "done").notes == ("as told",)
+    assert paths.result.read_text() == "result"
+    # An end that comes when it is over already begins nothing.
+    wait(lambda: not IN_USE.locked())
+    write(paths.ask, ask(end=True))
+    for _ in range(3):
+        captures.look()
+    assert trace.calls == ["start", "stop", "save", "forget"]
+
+
+def test_an_end_that_comes_before_the_ask_was_seen_records_a_moment(
+    captures: AskedCaptures, paths: Paths, trace: Scripted
+) -> None:
+    write(paths.ask, ask(end=True))
+    captures.look()
+    said(paths, "done")
+    assert trace.calls == ["start", "stop", "save", "forget"]
 
 
 def test_another_ask_takes_its_place(captures: AskedCaptures, paths: Paths, trace: Scripted) -> None:
