@@ -91,14 +91,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_configuration(name: str, path: Path) -> Path:
-    """A model directory with that configuration and the demo's tokenizer; to be served with dummy weights."""
+def make_configuration(name: str, path: Path, **changes: Any) -> Path:
+    """A model directory with that configuration and the demo's tokenizer; to be served with dummy weights.
+
+    Args:
+        changes: go over the configuration, such as ``num_hidden_layers``.
+    """
     tiny = make_model(path.parent / "tokenizer")
     path.mkdir(parents=True, exist_ok=True)
     for file in tiny.iterdir():
         if "token" in file.name or file.suffix == ".jinja":
             shutil.copy(file, path)
-    (path / "config.json").write_text(json.dumps({**CONFIGURATIONS[name], **_COMMON}, indent=1))
+    (path / "config.json").write_text(json.dumps({**CONFIGURATIONS[name], **_COMMON, **changes}, indent=1))
     return path
 
 
