@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -77,17 +77,16 @@ class Watch:
         stats = torch.cuda.memory_stats_as_nested_dict()
         return int(stats["allocation"]["all"]["allocated"]) if stats else 0
 
-    def forbid(self, owner: Any, name: str) -> None:
-        """Make a method raise where our code calls it."""
-        original = getattr(owner, name)
+    def checked(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        """``wait``, but it raises where our code calls it in the main thread."""
 
-        @functools.wraps(original)
+        @functools.wraps(wait)
         def checked(*args: Any, **kwargs: Any) -> Any:
             if self._strict and threading.current_thread() is threading.main_thread():
-                raise Synchronised(name)
-            return original(*args, **kwargs)
+                raise Synchronised(wait.__qualname__)
+            return wait(*args, **kwargs)
 
-        setattr(owner, name, checked)
+        return checked
 
     def make(self, name: str, make: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
         """``make`` of a patch, with our part of the wrapper told apart from the original."""
@@ -152,13 +151,13 @@ def main() -> None:
     options = json.loads(sys.argv[2])
     seconds = options.pop("seconds")
     watch = Watch()
-    for owner, name in (
-        (torch.cuda, "synchronize"),
-        (torch.cuda.Event, "synchronize"),
-        (torch.cuda.Stream, "synchronize"),
-    ):
-        watch.forbid(owner, name)
-    _watch_patches(watch)
+    for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
+        owner.synchronize = watch.checked(owner.synchronize)  # type: ignore[union-attr]
+    with watch_patches(watch, (*STEP_METHODS, *_SEAMS)):
+        _run(watch, seconds, options)
+
+
+def _run(watch: Watch, seconds: float, options: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(sys.argv[1], **options)
@@ -197,15 +196,20 @@ def main() -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
-def _watch_patches(watch: Watch) -> None:
-    """From here on, every wrapper on the step path is put in watched."""
+@contextlib.contextmanager
+def watch_patches(watch: Watch, names: Collection[str]) -> Iterator[None]:
+    """Every wrapper of one of these methods that is made meanwhile is watched."""
     original = patch.Patch.__init__
 
     @functools.wraps(original)
     def __init__(self: patch.Patch, owner: Any, name: str, make: Callable[..., Any]) -> None:
-        original(self, owner, name, watch.make(name, make) if name in (*STEP_METHODS, *_SEAMS) else make)
+        original(self, owner, name, watch.make(name, make) if name in names else make)
 
     patch.Patch.__init__ = __init__  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        patch.Patch.__init__ = original  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
