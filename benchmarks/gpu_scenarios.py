@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +175,7 @@ def main() -> int:
     chosen = [item for item in SCENARIOS if item.kind in (options.server or KINDS)]
     begin = time.monotonic()
     outcomes: list[Outcome] = []
+    clients = _earlier_clients(options.references)
     with tempfile.TemporaryDirectory(prefix="llmprobe-scenarios-") as folder:
         workshop = Workshop(Path(folder))
         for kind in dict.fromkeys(item.kind for item in chosen):
@@ -183,8 +184,9 @@ def main() -> int:
                     wait_known(server.directory)
                     before: dict[str, str] = {}
                     for scenario in (item for item in chosen if item.kind == kind):
-                        outcome = _run(scenario, server, workshop, outcomes, before, options.seconds)
+                        outcome = _run(scenario, server, workshop, clients, before, options.seconds)
                         outcomes.append(outcome)
+                        clients[scenario.name] = outcome.facts.client
                         before = classes(outcome.trace)
                         _save(outcomes, machine, options.json)
             except (ServerFailed, LoadFailed, NotSwitched, OSError, ValueError) as error:
@@ -197,12 +199,12 @@ def _run(
     scenario: Scenario,
     server: VllmServer,
     workshop: Workshop,
-    outcomes: list[Outcome],
+    clients: Mapping[str, Client],
     before: dict[str, str],
     seconds: float,
 ) -> Outcome:
     print(f"{scenario.name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    reference = next((o.facts.client for o in outcomes if o.name == scenario.reference), None)
+    reference = clients.get(scenario.reference or "")
     slow = scenario.slow_seconds
     if scenario.slow_steps and reference is not None and reference.tpot_seconds:
         slow = scenario.slow_steps * reference.tpot_seconds
@@ -244,6 +246,12 @@ def _run(
     return Outcome(scenario.name, facts, label, score(trace, label, scenario.phase, before), trace)
 
 
+def _earlier_clients(files: Sequence[Path]) -> dict[str, Client]:
+    """What clients timed in runs that were saved, by scenario."""
+    runs = [run for path in files for run in json.loads(path.read_text())["runs"]]
+    return {run["name"]: Client(**run["facts"]["client"]) for run in runs}
+
+
 def _published_flops(dtype: str) -> float:
     import torch
 
@@ -278,6 +286,14 @@ def _options() -> argparse.Namespace:
         "--server", action="append", choices=sorted(KINDS), help="scenarios of this one; may be repeated"
     )
     parser.add_argument("--seconds", type=float, default=75.0, help="of each scenario [75]")
+    parser.add_argument(
+        "--references",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a saved run of the same machine, for rules that compare with another server; may be repeated",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/verdicts.md")
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """Whether kernel windows can stay on: thousands of them in one live vLLM server on a GPU.
 
     python benchmarks/windows_endurance.py --windows 10000
+    python benchmarks/windows_endurance.py --eager --layers 4 --plan 0.001/0.002
 
 Windows follow each other as fast as they can while requests stream. Watched: that the server answers every
 request in full, time per token in the first and the last tenth, the engine's memory on host and device, and
@@ -40,8 +41,14 @@ def main() -> int:
     options = _options()
     machine = machine_line()
     with tempfile.TemporaryDirectory(prefix="llmprobe-endurance-") as folder:
-        model = make_configuration(options.model, Path(folder) / "model")
-        flags = [*_FLAGS, *_GRAPHS, "--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+        changes = {"num_hidden_layers": options.layers} if options.layers else {}
+        model = make_configuration(options.model, Path(folder) / "model", **changes)
+        flags = [
+            *_FLAGS,
+            *(["--enforce-eager"] if options.eager else _GRAPHS),
+            "--gpu-memory-utilization",
+            str(options.gpu_memory_utilization),
+        ]
         env = {"LLMPROBE_KERNEL_WINDOWS": options.plan}
         with running_server(model, flags, env) as server:
             wait_known(server.directory)
@@ -90,12 +97,19 @@ def main() -> int:
         machine,
         ("", "", "bar"),
         rows,
-        [f"`{options.model}`, {options.concurrency} requests at a time, {options.plan} s, for {took:.0f} s"],
+        [
+            f"`{options.model}`{_shape(options)}, {options.concurrency} requests at a time, {options.plan} s, for {took:.0f} s"
+        ],
     )
     table.show(options.markdown)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     return int(any("MISSED" in cell for row in rows for cell in row))
+
+
+def _shape(options: argparse.Namespace) -> str:
+    layers = f", {options.layers} layers" if options.layers else ""
+    return layers + (", no CUDA graphs" if options.eager else "")
 
 
 def _number(path: Path) -> int:
@@ -127,6 +141,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--model", choices=sorted(CONFIGURATIONS), default="small", help="what is served [small]"
     )
+    parser.add_argument("--layers", type=int, help="of the model, for shorter steps [as it is]")
+    parser.add_argument("--eager", action="store_true", help="launch kernels one by one, as windows are for")
     parser.add_argument("--concurrency", type=int, default=8, help="requests at a time [8]")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5, help="as vLLM's [0.5]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")

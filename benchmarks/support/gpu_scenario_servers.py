@@ -18,7 +18,6 @@ from support.gpu_models import make_configuration
 from support.serving import running_server
 
 _BENCHMARKS = Path(__file__).resolve().parents[1]
-_WINDOWS = "0.1/3"
 _SLOW_ASYNC = ("--scheduler-cls", "support.slow_scheduler.SlowAsyncScheduler")
 _SLOW = ("--scheduler-cls", "support.slow_scheduler.SlowScheduler", "--no-async-scheduling")
 _COMMON = ("--load-format", "dummy", "--max-num-seqs", "128", "--no-enable-prefix-caching")
@@ -29,7 +28,11 @@ _TINY = {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 
 
 @dataclass(frozen=True)
 class Kind:
-    """A server. ``model`` is a name of `support.gpu_models` or ``tiny``; ``dtype`` that of its weights."""
+    """A server.
+
+    ``model`` is a name of `support.gpu_models` or ``tiny``; ``dtype`` that of its weights. ``windows``: kernel
+    windows as by default, else off.
+    """
 
     model: str
     flags: tuple[str, ...]
@@ -83,7 +86,7 @@ class Workshop:
         self.slow(0)
         env = {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(_BENCHMARKS), os.environ.get("PYTHONPATH")))),
-            "LLMPROBE_KERNEL_WINDOWS": _WINDOWS if kind.windows else "off",
+            "LLMPROBE_KERNEL_WINDOWS": "auto" if kind.windows else "off",
             slow_host.VARIABLE: str(self._slow),
             **dict(kind.env),
         }
