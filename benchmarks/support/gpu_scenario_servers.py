@@ -30,8 +30,8 @@ _TINY = {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 
 class Kind:
     """A server.
 
-    ``model`` is a name of `support.gpu_models` or ``tiny``; ``dtype`` that of its weights. ``windows``: kernel
-    windows as by default, else off.
+    ``model`` is a name of `support.gpu_models` or ``tiny``; ``dtype`` that of its weights. ``windows``: as by
+    default, else off.
     """
 
     model: str
