@@ -363,6 +363,20 @@ sys.exit({expected})
     assert not list((one.directory / "nsys").iterdir())
 
 
+def test_a_program_under_nsys_knows_that_cupti_is_held(wrapped: Callable[..., Wrapped]) -> None:
+    one = wrapped(
+        sys.executable,
+        "-c",
+        "from llmprobe.record import torch_trace; from llmprobe.record.cupti import injected\n"
+        "print(torch_trace.unavailable(cuda=True))\n"
+        "print(injected(), injected({}), sep=chr(10))",
+    )
+    assert one.process.wait(60) == 0
+    lines = [line for line in one.said().splitlines() if not line.startswith("llmprobe:")]
+    assert "a profiler was injected into this process (NSYS_PROFILING_SESSION_ID is set)" in lines[0]
+    assert lines[1:] == ["NSYS_PROFILING_SESSION_ID is set", "libToolsInjection64.so is loaded"]
+
+
 def test_what_the_program_prints_and_inherits_is_as_without_nsys(
     wrapped: Callable[..., Wrapped], tmp_path: Path
 ) -> None:

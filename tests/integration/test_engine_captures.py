@@ -98,6 +98,67 @@ def test_a_serving_vllm_is_captured_by_torch_while_it_serves(server: VllmServer,
     assert captured.ask("DELETE", url)[0] == 200
 
 
+def test_vllms_own_profiler_refuses_ours_while_it_runs(tmp_path: Path) -> None:
+    """vLLM's profiler of a worker, started and stopped as ``/start_profile`` and ``/stop_profile`` do."""
+    script = """
+import sys, time, weakref
+from pathlib import Path
+from types import SimpleNamespace
+from vllm.config import ProfilerConfig
+from vllm.profiler.wrapper import TorchProfilerWrapper
+from llmprobe.hooks.vllm.worker import _profiler_of
+from llmprobe.record.asked import Ask, Paths, read_said, write
+from llmprobe.record.asked_capture import AskedCaptures
+from llmprobe.record.recorder import Recorder
+
+class Worker:
+    profiler = None
+
+folder = Path(sys.argv[1])
+config = ProfilerConfig(profiler="torch", torch_profiler_dir=str(folder / "theirs"))
+worker = Worker()
+recorder = Recorder.open(folder / "shared", "worker", {"role": "worker", "clock": "host"})
+captures = AskedCaptures(
+    recorder, profiler=_profiler_of(weakref.ref(worker)), failed=lambda where, error: print(where, error)
+)
+paths = Paths.of(recorder.writer.path)
+
+def said(number):
+    name = f"20261126-10450{number}-abcdef"
+    write(paths.ask, Ask(name, "torch", 0.2, None, False, False, time.monotonic_ns()))
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        captures.look()
+        found = read_said(paths.said)
+        if found is not None and found.id == name and found.state in ("done", "failed"):
+            paths.remove()
+            return found.state, found.reason
+        time.sleep(0.05)
+
+captures.look()
+print(recorder.facts["captures"]["torch"])
+worker.profiler = TorchProfilerWrapper(config, "worker", 0, ["CPU"])
+captures.look()
+print(recorder.facts["captures"]["torch"])
+worker.profiler.start()
+captures.look()
+print(recorder.facts["captures"]["torch"])
+print(said(0))
+worker.profiler.stop()
+captures.look()
+print(recorder.facts["captures"]["torch"])
+print(said(1))
+recorder.close(remove=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    runs = "vLLM's own profiler runs: POST /stop_profile ends it"
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("None", "vLLM's own", "('"))]
+    assert lines == ["None", "None", runs, str(("failed", runs)), "None", str(("done", ""))], done.stdout
+
+
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[bytes], Captured]]]:
     """Starts a transformers program under LLMPROBE=1; nothing of it is left afterwards."""

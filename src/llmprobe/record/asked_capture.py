@@ -97,17 +97,16 @@ class AskedCaptures:
         self._seen: tuple[int, int] | None = None
         self._thread: _CaptureThread | None = None
         self._begun = ""
-        self._told = False
+        self._able: dict[str, str | None] | None = None
+        self._in_the_way: str | None = None
 
     def look(self) -> None:
         """See whether something is asked for, or was called off. Called a few times a second."""
-        if not self._told:
-            self._told = True
-            recorder = self._recorder
-            recorder.update_facts(captures=available(recorder), captures_unsafe=unsafe(recorder))
         thread = self._thread
         if thread is not None and not thread.is_alive():
             thread = self._thread = None
+        if thread is None:
+            self._tell()
         state = self._state()
         if state is None:
             self._seen = None
@@ -129,6 +128,20 @@ class AskedCaptures:
             self._begun = ask.id
             self._thread = _CaptureThread(ask, self._paths, self._recorder, self._profiler, self._failed)
             self._thread.start()
+
+    def _tell(self) -> None:
+        """Say what can capture this process, once and whenever another profiler begins or ends."""
+        recorder = self._recorder
+        in_the_way = self._profiler() or profiling()
+        if self._able is None:
+            self._able = available(recorder)
+            recorder.update_facts(captures_unsafe=unsafe(recorder))
+        elif in_the_way == self._in_the_way:
+            return
+        self._in_the_way = in_the_way
+        recorder.update_facts(
+            captures={tool: in_the_way if reason is None else reason for tool, reason in self._able.items()}
+        )
 
     def close(self) -> None:
         """The probe goes: end what runs."""
@@ -191,8 +204,8 @@ class _CaptureThread(threading.Thread):
         reason = available(self._recorder).get(self.ask.tool, "no such tool")
         if reason is None:
             reason = self._profiler()
-        if reason is None and profiling():
-            reason = "a torch profiler runs in this process"
+        if reason is None:
+            reason = profiling()
         if reason is not None:
             raise Refused(reason)
 

@@ -14,6 +14,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ BUFFER_BYTES = 4 << 20  #: holds about 19 000 kernels
 MOST_BUFFERS = 8
 _ALIGNMENT = 8
 _LIBRARY = re.compile(r"/libcupti\.so(\.[\d.]+)?$")
+_INJECTED = re.compile(r"/lib(ToolsInjection64|cuda-injection)\.so[\d.]*$")
+_MAPS = Path("/proc/self/maps")
 _SUCCESS = 0
 _SHORTEST_NS = 1_000_000
 _OLDEST_VERSION = 12  # CUDA 10: `cupti_records` holds from there on
@@ -233,18 +236,27 @@ class _Buffers:
         return int(memory.ctypes.data)
 
 
-def loaded_library(maps: Path = Path("/proc/self/maps")) -> str | None:
+def loaded_library(maps: Path = _MAPS) -> str | None:
     """The path of the libcupti that this process has loaded; None if it has none."""
+    return next((path for path in _loaded(maps) if _LIBRARY.search(path)), None)
+
+
+def _loaded(maps: Path) -> Iterator[str]:
+    """Paths of the libraries of this process that are of interest here."""
     try:
         lines = maps.read_text(errors="replace").splitlines()
     except OSError:
-        return None
-    paths = (line.split(maxsplit=5)[5] for line in lines if line.count(" ") >= 5 and "libcupti" in line)
-    return next((path for path in paths if _LIBRARY.search(path)), None)
+        return
+    for line in lines:
+        if ("libcupti" in line or "njection" in line) and line.count(" ") >= 5:
+            yield line.split(maxsplit=5)[5]
 
 
-def injected(environ: dict[str, str] | None = None) -> str | None:
-    """The variable of a tool that was injected into this process and holds CUPTI; None if there is none."""
+def injected(environ: dict[str, str] | None = None, maps: Path = _MAPS) -> str | None:
+    """What tells that a tool was injected into this process and holds CUPTI; None if nothing does.
+
+    A variable that is set, or a library of nsys or ncu that is loaded: launchers clear variables.
+    """
     environ = dict(os.environ) if environ is None else environ
     for name in (
         "CUDA_INJECTION64_PATH",
@@ -253,5 +265,6 @@ def injected(environ: dict[str, str] | None = None) -> str | None:
         "NVTX_INJECTION64_PATH",
     ):
         if environ.get(name):
-            return name
-    return None
+            return f"{name} is set"
+    path = next((path for path in _loaded(maps) if _INJECTED.search(path)), None)
+    return None if path is None else f"{Path(path).name} is loaded"

@@ -61,8 +61,8 @@ class KernelTrace:
     def look(self) -> str | None:
         """Why it must end now, if it must. Raises CuptiError."""
         assert self._cupti is not None
-        if profiling():
-            raise CuptiError("a torch profiler began in this process")
+        if other := profiling():
+            raise CuptiError(f"another profiler came in between: {other}")
         now = time.monotonic()
         if now - self._drained_at < _DRAIN_SECONDS and not self._cupti.filling:
             return None

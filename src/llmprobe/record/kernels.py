@@ -98,7 +98,7 @@ class KernelWindowThread(threading.Thread):
             idle = self._recorder.begun == before
             if time.monotonic() < next_at or idle or not self._active():
                 continue
-            if reason := self._spared() or ("a torch profiler runs in this process" if profiling() else None):
+            if reason := self._spared() or profiling():
                 self._say(False, reason)
                 next_at = time.monotonic() + self._plan.period
                 continue
@@ -137,7 +137,7 @@ class KernelWindowThread(threading.Thread):
                 if enough or seconds == 0 or elapsed >= max(seconds, _LONGEST_SECONDS) or cupti.filling:
                     break
                 time.sleep(_POLL_SECONDS)
-                disturbed = profiling()
+                disturbed = profiling() is not None
             window = cupti.close()
             return None if disturbed or seconds == 0 else window
         finally:
@@ -153,7 +153,7 @@ class KernelWindowThread(threading.Thread):
 def forbidden(recorder: Recorder) -> str | None:
     """Why no window may be opened in this process; None if one may."""
     if tool := injected():
-        return f"a profiler was injected into this process ({tool} is set): it sees the kernels itself"
+        return f"a profiler was injected into this process ({tool}): it holds CUPTI"
     folder = recorder.writer.path.parent.parent / FOLDER
     if left := died_in_a_window(folder):
         return f"an engine died while a window was open; remove {left} and start it again to try once more"
@@ -178,7 +178,12 @@ def launches_graphs(facts: Mapping[str, Any]) -> str | None:
     )
 
 
-def profiling() -> bool:
-    """Whether a torch profiler runs in this process, in whatever thread."""
-    profiler = sys.modules.get("torch.autograd.profiler")
-    return bool(getattr(profiler, "_is_profiler_enabled", False))
+def profiling() -> str | None:
+    """Which profiler that uses CUPTI runs in this process, in whatever thread; None if none is known to."""
+    if getattr(sys.modules.get("torch.autograd.profiler"), "_is_profiler_enabled", False):
+        return "a torch profiler runs in this process"
+    module = sys.modules.get("triton.profiler.flags")
+    # An object since triton 3.5; before, the module itself.
+    if getattr(getattr(module, "flags", module), "profiling_on", False):
+        return "Triton's profiler (Proton) runs in this process"
+    return None

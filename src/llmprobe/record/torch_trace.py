@@ -56,7 +56,7 @@ def unavailable(cuda: bool) -> str | None:
         cuda: whether the process drives a CUDA device.
     """
     if tool := injected():
-        return f"a profiler was injected into this process ({tool} is set), and serves all captures"
+        return f"a profiler was injected into this process ({tool}): it holds CUPTI, and serves all captures"
     torch = sys.modules.get("torch")
     if torch is None:
         return "this process has no torch"

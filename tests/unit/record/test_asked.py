@@ -277,12 +277,45 @@ def test_the_engines_own_profiler_comes_first(
     write(paths.ask, ask())
     captures.look()
     assert said(paths, "failed").reason == "vLLM's own runs"
-    monkeypatch.setattr(asked_capture, "profiling", lambda: True)
+    assert recorder.facts["captures"] == {"torch": "vLLM's own runs", "kernels": "no GPU"}
+    monkeypatch.setattr(asked_capture, "profiling", lambda: "a torch profiler runs in this process")
     captures = AskedCaptures(recorder, profiler=lambda: None, failed=lambda where, error: None)
     write(paths.ask, ask(1))
     captures.look()
     wait(lambda: (found := read_said(paths.said)) and found.id == IDS[1])
     assert said(paths, "failed").reason == "a torch profiler runs in this process"
+
+
+def test_what_can_capture_is_said_anew_when_a_profiler_begins_or_ends(
+    captures: AskedCaptures, paths: Paths, recorder: Recorder, trace: Scripted
+) -> None:
+    torch = pytest.importorskip("torch")
+    captures.look()
+    assert recorder.facts["captures"]["torch"] is None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        captures.look()
+        assert recorder.facts["captures"]["torch"] == "a torch profiler runs in this process"
+        write(paths.ask, ask())
+        captures.look()
+        assert said(paths, "failed").reason == "a torch profiler runs in this process"
+        assert trace.calls == []
+    captures.look()
+    assert recorder.facts["captures"]["torch"] is None
+
+
+def test_a_recording_of_ours_is_not_said_to_be_anothers(
+    captures: AskedCaptures, paths: Paths, recorder: Recorder
+) -> None:
+    pytest.importorskip("torch")
+    captures.look()
+    before = recorder.facts["captures"]
+    assert before["torch"] is None
+    write(paths.ask, ask(seconds=0.5))
+    captures.look()
+    wait(lambda: asked_capture.profiling())
+    captures.look()
+    assert recorder.facts["captures"] == before
+    said(paths, "done", "failed")
 
 
 def test_another_recording_of_ours_is_waited_for_and_then_named(

@@ -142,5 +142,27 @@ def test_the_library_is_the_one_that_is_loaded(tmp_path: Path) -> None:
     "name", ["CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID"]
 )
 def test_an_injected_tool_is_noticed(name: str) -> None:
-    assert cupti.injected({name: "/x", "PATH": "/bin"}) == name
+    assert cupti.injected({name: "/x", "PATH": "/bin"}) == f"{name} is set"
     assert cupti.injected({"PATH": "/bin", name: ""}) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "library", "said"),
+    [
+        ({}, "/usr/lib/libcudart.so.13", None),
+        ({}, "/opt/torch/lib/libcupti.so.13", None),
+        ({"CUDA_INJECTION64_PATH": ""}, "/usr/lib/libcudart.so.13", None),
+        ({"CUDA_INJECTION64_PATH": "/x.so"}, "", "CUDA_INJECTION64_PATH is set"),
+        ({"NSYS_PROFILING_SESSION_ID": "7"}, "", "NSYS_PROFILING_SESSION_ID is set"),
+        ({}, "/opt/nsys/target-linux-x64/libToolsInjection64.so", "libToolsInjection64.so is loaded"),
+        ({}, "/opt/ncu/libcuda-injection.so", "libcuda-injection.so is loaded"),
+        ({}, "/home/me/my-injection.so", None),
+    ],
+)
+def test_tools_that_were_injected_are_named(
+    tmp_path: Path, variables: dict[str, str], library: str, said: str | None
+) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(f"7f0000000000-7f0000001000 r-xp 00000000 08:01 1234    {library}\n[vdso]\n")
+    assert cupti.injected(variables, maps) == said
+    assert cupti.injected(variables, tmp_path / "missing") == (said if variables else None)

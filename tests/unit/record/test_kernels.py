@@ -133,11 +133,11 @@ def test_no_window_while_the_probe_is_off_or_a_profiler_runs(
     until(lambda: bool(said(recorder)))
     time.sleep(0.1)
     assert scripted.opened == 1  # the one that sets CUPTI up
-    monkeypatch.setattr(kernels, "profiling", lambda: True)
+    monkeypatch.setattr(kernels, "profiling", lambda: "a profiler runs")
     active = True
     until(lambda: "profiler" in said(recorder)["reason"])
     assert scripted.opened == 1
-    monkeypatch.setattr(kernels, "profiling", lambda: False)
+    monkeypatch.setattr(kernels, "profiling", lambda: None)
     until(lambda: scripted.opened > 2 and said(recorder)["on"])
 
 
@@ -227,7 +227,19 @@ def test_a_profiler_in_another_thread_is_seen() -> None:
     thread = threading.Thread(target=profile)
     thread.start()
     assert inside.wait(30)
-    assert kernels.profiling()
+    assert kernels.profiling() == "a torch profiler runs in this process"
     over.set()
     thread.join()
-    assert not kernels.profiling()
+    assert kernels.profiling() is None
+
+
+def test_tritons_profiler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = pytest.importorskip("triton.profiler.flags")
+    assert kernels.profiling() is None
+    monkeypatch.setattr(flags.flags, "profiling_on", True)  # what proton.start() does
+    assert "Proton" in (kernels.profiling() or "")
+    older = ModuleType("triton.profiler.flags")
+    monkeypatch.setitem(sys.modules, "triton.profiler.flags", older)
+    assert kernels.profiling() is None
+    monkeypatch.setattr(older, "profiling_on", True, raising=False)
+    assert "Proton" in (kernels.profiling() or "")
