@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmprobe.hooks import session
+from llmprobe.hooks.naming import GROUP_VARIABLE
 
 if TYPE_CHECKING:
     from llmprobe.collect.collector import Collector
@@ -80,7 +81,7 @@ def _collector(probe: Any) -> Collector:
         peaks=peaks_for,
         attainable=attainable_for,
         thresholds=load_thresholds(probe.settings.thresholds)[0],
-        only_group=os.environ.get(session.GROUP_VARIABLE, ""),
+        only_group=os.environ.get(GROUP_VARIABLE, ""),
         own_writers=own,
         keep_dead=True,
     )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmprobe.hooks.session import server_name
+from llmprobe.hooks.naming import server_name
 from llmprobe.settings import KernelWindows, Settings, SettingsError, parse_size
 
 WRONG = {

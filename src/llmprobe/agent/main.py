@@ -10,28 +10,15 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from llmprobe.agent import daemon
+from llmprobe.agent.options import Options
 from llmprobe.record.agent_launch import LOG_NAME, agent_running
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import prepare_directory
 from llmprobe.settings import Settings, SettingsError
 
 log = logging.getLogger("llmprobe.agent")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How one agent runs."""
-
-    settings: Settings
-    #: Started by hand: stays, also without any engine.
-    external: bool = False
-    #: Stays attached to the terminal.
-    foreground: bool = False
-    #: How long it stays after the last engine.
-    linger_seconds: float = 30.0
 
 
 def parse(arguments: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> Options:

@@ -22,7 +22,7 @@ from llmprobe.agent.events import Watch
 from llmprobe.agent.exposition import ExpositionFiles
 from llmprobe.agent.files import Token
 from llmprobe.agent.jobs import Jobs
-from llmprobe.agent.main import Options
+from llmprobe.agent.options import Options
 from llmprobe.agent.service import State, create_app
 from llmprobe.agent.snapshot_on_change import SnapshotOnChange
 from llmprobe.capture.manager import Manager

@@ -9,8 +9,8 @@ import numpy as np
 from llmprobe.analysis.busy import Occupation, length_ns
 from llmprobe.analysis.events import KERNEL, UNKNOWN, Trace
 from llmprobe.analysis.phases import PhaseTimes
-from llmprobe.analysis.text import duration
 from llmprobe.analysis.trust import UNTRUSTED, Trust
+from llmprobe.analysis.wording import duration
 
 #: Idle share of a GPU from which it is worth words; the verdict's own threshold for ``sync_bound``.
 IDLE_RATIO = 0.20

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from llmprobe.analysis.report import Report
+from llmprobe.analysis.content import Content
+from llmprobe.analysis.wording import duration, short
 
 _WIDTH = 110
 _NAME_CHARS = 68
@@ -14,7 +13,7 @@ _TOP = 15
 _TOP_GAPS = 8
 
 
-def render(report: Report) -> str:
+def render(report: Content) -> str:
     """The report, at most 110 characters wide, without a line break at its end."""
     lines = [f"{report.source.path}  ({report.source.tool} {report.source.version})".replace(" )", ")"), ""]
     lines += _trust(report)
@@ -34,35 +33,13 @@ def render(report: Report) -> str:
     return "\n".join(lines).rstrip()
 
 
-def duration(seconds: float) -> str:
-    """``1.23 ms``."""
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if seconds * factor >= 1:
-            return (
-                f"{seconds * factor:.3g} {unit}"
-                if seconds * factor < 1000
-                else f"{seconds * factor:.0f} {unit}"
-            )
-    return f"{seconds * 1e9:.0f} ns"
-
-
-def short(name: str, limit: int = _NAME_CHARS) -> str:
-    """A kernel's name without its return type and arguments, cut in its middle where it is still too long."""
-    name = name.removeprefix("void ")
-    if len(name) > limit and "(" in name:
-        name = name.split("(", 1)[0] if not name.startswith("(") else name
-    if len(name) > limit:
-        name = f"{name[: limit * 2 // 3 - 1]}…{name[-(limit // 3) :]}"
-    return name
-
-
 def _wrapped(mark: str, text: str) -> list[str]:
     return textwrap.wrap(
         text, _WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark), break_long_words=False
     )
 
 
-def _trust(report: Report) -> list[str]:
+def _trust(report: Content) -> list[str]:
     words = {
         "trusted": "",
         "limited": "Trust this only in part:",
@@ -74,7 +51,7 @@ def _trust(report: Report) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _gpus(report: Report) -> list[str]:
+def _gpus(report: Content) -> list[str]:
     lines = []
     for gpu in report.gpus:
         idle = gpu.seconds - gpu.busy_seconds
@@ -98,7 +75,7 @@ def _gpus(report: Report) -> list[str]:
     return [*lines, ""]
 
 
-def _phases(report: Report) -> list[str]:
+def _phases(report: Content) -> list[str]:
     if not report.phases:
         return ["no phases marked (llmprobe marks them where LLMPROBE=1 and the profiler records NVTX)", ""]
     lines = [
@@ -123,7 +100,7 @@ def _phases(report: Report) -> list[str]:
     return [*lines, ""]
 
 
-def _kernels(report: Report) -> list[str]:
+def _kernels(report: Content) -> list[str]:
     lines = [f"{'share':>7} {'time':>10} {'count':>9} {'mean':>10}  class"]
     for row in report.operators:
         lines.append(
@@ -139,7 +116,7 @@ def _kernels(report: Report) -> list[str]:
     return [*lines, ""]
 
 
-def _gaps(report: Report) -> list[str]:
+def _gaps(report: Content) -> list[str]:
     if not report.gaps:
         return []
     lines = ["longest gaps"]
@@ -157,7 +134,7 @@ def _gaps(report: Report) -> list[str]:
     return [*lines, ""]
 
 
-def _host(report: Report) -> list[str]:
+def _host(report: Content) -> list[str]:
     whole = sum(row.self_seconds for row in report.host_operators) or 1.0
     lines = [f"{'share':>7} {'own time':>10} {'with calls':>11} {'count':>9}  operator on the host"]
     for row in report.host_operators[:_TOP]:

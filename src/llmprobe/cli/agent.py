@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from llmprobe.agent.main import Options, run
+from llmprobe.agent.main import run
+from llmprobe.agent.options import Options
 from llmprobe.cli.console import settings_or_fail
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
+from llmprobe.hooks.naming import GROUP_VARIABLE, server_name
 from llmprobe.hooks.on_import import forget_all, when_imported
 from llmprobe.hooks.probe import Probe
 from llmprobe.record.asked_capture import AskedCaptures
@@ -18,8 +17,8 @@ from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, SettingsError, logger
 
-#: Processes of one server or program share this; children inherit it through the environment.
-GROUP_VARIABLE = "LLMPROBE_GROUP"
+__all__ = ["current", "disable", "enable", "install_transformers", "install_vllm", "server_name"]
+
 _POLL_SECONDS = 0.25
 _KEEPALIVE_SECONDS = 1.0
 
@@ -248,33 +247,3 @@ class _Housekeeping(threading.Thread):
                     recorder.update_facts(errors=dict(probe.guard.errors))
             except (OSError, JournalError) as error:
                 probe.guard.failed("housekeeping.publish", error)
-
-
-def server_name(settings: Settings, argv: list[str] | None = None) -> str:
-    """The ``server`` label: what `Settings.server` says, else ``vllm-<port>``, else the program's name."""
-    if settings.server:
-        return settings.server
-    argv = sys.argv if argv is None else argv
-    program = Path(argv[0]).stem if argv and argv[0] not in ("", "-c", "-m") else "python"
-    if "serve" in argv[1:2] or "api_server" in program:
-        return f"vllm-{_option(argv, 'port', '8000')}"
-    return program
-
-
-def _option(argv: list[str], name: str, default: str) -> str:
-    """The value of ``--name`` on a vLLM command line, or in the YAML file it names with ``--config``."""
-    for index, word in enumerate(argv):
-        if word == f"--{name}" and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith(f"--{name}="):
-            return word.partition("=")[2]
-    if name != "config" and (path := _option(argv, "config", "")):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            return default
-        for line in lines:
-            key, colon, value = line.partition(":")
-            if colon and key.strip() == name:
-                return value.split("#")[0].strip().strip("\"'") or default
-    return default

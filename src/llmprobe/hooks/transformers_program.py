@@ -6,8 +6,8 @@ import threading
 import weakref
 from typing import Any
 
+from llmprobe.hooks.naming import server_name
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.session import server_name
 from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.transformers_cache import measure_groups
 from llmprobe.hooks.transformers_generation import Generation

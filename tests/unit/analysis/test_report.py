@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmprobe.analysis import Report, analyze
-from llmprobe.analysis.text import duration, short
+from llmprobe.analysis.wording import duration, short
 
 from .kineto_file import decoding
 from .nsys_file import NsysFile, serving

@@ -18,8 +18,8 @@ from llmprobe.agent.exposition import ExpositionFiles, encode
 from llmprobe.agent.files import write_atomically
 from llmprobe.collect.views import ServerView
 from llmprobe.export.prometheus import ViewCollector
+from llmprobe.hooks.naming import GROUP_VARIABLE
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.session import GROUP_VARIABLE
 from llmprobe.hooks.vllm import endpoint
 from llmprobe.hooks.vllm.endpoint import FileCollector, decode
 from llmprobe.record.agent_launch import exposition_path

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from llmprobe.hooks.naming import GROUP_VARIABLE, server_name
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.session import GROUP_VARIABLE, server_name
 from llmprobe.record.agent_launch import exposition_path
 
 _STALE_SECONDS = 10.0  # the agent writes at least every six
