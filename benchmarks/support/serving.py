@@ -45,7 +45,8 @@ def running_server(
     Args:
         model: None for `tiny_model`.
         flags: go behind the ones that make a quick start on the CPU.
-        env: variables of the server and its agent beside those of this process.
+        env: variables of the server and its agent beside those of this process; with ``LLMPROBE=0`` the
+            server is not measured.
         prefix: a command that runs the server and ends with it; it is given time to clean up.
     """
     folder = Path(tempfile.mkdtemp(prefix="llmprobe-benchmark-"))
@@ -60,7 +61,8 @@ def running_server(
     try:
         print(f"starting vllm serve (log: {server.log})", file=sys.stderr, flush=True)
         server.wait_ready(600)
-        server.wait_agent()
+        if (env or {}).get("LLMPROBE") != "0":
+            server.wait_agent()
         yield server
     finally:
         if prefix and server.process.poll() is None:
