@@ -8,7 +8,8 @@ ALONE := tests/integration/generate \
 	$(patsubst %,tests/integration/test_%.py,transformers_activation packaging demo vllm_offline vllm_model)
 
 # Benchmarks, without those that need a GPU where there is none.
-ON_GPU := $(addprefix benchmarks/,accuracy.py gpu_scenarios.py window_cost.py windows_endurance.py)
+ON_GPU := $(addprefix benchmarks/,accuracy.py gpu_scenarios.py traffic_ncu.py window_cost.py \
+	windows_endurance.py)
 BENCHMARKS = $(filter-out $(if $(wildcard /dev/nvidiactl),,$(ON_GPU)),$(wildcard benchmarks/*.py))
 
 help: ## List these targets
