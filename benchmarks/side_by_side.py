@@ -67,9 +67,6 @@ def main() -> int:
 
 def _measure(name: str, options: argparse.Namespace, saved: dict[str, Any], failed: list[str]) -> None:
     """Start one server and measure it; every stretch is saved at once."""
-    if name == "nsys" and shutil.which("nsys") is None:
-        failed.append("nsys: it is not on PATH")
-        return
     print(
         f"{name}: up to {options.warm_up_seconds + options.seconds + 15:.0f} s once it is up",
         file=sys.stderr,
@@ -184,7 +181,11 @@ def _options() -> argparse.Namespace:
     )
     names = list(ALTERNATIVES)
     parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)} [all]"
+        "--only",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"of {', '.join(names)} [all; nsys where it is on PATH]",
     )
     parser.add_argument(
         "--model",
@@ -203,6 +204,7 @@ def _options() -> argparse.Namespace:
     cut = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:cut])
     options.flags = words[cut + 1 :]
+    options.only = options.only or [one for one in names if one != "nsys" or shutil.which(one)]
     if options.seconds <= 0 or options.concurrency < 1 or options.output_tokens < 2:
         parser.error("--seconds above 0, --concurrency from 1, --output-tokens from 2")
     return options
