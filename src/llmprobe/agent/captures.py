@@ -13,6 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmprobe.agent.problems import Problem
+from llmprobe.agent.sessions import by_session
 from llmprobe.capture import session
 from llmprobe.capture.condition import ENGINE_FIGURES, PHASE_FIGURES, Live
 from llmprobe.capture.manager import Manager, Refused, choose_tool
@@ -262,10 +263,17 @@ def _add_files(app: FastAPI, manager: Manager) -> None:
     def file(
         capture_id: str,
         name: str,
+        request: Request,
         raw: Annotated[int, Query(ge=0, le=1, description="1: also what holds the environment.")] = 0,
     ) -> Response:
         if is_raw(name) and not raw:
             raise Problem(403, f"{name} {_warning(name)}.", "Add ?raw=1 if you want it nevertheless.")
+        if is_raw(name) and by_session(request):
+            raise Problem(
+                403,
+                f"{name} {_warning(name)}: a page's cookie does not open it.",
+                "Send the token itself.",
+            )
         return _file(manager, capture_id, name)
 
 

@@ -2,8 +2,8 @@
 
 The loopback interface is no user boundary, and a web page that a user visits can reach it too. So the
 Host header must name us (a page on another site that rebinds its name to 127.0.0.1 cannot fake that), a
-request from a page must come from our own, and switches and captures need the token. On the Unix socket
-the file system has already checked the user.
+request from a page must come from our own, and switches and captures need the token, or the cookie that our
+own page was given for it. On the Unix socket the file system has already checked the user.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmprobe.agent.files import Token
 from llmprobe.agent.problems import Problem
+from llmprobe.agent.sessions import Sessions
 
 #: What a scraper needs, and all that an open door without a token file serves.
 PUBLIC_PATHS = frozenset({"/metrics", "/healthz"})
@@ -40,6 +41,8 @@ class Door:
     kind: Kind
     token: Token | None
     names: frozenset[str] = frozenset()
+    #: None where no page can come in: there are no cookies then.
+    sessions: Sessions | None = None
 
     def check(self, method: str, path: str, headers: Mapping[str, str]) -> Problem | None:
         """Why a request may not pass; None if it may. ``headers`` has lower-case names."""
@@ -57,8 +60,12 @@ class Door:
         return (
             self._check_host(headers)
             or self._check_origin(headers)
-            or self._check_token(is_guarded(method, path), headers)
+            or self._check_token(method, is_guarded(method, path), headers)
         )
+
+    def by_session(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request that may pass has not shown the token itself."""
+        return self.sessions is not None and not self._has_token(headers)
 
     def _check_host(self, headers: Mapping[str, str]) -> Problem | None:
         host = headers.get("host", "")
@@ -79,11 +86,14 @@ class Door:
             403, f"Origin {origin!r} is another site.", "Call the agent from its own page or a program."
         )
 
-    def _check_token(self, guarded: bool, headers: Mapping[str, str]) -> Problem | None:
-        if self.kind == "loopback" and not guarded:
-            return None
+    def _has_token(self, headers: Mapping[str, str]) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if self.token is not None and scheme.lower() == "bearer" and self.token.matches(given.strip()):
+        return self.token is not None and scheme.lower() == "bearer" and self.token.matches(given.strip())
+
+    def _check_token(self, method: str, guarded: bool, headers: Mapping[str, str]) -> Problem | None:
+        if (self.kind == "loopback" and not guarded) or self._has_token(headers):
+            return None
+        if self.sessions is not None and self.sessions.admits(method, headers):
             return None
         where = self.token.path if self.token is not None else "the token file"
         return Problem(
@@ -102,9 +112,11 @@ def is_guarded(method: str, path: str) -> bool:
 def door_for(host: str, token: Token, token_file_given: bool) -> Door:
     """The door of a TCP socket that listens on ``host``."""
     if is_loopback(host):
-        return Door("loopback", token, frozenset({"localhost", host.lower()}))
+        return Door("loopback", token, frozenset({"localhost", host.lower()}), Sessions(token))
     names = {"localhost", host.lower(), socket.gethostname().lower()}
-    return Door("open", token if token_file_given else None, frozenset(names))
+    if not token_file_given:
+        return Door("open", None, frozenset(names))
+    return Door("open", token, frozenset(names), Sessions(token))
 
 
 def is_loopback(host: str) -> bool:
@@ -143,8 +155,10 @@ class DoorKeeper:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the problem, or pass the request on."""
         if scope["type"] == "http":
-            problem = self._door.check(scope["method"], scope["path"], Headers(scope=scope))
+            headers = Headers(scope=scope)
+            problem = self._door.check(scope["method"], scope["path"], headers)
             if problem is not None:
                 await problem.response()(scope, receive, send)
                 return
+            scope.setdefault("state", {})["by_session"] = self._door.by_session(headers)
         await self._app(scope, receive, send)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import llmprobe
-from llmprobe.agent import captures, events, files
+from llmprobe.agent import captures, events, files, sessions
 from llmprobe.agent.door import Door, DoorKeeper
 from llmprobe.agent.event_log import EventLog
 from llmprobe.agent.limits import Audit, Limits
@@ -44,6 +44,7 @@ GET  /api/events         what changes, as it changes (server-sent events)
 POST /api/probe          {{"armed": true|false, "servers": [...]}}; needs the token
 POST /api/captures       {{"seconds": 5, ...}}: look deeper into a running server; needs the token
 GET  /api/captures       captures, and what can be captured; needs the token
+POST /api/session        exchanges the token for a cookie: for a page in a browser
 GET  /openapi.json       the exact description
 """
 
@@ -116,6 +117,8 @@ def create_app(state: State, door: Door) -> FastAPI:
     _add_reading(app, state)
     _add_switch(app, state)
     events.add_routes(app, state.events)
+    if door.sessions is not None:
+        sessions.add_routes(app, door.sessions)
     if state.captures is not None:
         captures.add_routes(app, state.captures, state.reader, state.directory)
     return app

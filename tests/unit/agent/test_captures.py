@@ -291,6 +291,19 @@ def test_the_raw_file_needs_to_be_wanted_and_warns(client: TestClient, manager: 
     assert "environment" in answer.headers["x-llmprobe-warning"]
 
 
+def test_a_pages_cookie_opens_all_files_but_raw_ones(
+    client: TestClient, manager: Manager, token: Token
+) -> None:
+    capture = done(manager, {RAW: b"environment", "report.json": b"{}"})
+    assert client.post("/api/session").status_code == 200
+    del client.headers["Authorization"]
+    assert client.get(f"/api/captures/{capture.id}/files/report.json").status_code == 200
+    said = problem(client.get(f"/api/captures/{capture.id}/files/{RAW}?raw=1"), 403)
+    assert "cookie" in said["detail"]
+    bearer = {"Authorization": f"Bearer {token.value()}"}
+    assert client.get(f"/api/captures/{capture.id}/files/{RAW}?raw=1", headers=bearer).status_code == 200
+
+
 @pytest.mark.parametrize(
     "path",
     [
