@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -122,6 +125,61 @@ class Load(threading.Thread):
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self.join()
+
+
+_CROWD = textwrap.dedent(
+    """
+    # Many streaming completions at once: python -c ... PORT COUNT MAX_TOKENS
+    import asyncio, json, sys
+
+    port, count, max_tokens = map(int, sys.argv[1:])
+
+    async def one(number):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = json.dumps({"model": "tiny", "prompt": [20 + number] * (10 + number), "stream": True,
+                           "max_tokens": max_tokens, "ignore_eos": True}).encode()
+        head = "POST /v1/completions HTTP/1.1\\r\\nHost: x\\r\\nContent-Type: application/json\\r\\n"
+        writer.write(f"{head}Content-Length: {len(body)}\\r\\n\\r\\n".encode() + body)
+        while await reader.read(65536):
+            pass
+
+    async def all():
+        await asyncio.gather(*(one(number) for number in range(count)))
+
+    asyncio.run(all())
+    """
+)
+
+
+def crowd(server: VllmServer, count: int = 40, max_tokens: int = 250) -> subprocess.Popen[bytes]:
+    """A client of its own with ``count`` streams at once, to be killed."""
+    return subprocess.Popen([sys.executable, "-c", _CROWD, *map(str, (server.port, count, max_tokens))])
+
+
+class PendingOf:
+    """Whether work is pending, by the last word of each front end of a server.
+
+    Args:
+        directory: the one that it shares with another server; its own if None.
+    """
+
+    def __init__(self, server: VllmServer, directory: Path | None = None) -> None:
+        name = f"vllm-{server.port}"
+        self._readers = [
+            reader
+            for reader in readers(directory or server.directory, "frontend")
+            if reader.alive() and reader.facts()["server"] == name
+        ]
+        assert self._readers
+        self._last = [0] * len(self._readers)
+
+    def all(self) -> list[bool]:
+        """By front end."""
+        for at, reader in enumerate(self._readers):
+            told = reader.read().pending
+            if len(told):
+                self._last[at] = int(told["unfinished"][-1])
+        return [unfinished > 0 for unfinished in self._last]
 
 
 def readers(directory: Path, role: str) -> Iterator[JournalReader]:

@@ -14,7 +14,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engine import Load, complete, get, get_json, metrics, readers, tokens, until, value
+from engine import (
+    Load,
+    PendingOf,
+    complete,
+    crowd,
+    get,
+    get_json,
+    metrics,
+    readers,
+    tokens,
+    until,
+    value,
+)
 
 from llmprobe.demo.server import VllmServer
 from llmprobe.record.agent_launch import agent_info, agent_running
@@ -51,6 +63,29 @@ def cli(server: VllmServer, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
+def killed_crowd_leaves_nothing_pending(server: VllmServer, directory: Path | None = None) -> None:
+    """Every front end that was asked something says that nothing is pending, once the client was killed."""
+    pending = PendingOf(server, directory)
+    client = crowd(server)
+    try:
+        until(lambda: all(pending.all()), "requests at every front end")
+    finally:
+        client.kill()
+        client.wait()
+    until(lambda: not any(pending.all()), "the end of what is pending")
+
+
+def idle_parts(server: VllmServer) -> dict[str, float]:
+    """Seconds of each component of the server's one rank so far."""
+    name = f"vllm-{server.port}"
+    (shown,) = (s for s in get_json(f"{server.agent_url}/api/status")["servers"] if s["server"] == name)
+    parts: dict[str, float] = {}
+    for of_phase in shown["ranks"][0]["device_time"].values():
+        for component, seconds in of_phase.items():
+            parts[component] = parts.get(component, 0.0) + seconds
+    return parts
+
+
 def test_two_servers_on_a_node_show_side_by_side_with_a_tiny_cache_preempting(
     slow_server: VllmServer, neighbour: VllmServer
 ) -> None:
@@ -82,6 +117,7 @@ def test_two_servers_on_a_node_show_side_by_side_with_a_tiny_cache_preempting(
         until(lambda: f'server="{name}"' in get(f"{neighbour.url}/metrics"), "our families")
     # vLLM's own page shows only its own server.
     assert f'server="vllm-{slow_server.port}"' not in get(f"{neighbour.url}/metrics")
+    killed_crowd_leaves_nothing_pending(neighbour, slow_server.directory)
     neighbour.stop_server_only()
 
     def gone() -> bool:
@@ -140,6 +176,47 @@ def test_off_restores_the_engines_methods_and_on_brings_them_back(mortal: VllmSe
     assert ": on" in switched.stdout
     complete(mortal, tokens(3, 10), 5)
     until(lambda: worker.read() and worker.counters()["steps_decode"] > before["steps_decode"], "steps again")
+
+
+def test_idle_time_after_a_killed_client_is_no_wait(mortal: VllmServer) -> None:
+    killed_crowd_leaves_nothing_pending(mortal)
+    idle_is_no_work(mortal)
+
+
+def test_requests_that_end_while_switched_off_are_no_reason_to_wait(mortal: VllmServer) -> None:
+    pending = PendingOf(mortal)
+    client = crowd(mortal, max_tokens=1500)
+    try:
+        until(lambda: all(pending.all()), "requests")
+        assert cli(mortal, "off").returncode == 0
+        until(lambda: not any(pending.all()), "the end of what was pending")
+    finally:
+        client.kill()
+        client.wait()
+    running = "vllm:num_requests_running"
+    until(lambda: value(metrics(f"{mortal.url}/metrics"), running) == 0, "the aborts")
+    assert cli(mortal, "on").returncode == 0
+    until(lambda: readers_armed(mortal), "the hooks")
+    idle_is_no_work(mortal)
+    assert not any(pending.all())
+
+
+def readers_armed(server: VllmServer) -> bool:
+    (shown,) = get_json(f"{server.agent_url}/api/status")["servers"]
+    return bool(shown["armed"])
+
+
+def idle_is_no_work(server: VllmServer) -> None:
+    """Of idle seconds that a request ends nearly all are without work."""
+    before, idle = idle_parts(server), 5.0
+    time.sleep(idle)
+    complete(server, tokens(6, 10), 5)
+
+    def grown(component: str) -> float:
+        return idle_parts(server)[component] - before[component]
+
+    until(lambda: grown("no_work") > idle * 0.7, "idle time on the account")
+    assert grown("host_gap") < idle * 0.3
 
 
 def test_switching_a_server_that_is_not_there_names_those_that_are(mortal: VllmServer) -> None:

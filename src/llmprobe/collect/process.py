@@ -241,7 +241,11 @@ class Rank:
             self._account(steps, pending, now_ns)
         idle = self.running_since() is None and self.process.alive
         if self.cursor_ns is not None and pending is not None and idle:
-            components, self.cursor_ns = accounting.idle(self.cursor_ns, now_ns - _SETTLE_NS, pending, None)
+            until = now_ns - _SETTLE_NS
+            if self.process.load is not None and not self.process.load.armed and until > self.cursor_ns:
+                # Switched off: it may have worked all the time, and nobody measured.
+                pending = np.array([[self.cursor_ns, until]], dtype=np.int64)
+            components, self.cursor_ns = accounting.idle(self.cursor_ns, until, pending, None)
             self._add("none", components)
 
     def running_since(self) -> int | None:

@@ -338,3 +338,26 @@ def test_what_nobody_measured_is_not_shown_as_0(tmp_path: Path, clock: Clock, se
     (step,) = found.recent_steps(1)
     assert not {"kv_used_bytes", "new_tokens"} & step.keys()
     assert step["server"] == "vllm-1"
+
+
+def test_time_in_which_the_probe_was_off_is_neither_a_wait_nor_no_work(
+    tmp_path: Path, clock: Clock, server: Server
+) -> None:
+    found = collector(tmp_path, clock, server)
+    start = clock.now
+    busy_second(server, start)
+    clock.now = start + 2 * SECOND
+    only(found)
+    server.worker.status(armed=False, inert=False)
+    for _ in range(6):
+        clock.now += SECOND
+        only(found)
+    times = only(found).ranks[0].device_time
+    assert times["none"]["unattributed"] == pytest.approx(6)
+    server.worker.status(armed=True, inert=False)
+    busy_second(server, clock.now)
+    clock.now += 2 * SECOND
+    view = only(found)
+    assert view.ranks[0].device_time["none"]["no_work"] == pytest.approx(0.5 + 0.5 + 0.5)
+    assert view.ranks[0].device_time["decode"]["host_gap"] == pytest.approx(19 * 0.04, abs=0.041)
+    assert total(view) == pytest.approx((clock.now - start) / SECOND - 0.5 - 0.04, abs=1e-6)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from llmprobe.hooks.naming import server_name
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.session import server_name
 from llmprobe.hooks.vllm import facts
 from llmprobe.hooks.vllm.arrival import FirstToken, FirstTokens
 from llmprobe.record.journal import JournalError
@@ -23,6 +23,8 @@ from llmprobe.settings import logger
 
 _now = time.monotonic_ns
 _JOURNAL_BYTES = 1024 * 1024  # one a front end and engine: histograms and about 1700 requests
+#: An engine that said it has nothing, and then nothing for so long, does not work on what is unfinished here.
+_LEFT_BEHIND_NS = 2_000_000_000
 
 
 class FrontEnd:
@@ -34,6 +36,11 @@ class FrontEnd:
         self._processor: Any = None
         self._pending = False
         self._first_tokens = FirstTokens()
+        self._arrived_ns = 0  # when the newest request was taken in
+        self._heard_ns = 0  # when an engine last said how much it has, and of each how much that was
+        self._has: dict[int, int] = {}
+        self._left_behind: frozenset[str] = frozenset()  # unfinished here, and no engine knows of them
+        self._looked: tuple[int, bool] | None = None
         for engine in engines:
             self._open(config, engine)
 
@@ -62,16 +69,16 @@ class FrontEnd:
         self._processor = processor
         waited = max(time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()), 0.0)
         since = _now() - round(waited * 1e9)
+        self._arrived_ns = _now()
         if new:
             self._first_tokens.arrived(request.request_id, since)
         if self._pending:
             return
-        self._pending = True
-        for recorder in self._recorders.values():
-            recorder.pending(since, len(processor.request_states))
+        self._begin(since, len(processor.request_states))
 
-    def outputs(self, outputs: Any) -> None:
+    def outputs(self, processor: Any, outputs: Any) -> None:
         """Outputs of the engine were detokenized and handed to their streams."""
+        self._processor = processor
         self._first_tokens.outputs(outputs)
 
     def aborted(self, processor: Any, ids: list[str]) -> None:
@@ -86,12 +93,61 @@ class FrontEnd:
         self._settle(processor)
 
     def _settle(self, processor: Any) -> None:
-        if self._pending and processor is not None and not processor.request_states:
-            self._pending = False
-            self._first_tokens.forget_all()
-            now = _now()
-            for recorder in self._recorders.values():
-                recorder.pending(now, 0)
+        if self._pending and processor is not None and not self._unfinished(processor):
+            self._end(_now())
+
+    def _end(self, time_ns: int) -> None:
+        """Nothing is pending from ``time_ns`` on."""
+        self._pending = False
+        self._first_tokens.forget_all()
+        for recorder in self._recorders.values():
+            recorder.pending(time_ns, 0)
+
+    def _unfinished(self, processor: Any) -> int:
+        """How many requests an engine has still to do something for."""
+        known = processor.request_states
+        if len(known) > len(self._left_behind) or not known:
+            return len(known)
+        return len(known.keys() - self._left_behind)
+
+    def look(self, active: bool) -> None:
+        """Set right what no hook was told of. A few times a second, on the housekeeping thread.
+
+        Requests come and go while the probe is switched off. And a request that vLLM forgot to abort would be
+        unfinished for ever, and all idle time after it a wait: it is left out once every engine has said,
+        after it came, that nothing runs or waits, and then nothing more.
+
+        Args:
+            active: whether the hooks are at work.
+        """
+        if not active:
+            self._looked = None
+            self._heard_ns = 0  # what engines said is no answer to what comes now
+            if self._pending:
+                self._end(_now())
+            return
+        processor = self._processor
+        if processor is None:
+            return
+        unfinished, heard = self._unfinished(processor), self._heard_ns
+        looked, self._looked = self._looked, (self._arrived_ns, unfinished > 0)
+        if looked is None:  # just switched on
+            if unfinished and not self._pending:
+                self._begin(_now(), unfinished)
+        elif looked != self._looked:
+            pass  # the hooks are in the middle of it
+        elif not unfinished:
+            self._settle(processor)
+        elif not self._pending:
+            self._begin(_now(), unfinished)
+        elif heard > self._arrived_ns and not any(self._has.values()) and _now() - heard > _LEFT_BEHIND_NS:
+            self._left_behind = frozenset(processor.request_states)
+            self._end(heard)
+
+    def _begin(self, time_ns: int, unfinished: int) -> None:
+        self._pending = True
+        for recorder in self._recorders.values():
+            recorder.pending(time_ns, unfinished)
 
     def record(self, scheduler: Any, iteration: Any, engine: int) -> None:
         """vLLM's statistics of one engine iteration; either may be None."""
@@ -102,6 +158,10 @@ class FrontEnd:
             return
         if scheduler is not None:
             waiting = scheduler.num_waiting_reqs + getattr(scheduler, "num_skipped_waiting_reqs", 0)
+            self._heard_ns = entered
+            self._has[engine] = scheduler.num_running_reqs + waiting
+            if self._left_behind and self._has[engine]:
+                self._left_behind = frozenset()  # perhaps one of them
             unfinished = len(self._processor.request_states) if self._processor is not None else 0
             # Also when nothing changed: of several front ends the one that heard last is believed.
             recorder.load(scheduler.num_running_reqs, waiting, float(scheduler.kv_cache_usage), unfinished)
@@ -208,6 +268,12 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
 
         return record_stats
 
+    def look() -> None:
+        front_end = _the_front_end(probe)
+        if front_end is not None:
+            front_end.look(probe.active)
+
+    probe.writers.append(look)
     probe.patch(module.StatLoggerManager, "__init__", make_init)
     probe.patch(module.StatLoggerManager, "record", make_record)
 
@@ -241,18 +307,17 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
 
         return add_request
 
-    def outputs(those: Any) -> None:
+    def outputs(processor: Any, those: Any) -> None:
         front_end = _the_front_end(probe)
         if front_end is not None:
-            front_end.outputs(those)
+            front_end.outputs(processor, those)
 
     def make_process(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def process_outputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
             if patch.active and probe.active:
-                guard.call(
-                    "vllm.process_outputs", outputs, args[0] if args else kwargs.get("engine_core_outputs")
-                )
+                those = args[0] if args else kwargs.get("engine_core_outputs")
+                guard.call("vllm.process_outputs", outputs, self, those)
             return result
 
         return process_outputs

@@ -1,0 +1,244 @@
+"""When work is pending, as a front end tells it: also when vLLM tells less than it should."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.vllm import frontend
+from llmprobe.hooks.vllm.frontend import FrontEnd
+from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.recorder import Recorder
+from llmprobe.settings import Settings
+
+SECOND = 10**9
+
+
+class Clock:
+    """Nanoseconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000 * SECOND
+
+    def __call__(self) -> int:
+        return self.now
+
+    def after(self, seconds: float) -> int:
+        self.now += round(seconds * SECOND)
+        return self.now
+
+
+class Engine:
+    """A front end over a real journal, with requests that come, end, and are left behind."""
+
+    def __init__(self, directory: Path, clock: Clock) -> None:
+        self.recorder = Recorder.open(directory, "frontend", {"role": "frontend"})
+        self._reader = JournalReader(self.recorder.writer.path, self.recorder.writer)
+        self._told: list[tuple[int, int]] = []
+        self.front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(directory)})), None, [])
+        self.front._recorders[0] = self.recorder
+        self.processor = SimpleNamespace(request_states={})
+        self.clock = clock
+
+    def arrive(self, name: str) -> None:
+        self.processor.request_states[name] = object()
+        self.front.arrived(self.processor, SimpleNamespace(request_id=name, arrival_time=time.time()), True)
+
+    def say(self, running: int, waiting: int = 0) -> None:
+        """The engine's statistics of one step."""
+        stats = SimpleNamespace(num_running_reqs=running, num_waiting_reqs=waiting, kv_cache_usage=0.0)
+        self.front.record(stats, None, 0)
+
+    def abort(self, *names: str) -> None:
+        for name in names:
+            del self.processor.request_states[name]
+        self.front.aborted(self.processor, list(names))
+
+    def look(self, times: int = 1, active: bool = True) -> None:
+        for _ in range(times):
+            self.clock.after(0.25)
+            self.front.look(active)
+
+    def told(self) -> list[tuple[int, int]]:
+        """(time, whether anything is pending) of every record so far."""
+        self._told += [(int(row["time"]), int(row["unfinished"] > 0)) for row in self._reader.read().pending]
+        return self._told
+
+    def pending(self) -> bool:
+        return bool(self.told()) and bool(self.told()[-1][1])
+
+    def close(self) -> None:
+        self._reader.close()
+        self.recorder.close(remove=True)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(frontend, "_now", clock)
+    return clock
+
+
+@pytest.fixture
+def engine(tmp_path: Path, clock: Clock) -> Iterator[Engine]:
+    made = Engine(tmp_path, clock)
+    yield made
+    made.close()
+
+
+def test_with_the_last_abort_nothing_is_pending(engine: Engine) -> None:
+    for number in range(40):
+        engine.arrive(str(number))
+    engine.say(40)
+    engine.abort(*map(str, range(39)))
+    assert engine.pending()
+    engine.abort("39")
+    assert [pending for _, pending in engine.told()] == [1, 0]
+
+
+def test_looks_at_a_front_end_that_is_told_everything_change_nothing(engine: Engine) -> None:
+    engine.look(10)
+    for _ in range(3):
+        engine.arrive("a")
+        engine.look(10)
+        engine.say(1)
+        engine.look(10)
+        engine.abort("a")
+        engine.look(10)
+    assert [pending for _, pending in engine.told()] == [1, 0] * 3
+
+
+def test_requests_that_end_while_the_probe_is_off_are_not_pending_afterwards(
+    engine: Engine, clock: Clock
+) -> None:
+    engine.arrive("a")
+    engine.say(1)
+    engine.look()
+    off = clock.now
+    engine.look(active=False)
+    del engine.processor.request_states["a"]  # its client left; no hook was there
+    engine.look(10, active=False)
+    engine.look(30)
+    assert [pending for _, pending in engine.told()] == [1, 0]
+    assert engine.told()[-1][0] - off <= 0.25 * SECOND
+    engine.arrive("b")
+    assert engine.pending()
+
+
+def test_requests_that_came_while_the_probe_was_off_are_pending_once_it_is_on(
+    engine: Engine, clock: Clock
+) -> None:
+    engine.arrive("a")
+    engine.look(active=False)
+    engine.processor.request_states["b"] = object()
+    engine.look(active=False)
+    engine.look()
+    assert engine.told()[-1] == (clock.now, 1)
+    engine.abort("a", "b")
+    assert not engine.pending()
+
+
+def test_an_end_that_no_hook_saw_is_seen_half_a_second_later(engine: Engine) -> None:
+    engine.arrive("a")
+    engine.look()
+    engine.processor.request_states.clear()
+    engine.look(2)
+    assert not engine.pending()
+
+
+def test_a_request_that_vllm_forgot_ends_when_the_engine_had_nothing_left(
+    engine: Engine, clock: Clock
+) -> None:
+    engine.arrive("forgotten")
+    engine.arrive("a")
+    clock.after(0.1)
+    engine.say(2)
+    clock.after(0.1)
+    engine.abort("a")
+    ended = clock.after(0.1)
+    engine.say(0)
+    engine.look(6)
+    assert engine.pending()
+    engine.look(6)
+    assert engine.told()[-1] == (ended, 0)
+    engine.look(20)
+    assert engine.told()[-1] == (ended, 0)  # it does not come back by itself
+    engine.arrive("b")
+    assert engine.pending()
+    engine.abort("b")
+    assert not engine.pending()  # nor is it in the way of others
+
+
+@pytest.mark.parametrize("says", ["nothing", "something runs", "something waits", "only before it came"])
+def test_a_request_that_waits_long_is_not_taken_for_forgotten(
+    engine: Engine, clock: Clock, says: str
+) -> None:
+    engine.arrive("a")
+    clock.after(0.1)
+    engine.say(1)
+    if says == "only before it came":
+        engine.say(0)
+    clock.after(0.1)
+    engine.arrive("b")
+    clock.after(0.1)
+    if says == "something runs":
+        engine.say(1)
+    elif says == "something waits":
+        engine.say(0, 1)
+    engine.look(100)
+    assert engine.pending()
+
+
+def test_a_request_taken_for_forgotten_counts_again_once_the_engine_has_something(
+    engine: Engine, clock: Clock
+) -> None:
+    engine.arrive("late")
+    clock.after(0.1)
+    engine.say(0)
+    engine.look(20)
+    assert not engine.pending()
+    engine.say(1)
+    engine.look(3)
+    assert engine.pending()
+
+
+@given(st.lists(st.sampled_from(["arrive", "abort", "say", "look", "off", "on"]), max_size=60))
+def test_whatever_happened_a_second_later_pending_is_what_is_true(
+    tmp_path_factory: pytest.TempPathFactory, happened: list[str]
+) -> None:
+    clock = Clock()
+    before, frontend._now = frontend._now, clock
+    engine = Engine(tmp_path_factory.mktemp("dir"), clock)
+    try:
+        states, active, number = engine.processor.request_states, True, 0
+        actions: dict[str, Callable[[], Any]] = {
+            "arrive": lambda: engine.arrive(str(number)),
+            "abort": lambda: engine.abort(next(iter(states))),
+            "say": lambda: engine.say(len(states)),
+            "look": lambda: engine.look(active=active),
+        }
+        for what in happened:
+            number += 1
+            if what in ("off", "on"):
+                active = what == "on"
+                engine.look(active=active)
+            elif not active and what == "arrive":
+                states[str(number)] = object()
+            elif not active and what == "abort":
+                states.pop(next(iter(states), ""), None)
+            elif what != "abort" or states:
+                actions[what]()
+        engine.front.outputs(engine.processor, [])  # the engine goes on, and the probe is on
+        engine.look(4)
+        assert engine.pending() == bool(states)
+    finally:
+        frontend._now = before
+        engine.close()
