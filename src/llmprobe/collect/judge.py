@@ -245,4 +245,10 @@ def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> En
 
 def _target(view: ServerView) -> Target:
     pid = view.ranks[0].facts.get("pid") if view.ranks else None
-    return Target(view.server, view.framework, view.flags, pid if isinstance(pid, int) else None)
+    return Target(
+        view.server,
+        view.framework,
+        view.flags,
+        pid if isinstance(pid, int) else None,
+        clock=view.ranks[0].clock if view.ranks else "",
+    )

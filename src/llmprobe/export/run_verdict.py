@@ -63,7 +63,12 @@ def run_verdict(
     pressure = worst(found for load in loads.values() for found in pressures(load, limits))
     pid = view.ranks[0].facts.get("pid") if view.ranks else None
     target = Target(
-        view.server, view.framework, view.flags, pid if isinstance(pid, int) else None, running=False
+        view.server,
+        view.framework,
+        view.flags,
+        pid if isinstance(pid, int) else None,
+        running=False,
+        clock=view.ranks[0].clock if view.ranks else "",
     )
     advice: dict[str, tuple[Advice, ...]] = {
         phase: advise(verdict, max(told[phase], key=lambda item: item[0])[2], target)

@@ -38,6 +38,7 @@ VLLM_FLAGS = {
     "kv_cache_dtype": "auto",
     "gpu_memory_utilization": 0.9,
     "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
     "cudagraph_mode": "FULL_AND_PIECEWISE",
     "max_cudagraph_capture_size": 512,
     "enable_prefix_caching": True,
@@ -103,6 +104,10 @@ def test_entries_are_whole(entry: Entry) -> None:
             assert condition.fact in ABOUT
         else:
             assert condition.fact in recorded_flags()
+        if condition.operation == "above_fact":
+            assert condition.value in recorded_flags()
+    if entry.change is not None and entry.change.told_by:
+        assert entry.change.told_by in recorded_flags()
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.finding)
@@ -197,6 +202,46 @@ def test_a_setting_is_not_proposed_where_it_is_in_force() -> None:
     long_context = seen(figures(mbu=0.7, operator_floors={"attention": (5.0, 0.0), "linear": (1.0, 0.0)}))
     assert "memory_bound.kv_dtype" in findings(long_context)
     assert "memory_bound.kv_dtype" not in findings(long_context, kv_cache_dtype="fp8")
+
+
+def test_what_vllm_would_refuse_is_not_proposed() -> None:
+    waits = seen(figures(mbu=0.6, span=6.0, gap=3.0))
+    assert "sync_bound.async_scheduling" in findings(waits, async_scheduling=False)
+    assert "sync_bound.async_scheduling" not in findings(
+        waits, async_scheduling=False, speculative_method="ngram"
+    )
+    reads = seen(figures(mbu=0.6))
+    assert "memory_bound.quantization" in findings(reads)
+    for quantised in ("awq", "fp8", "compressed-tensors"):
+        assert "memory_bound.quantization" not in findings(reads, quantization=quantised)
+    assert "memory_bound.speculation" in findings(reads)
+    assert "memory_bound.speculation" not in findings(reads, speculative_method="eagle3")
+
+
+def test_larger_graphs_are_for_batches_beyond_them() -> None:
+    bubbles = seen(figures(mbu=0.17, mfu=0.001), kernels=kernels(0.77))
+    assert "sync_bound.graphs_too_small" not in findings(bubbles, max_num_seqs=512)
+    assert "sync_bound.graphs_too_small" in findings(bubbles, max_num_seqs=513)
+
+
+def test_a_setting_that_another_fact_tells_is_shown_by_it() -> None:
+    bubbles = seen(figures(mbu=0.17, mfu=0.001), kernels=kernels(0.77))
+    found = advise(
+        classify(bubbles, Thresholds()), bubbles.figures, target(cudagraph_mode="NONE", max_num_seqs=8)
+    )
+    (changed,) = (item for item in found if item.finding == "sync_bound.no_graphs")
+    assert changed.change.endswith("(now: cudagraph_mode NONE)")
+
+
+def test_on_a_cpu_nothing_is_proposed_that_only_a_gpu_has() -> None:
+    under = load(kv_usage=0.99, waiting=9)
+    (pressed,) = (found for found in pressures(under, Thresholds()) if found.kind == "kv_cache")
+    on = {
+        clock: advise_pressure(pressed, under, Target("s", "vllm", VLLM_FLAGS, clock=clock))
+        for clock in ("cuda", "host")
+    }
+    assert {item.flag for item in on["cuda"]} >= {"kv_cache_dtype", "gpu_memory_utilization"}
+    assert not {item.flag for item in on["host"]} & {"kv_cache_dtype", "gpu_memory_utilization"}
 
 
 def test_fp32_weights_are_the_first_thing_to_change_in_prefill() -> None:

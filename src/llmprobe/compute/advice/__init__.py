@@ -7,6 +7,17 @@ an operation and a value, gains name a formula of `llmprobe.compute.advice.gain`
 
 from llmprobe.compute.advice.advise import Advice, Target, advise, advise_pressure
 from llmprobe.compute.advice.entry import Change, Entry, When
+from llmprobe.compute.advice.ncu import ncu_metrics
 from llmprobe.compute.advice.table import ENTRIES
 
-__all__ = ["ENTRIES", "Advice", "Change", "Entry", "Target", "When", "advise", "advise_pressure"]
+__all__ = [
+    "ENTRIES",
+    "Advice",
+    "Change",
+    "Entry",
+    "Target",
+    "When",
+    "advise",
+    "advise_pressure",
+    "ncu_metrics",
+]

@@ -21,13 +21,17 @@ MOST = 4  #: findings a phase: more is no advice
 
 @dataclass(frozen=True)
 class Target:
-    """What is advised: a server, its engine's flags by their own names, and the process of its rank 0."""
+    """What is advised: a server, its engine's flags by their own names, and the process of its rank 0.
+
+    ``clock`` is that of its steps.
+    """
 
     server: str
     framework: str
     flags: Mapping[str, Any]
     pid: int | None = None
     running: bool = True  # else a finished run is advised upon
+    clock: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def advise_pressure(pressure: Pressure, load: EngineLoad, target: Target) -> tup
     facts = {
         **target.flags,
         "@framework": target.framework,
+        "@clock": target.clock or None,
         "@waiting": load.waiting,
         "@kv_usage": load.kv_usage,
     }
@@ -96,7 +101,7 @@ def _advice(
     current = proposed = None
     change = ""
     if entry.change is not None:
-        current = target.flags.get(entry.change.flag)
+        current = target.flags.get(entry.change.told_by or entry.change.flag)
         proposed = entry.change.proposed(current)
         if proposed is None or proposed == current:
             return None
@@ -121,7 +126,7 @@ def _advice(
 
 
 def _said(change: Change, current: Any, proposed: Any, framework: str) -> str:
-    now = "not set" if current is None else str(current)
+    now = "not set" if current is None else f"{change.told_by} {current}".lstrip()
     return f"{setting(change.flag, proposed, framework)} (now: {now})"
 
 

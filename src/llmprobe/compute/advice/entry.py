@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Operation = Literal["is", "is_not", "above", "at_most", "known"]
+Operation = Literal["is", "is_not", "above", "above_fact", "at_most", "known", "absent"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class When:
     """A condition on one fact: an engine flag by its own name, or one of these about the verdict:
 
     ``@framework`` · ``@clock`` · ``@phase`` · ``@operator`` · ``@healthy`` · ``@sign.NAME``
-    (`llmprobe.compute.signs.SIGNS`). A fact that is not known fulfils ``is_not`` alone.
+    (`llmprobe.compute.signs.SIGNS`). A fact that is not known fulfils ``is_not`` and ``absent`` alone.
+    ``above_fact`` compares with the fact that ``value`` names.
     """
 
     fact: str
@@ -26,21 +27,30 @@ class When:
         known = facts.get(self.fact)
         if self.operation == "is_not":
             return bool(known != self.value)
+        if self.operation == "absent":
+            return known is None
         if known is None:
             return False
         if self.operation == "is":
             return bool(known == self.value)
         if self.operation == "known":
             return True
+        if self.operation == "above_fact":
+            other = facts.get(self.value)
+            return other is not None and bool(known > other)
         return bool(known > self.value) if self.operation == "above" else bool(known <= self.value)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting by the engine's own name, and what to make of it: a value, ``x2`` or ``/2``."""
+    """A setting by the engine's own name, and what to make of it: a value, ``x2`` or ``/2``.
+
+    ``told_by`` is the fact that tells what is set now, where it is not the setting's own.
+    """
 
     flag: str
     to: Any
+    told_by: str = ""
 
     def proposed(self, current: Any) -> Any:
         """The value to try; None if it depends on a current one that is not known."""

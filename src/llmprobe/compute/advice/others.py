@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmprobe.compute.advice.entry import CAPTURE, STATUS, VLLM, Change, Entry, When
+from llmprobe.compute.advice.entry import CAPTURE, GPU, STATUS, VLLM, Change, Entry, When
 
 _UNKNOWN = "unknown"
 
@@ -82,7 +82,7 @@ PRESSURE = (
         "Answers change a little: check their quality on your own prompts.",
         STATUS,
         "",
-        (VLLM, When("kv_cache_dtype", "is", "auto")),
+        (VLLM, GPU, When("kv_cache_dtype", "is", "auto")),
         Change("kv_cache_dtype", "fp8"),
     ),
     Entry(
@@ -93,7 +93,7 @@ PRESSURE = (
         "Too much runs out of memory at a peak of activations.",
         STATUS,
         "",
-        (VLLM, When("gpu_memory_utilization", "at_most", 0.92)),
+        (VLLM, GPU, When("gpu_memory_utilization", "at_most", 0.92)),
         Change("gpu_memory_utilization", 0.95),
     ),
     Entry(

@@ -7,6 +7,7 @@ from llmprobe.compute.advice.entry import CAPTURE, CPU, GPU, STATUS, TRANSFORMER
 _HEALTHY = When("@healthy")
 _ATTENTION = When("@operator", "is", "attention")
 _QUALITY = "Answers change a little: check their quality on your own prompts."
+_FP8 = f"{_QUALITY[:-1]}. Before vLLM 0.20 the value is fp8."
 
 MEMORY = (
     Entry(
@@ -46,11 +47,17 @@ MEMORY = (
         "memory_bound",
         None,
         "Reading 16-bit weights is the largest part: 8-bit weights halve it.",
-        _QUALITY,
+        _FP8,
         STATUS,
         "half_weights",
-        (VLLM, GPU, When("@operator", "is_not", "attention"), When("quantization", "is_not", "fp8")),
-        Change("quantization", "fp8"),
+        (
+            VLLM,
+            GPU,
+            When("@operator", "is_not", "attention"),
+            When("dtype", "is_not", "float32"),
+            When("quantization", "absent"),  # what is quantised already is refused
+        ),
+        Change("quantization", "fp8_per_tensor"),
     ),
     Entry(
         "memory_bound.dtype",
@@ -68,10 +75,10 @@ MEMORY = (
         "memory_bound",
         None,
         "Speculative decoding yields several tokens for one reading of the weights.",
-        "Work is wasted where drafts are refused, most of all at large batches.",
+        "Work is wasted where drafts are refused, mostly at large batches. It excludes async scheduling.",
         STATUS,
         "",
-        (VLLM, When("@phase", "is", "decode"), When("speculative_method", "is_not", "ngram")),
+        (VLLM, When("@phase", "is", "decode"), When("speculative_method", "absent")),
         Change(
             "speculative_config", '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}'
         ),
@@ -157,11 +164,11 @@ COMPUTE = (
         "compute_bound",
         None,
         "8-bit products run at twice the rate where the GPU has them (Ada, Hopper and later).",
-        _QUALITY,
+        _FP8,
         STATUS,
         "half_compute",
-        (VLLM, GPU, When("dtype", "is_not", "float32"), When("quantization", "is_not", "fp8")),
-        Change("quantization", "fp8"),
+        (VLLM, GPU, When("dtype", "is_not", "float32"), When("quantization", "absent")),
+        Change("quantization", "fp8_per_tensor"),
     ),
     Entry(
         "compute_bound.tensor_parallel",

@@ -52,10 +52,15 @@ ENTRIES = (
         _SYNC,
         "host_between_steps",
         "The scheduler prepares a step only after the one before it has ended.",
-        "Some features (certain speculative or structured decoding) are not supported with it.",
+        "Pooling models, some executors and some features are not supported with it.",
         CAPTURE,
         "stall",
-        (VLLM, When("async_scheduling", "is_not", True)),
+        (
+            VLLM,
+            When("async_scheduling", "is_not", True),
+            When("speculative_method", "absent"),  # with most methods vLLM refuses to start
+            When("pipeline_parallel_size", "at_most", 1),
+        ),
         Change("async_scheduling", True),
     ),
     Entry(
@@ -118,7 +123,7 @@ ENTRIES = (
         CAPTURE,
         "stall",
         (VLLM, When("enforce_eager", "is_not", True), When("cudagraph_mode", "is", "NONE")),
-        Change("compilation_config", '{"cudagraph_mode": "FULL_AND_PIECEWISE"}'),
+        Change("compilation_config", '{"cudagraph_mode": "FULL_AND_PIECEWISE"}', told_by="cudagraph_mode"),
     ),
     Entry(
         "sync_bound.graphs_too_small",
@@ -128,7 +133,12 @@ ENTRIES = (
         "More graphs to capture at start, and their memory.",
         CAPTURE,
         "stall",
-        (VLLM, When("enforce_eager", "is_not", True), When("max_cudagraph_capture_size", "known")),
+        (
+            VLLM,
+            When("@phase", "is", "decode"),
+            When("enforce_eager", "is_not", True),
+            When("max_num_seqs", "above_fact", "max_cudagraph_capture_size"),
+        ),
         Change("max_cudagraph_capture_size", "x2"),
     ),
     Entry(
