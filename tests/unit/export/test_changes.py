@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from llmprobe.collect.views import RankView, ServerView
 from llmprobe.compute.stall import Bound, Stall, StepSeen
 from llmprobe.export.changes import QUIET_SECONDS, SETTLED_SECONDS, Change, Changes
@@ -155,3 +158,60 @@ def test_whoever_starts_anew_goes_on_where_it_was_left() -> None:
     anew.restore(saved)
     assert anew.look([before], 103.0) == []
     assert kinds(anew.look([], 110.0)) == ["stall_ended", "pressure_ended", "engine_went"]
+
+
+#: What a look may find: nothing, or a server, stalled or not, pressed or not, on or off, in some class.
+LOOKS = st.lists(
+    st.none()
+    | st.fixed_dictionaries(
+        {
+            "stalled": st.none() | st.integers(1, 2),
+            "pressed": st.booleans(),
+            "armed": st.sampled_from([True, True, False]),
+            "bottleneck": st.sampled_from(["memory_bound", "idle"]),
+            "journal": st.sampled_from(["w1", "w1", "w2"]),
+            "held": st.sampled_from([0.0, 60.0]),
+        }
+    ),
+    max_size=30,
+)
+
+
+def looked_at(found: dict[str, Any] | None) -> list[ServerView]:
+    if found is None:
+        return []
+    on = found["armed"]
+    stall = dataclasses.replace(STALL, step=found["stalled"]) if found["stalled"] and on else None
+    bound = verdict(bottleneck=found["bottleneck"], held_seconds=found["held"])
+    return [
+        view(
+            armed=on,
+            ranks=[worker(found["journal"], stall=stall, armed=on)],
+            pressure={"queue": pressure(active=found["pressed"])} if on else {},
+            verdicts={"decode": bound} if on else {},
+        )
+    ]
+
+
+@given(LOOKS, st.sets(st.integers(0, 29)))
+def test_what_begins_ends_once_and_a_restart_at_any_moment_changes_nothing(
+    looks: list[dict[str, Any] | None], restarts: set[int]
+) -> None:
+    steady, restarted = Changes(), Changes()
+    open_now: dict[str, bool] = {}
+    for at, found in enumerate([*looks, None]):
+        if at in restarts:
+            saved, restarted = restarted.save(), Changes()
+            restarted.restore(json.loads(json.dumps(saved)))
+        told = steady.look(looked_at(found), 100.0 + 4 * at)
+        assert restarted.look(looked_at(found), 100.0 + 4 * at) == told
+        for change in told:
+            for begin, end in (
+                ("engine_came", "engine_went"),
+                ("stall_begun", "stall_ended"),
+                ("pressure_begun", "pressure_ended"),
+            ):
+                if change.kind in (begin, end):
+                    assert open_now.get(begin, False) == (change.kind == end)
+                    open_now[begin] = change.kind == begin
+    assert not any(open_now.values())
