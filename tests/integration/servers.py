@@ -30,13 +30,13 @@ _BREAKS_A_HOOK = textwrap.dedent(
 
     import llmprobe.hooks.vllm.steps as steps
 
-    def note(*arguments):
+    def entered(*arguments):
         if BROKEN.exists():
             raise RuntimeError("broken on purpose")
         return original(*arguments)
 
     BROKEN = Path(__file__).with_name("broken")
-    original, steps.note = steps.note, note
+    original, steps.WorkerSteps.entered = steps.WorkerSteps.entered, entered
     """
 )
 

@@ -14,6 +14,8 @@ class Patch:
     while ``patch.active`` is False: a layer that another tool wrapped cannot be taken out, only silenced.
     """
 
+    __slots__ = ("_make", "_original", "_wrapper", "active", "name", "owner")  # looked at in every step
+
     def __init__(
         self, owner: Any, name: str, make: Callable[[Callable[..., Any], Patch], Callable[..., Any]]
     ) -> None:

@@ -30,6 +30,8 @@ class Probe:
         self.on_armed: list[Callable[[Recorder], None]] = []
         #: Called a few times a second by the housekeeping thread: they write the steps that hooks have kept.
         self.writers: list[Callable[[], None]] = []
+        #: Called when the wrappers are switched on again, before they are.
+        self.on_resumed: list[Callable[[], None]] = []
         #: Undo what is not a patch; called once by `llmprobe.disable`.
         self.cleanups: list[Callable[[], None]] = []
         #: Each says which profiler of the engine runs, or is about to; None if none does.
@@ -127,6 +129,8 @@ class Probe:
     def apply_patches(self) -> None:
         """Undo `remove_patches`."""
         self.generation += 1
+        for resumed in list(self.on_resumed):
+            resumed()
         for patch in self.patches:
             patch.apply()
 

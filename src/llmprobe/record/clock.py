@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmprobe.record.layout import Clock
@@ -31,16 +32,13 @@ HOST_STEPS_KEPT = 1024  #: steps that wait to be harvested at most, on a host cl
 class Stamps:
     """The marks of one step; ``times`` are there once `StepClock.harvest` has returned it."""
 
-    __slots__ = ("events", "marked", "ns", "payload", "restarted")
-
-    def __init__(self, events: Any = None) -> None:
-        self.payload: Any = None
-        #: Host nanoseconds of each mark; afterwards the step's times. 0 where not marked.
-        self.ns = [0, 0, 0, 0]
-        self.events = events
-        self.marked = 0  # bit i: mark i was set
-        #: The step before this one was lost, or there is none: the gap before it is not known.
-        self.restarted = False
+    # No constructor: one is made at each step on a CPU, and running one would cost more than all its marks.
+    ns: list[int]  #: Host nanoseconds of each mark; afterwards the step's times. 0 where not marked.
+    payload: Any = None
+    events: Any = None
+    marked = 0  # bit i: mark i was set
+    #: The step before this one was lost, or there is none: the gap before it is not known.
+    restarted = False
 
     @property
     def times(self) -> tuple[int, int, int, int]:
@@ -60,6 +58,8 @@ class StepClock(Protocol):
     kind: int  #: the same as `llmprobe.record.layout.Clock`
     dropped: int  #: steps that got no stamps, or lost them
     elsewhere: bool  #: whether another thread may `harvest` while the engine's works
+    #: Whether a mark is just the host's time: who has just read it may put it into `Stamps.ns` himself.
+    immediate: bool
 
     @property
     def crowded(self) -> bool:
@@ -72,7 +72,7 @@ class StepClock(Protocol):
         """Stamp time ``index`` (0 to 3) of the step, at this place in the device's queue of work."""
 
     def finish(self, stamps: Stamps) -> None:
-        """The step is over on the host; without marks 0 and 3 it is dropped."""
+        """The step is over on the host; without marks 0 and 3 it is dropped when its turn comes."""
 
     def discard(self, stamps: Stamps) -> None:
         """Forget a step that failed."""
@@ -91,15 +91,20 @@ class HostClock:
     name = "host"
     kind = int(Clock.HOST)
     elsewhere = True
+    immediate = True
 
     def __init__(self) -> None:
         self.dropped = 0
         self._restarted = True
+        self._lost = False  # the last step looked at was dropped
         self._done: deque[Stamps] = deque(maxlen=HOST_STEPS_KEPT)
+        #: See `StepClock.finish`.
+        self.finish: Callable[[Stamps], None] = self._done.append
 
     def begin(self, payload: Any) -> Stamps | None:
         """See `StepClock.begin`; never None."""
         stamps = Stamps()
+        stamps.ns = [0, 0, 0, 0]
         stamps.payload = payload
         if self._restarted:
             stamps.restarted = True
@@ -109,14 +114,6 @@ class HostClock:
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`."""
         stamps.ns[index] = _monotonic_ns()
-
-    def finish(self, stamps: Stamps) -> None:
-        """See `StepClock.finish`."""
-        if stamps.ns[0] and stamps.ns[3]:
-            self._done.append(stamps)
-        else:
-            self.dropped += 1
-            self._restarted = True
 
     def discard(self, stamps: Stamps) -> None:
         """See `StepClock.discard`."""
@@ -132,7 +129,15 @@ class HostClock:
         done: list[Stamps] = []
         try:
             while len(done) < most:
-                done.append(self._done.popleft())
+                stamps = self._done.popleft()
+                if not (stamps.ns[0] and stamps.ns[3]):
+                    self.dropped += 1
+                    self._lost = True
+                    continue
+                if self._lost:
+                    self._lost = False
+                    stamps.restarted = True
+                done.append(stamps)
         except IndexError:
             pass
         return done
@@ -157,6 +162,7 @@ class CudaClock:
 
     name = "cuda"
     kind = int(Clock.CUDA)
+    immediate = False
 
     def __init__(self, device: Any = None, pool_size: int = POOL_SIZE) -> None:
         """
@@ -170,9 +176,18 @@ class CudaClock:
         self._cuda = torch.cuda
         self._device = device
         self._capturing = torch.cuda.is_current_stream_capturing
-        self._free = deque(Stamps(self._new_events()) for _ in range(pool_size))
+        if getattr(self._capturing, "__module__", None) == "torch.cuda.graphs":  # it only calls this one
+            self._capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", self._capturing)
+        self._free: deque[Stamps] = deque()
+        for _ in range(pool_size):
+            stamps = Stamps()
+            stamps.events = [self._new_event() for _ in range(4)]
+            self._give_back(stamps)
         self._few = pool_size // 4
         self._flying: deque[Stamps] = deque()
+        self._lost = False  # the last step looked at was dropped
+        #: See `StepClock.finish`.
+        self.finish: Callable[[Stamps], None] = self._flying.append
         self._harvested: list[Stamps] = []
         self._harvesting = threading.Lock()  # only ever tried, never waited for
         self._restarted = True
@@ -192,8 +207,15 @@ class CudaClock:
             self._raw_stream = None
         self._stream: tuple[int, Any] = (-1, None)  # the last stream's handle, and torch's object for it
 
-    def _new_events(self) -> list[Any]:
-        return [self._cuda.Event(enable_timing=True) for _ in range(4)]
+    def _new_event(self) -> Any:
+        return self._cuda.Event(enable_timing=True)
+
+    def _give_back(self, stamps: Stamps) -> None:
+        stamps.payload = None
+        stamps.ns = [0, 0, 0, 0]
+        stamps.marked = 0
+        stamps.restarted = False
+        self._free.append(stamps)
 
     def begin(self, payload: Any) -> Stamps | None:
         """See `StepClock.begin`."""
@@ -204,10 +226,9 @@ class CudaClock:
             self._restarted = True
             return None
         stamps.payload = payload
-        stamps.ns = [0, 0, 0, 0]
-        stamps.marked = 0
-        stamps.restarted = self._restarted
-        self._restarted = False
+        if self._restarted:
+            stamps.restarted = True
+            self._restarted = False
         return stamps
 
     def mark(self, stamps: Stamps, index: int) -> None:
@@ -229,19 +250,10 @@ class CudaClock:
         self._record(stamps.events[index], stream)
         stamps.marked |= 1 << index
 
-    def finish(self, stamps: Stamps) -> None:
-        """See `StepClock.finish`."""
-        if stamps.marked & 0b1001 == 0b1001:
-            self._flying.append(stamps)
-        else:
-            self.dropped += 1
-            self.discard(stamps)
-
     def discard(self, stamps: Stamps) -> None:
         """See `StepClock.discard`."""
-        stamps.payload = None
         self._restarted = True
-        self._free.append(stamps)
+        self._give_back(stamps)
 
     @property
     def crowded(self) -> bool:
@@ -257,12 +269,22 @@ class CudaClock:
                 self._visit()
                 self._visitors.at_home = True
             for stamps in self._harvested:
-                stamps.payload = None
-                self._free.append(stamps)
+                self._give_back(stamps)
             self._harvested = []
-            while len(self._harvested) < most and self._flying and self._flying[0].events[3].query():
+            while len(self._harvested) < most and self._flying:
+                whole = self._flying[0].marked & 0b1001 == 0b1001
+                if whole and not self._flying[0].events[3].query():
+                    break
                 # Taken out first: a step whose times cannot be read must not come up for ever.
                 stamps = self._flying.popleft()
+                if not whole:
+                    self.dropped += 1
+                    self._lost = True
+                    self._give_back(stamps)
+                    continue
+                if self._lost:
+                    self._lost = False
+                    stamps.restarted = True
                 self._place(stamps)
                 self._harvested.append(stamps)
             return self._harvested
@@ -302,7 +324,7 @@ class CudaClock:
         self._last_ns = start + span
         # The pooled event would be recorded anew before the next step is placed against it: swap it out.
         if self._last_event is None:
-            self._last_event = self._cuda.Event(enable_timing=True)
+            self._last_event = self._new_event()
         stamps.events[3], self._last_event = self._last_event, e3
 
 

@@ -65,9 +65,10 @@ class Recorder:
         self._busy = threading.Lock()  # only ever tried, never waited for
         self.closed = False
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque(maxlen=_QUEUE_LIMIT)
-        self._begun = 0
+        #: Number, time, phase and tokens of the step that began last. An engine's hook may set it instead of
+        #: calling `begin`, with the next number.
+        self.latest = (0, 0, 0, 0)
         self._ended = 0
-        self._progress = (0, 0, 0, 0)
         self._described = (0, 0, 0)
         self._published = (0, 0, 0)
         self._last_end = 0
@@ -104,7 +105,7 @@ class Recorder:
     @property
     def begun(self) -> int:
         """How many steps began so far."""
-        return self._begun
+        return self.latest[0]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -122,8 +123,8 @@ class Recorder:
         Costs no write: `publish` tells readers of it a few times a second, which is soon enough to tell a
         stalled engine from an idle one. ``phase`` may be `layout.UNKNOWN_PHASE` until `describe` tells it.
         """
-        number = self._begun = self._begun + 1
-        self._progress = (number, time_ns, phase, tokens)
+        number = self.latest[0] + 1
+        self.latest = (number, time_ns, phase, tokens)
         return number
 
     def describe(self, number: int, phase: int, tokens: int) -> None:
@@ -255,7 +256,7 @@ class Recorder:
 
     def publish(self) -> None:
         """Publish the running step and the totals of steps; off the step path."""
-        begun, time_ns, phase, tokens = self._progress
+        begun, time_ns, phase, tokens = self.latest
         described = self._described
         if described[0] == begun:
             _, phase, tokens = described

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llmprobe.hooks.vllm.batch import Noted, note_drafts, note_new
+
 
 @dataclass
 class New:
@@ -48,4 +50,16 @@ def cached(**computed_and_scheduled: tuple[int, int]) -> Scheduled:
         scheduled_cached_reqs=Cached(
             names, [c for c, _ in computed_and_scheduled.values()], [1] * len(names)
         ),
+    )
+
+
+def noted(scheduled: Scheduled) -> Noted:
+    """As the step path notes it."""
+    return Noted(
+        scheduled.finished_req_ids,
+        scheduled.total_num_scheduled_tokens,
+        scheduled.scheduled_cached_reqs,
+        scheduled.num_scheduled_tokens,
+        note_new(scheduled.scheduled_new_reqs),
+        note_drafts(scheduled.scheduled_spec_decode_tokens),
     )

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmprobe.hooks.attention import visible_attention
-from llmprobe.hooks.vllm.batch import BatchReader, note
+from llmprobe.hooks.vllm.batch import BatchReader
 from llmprobe.record.layout import Phase
 
-from .scheduled import New, Scheduled, cached, new
+from .scheduled import New, Scheduled, cached, new, noted
 
 
 def read(reader: BatchReader, scheduled: Scheduled) -> Any:
-    batch = reader.read(note(scheduled))
+    batch = reader.read(noted(scheduled))
     assert batch is not None
     return batch
 
@@ -28,8 +28,8 @@ def test_a_lone_prompt_is_prefill_and_samples_once() -> None:
 
 def test_decodes_see_their_whole_context_once_each() -> None:
     reader = BatchReader()
-    reader.read(note(new("a", 10)))
-    reader.read(note(new("b", 20)))
+    reader.read(noted(new("a", 10)))
+    reader.read(noted(new("b", 20)))
     batch = read(reader, cached(a=(10, 1), b=(20, 1)))
     assert batch.phase == Phase.DECODE
     assert batch.counts == (2, 0, 0, 2, 0, 2)
@@ -38,7 +38,7 @@ def test_decodes_see_their_whole_context_once_each() -> None:
 
 def test_a_prompt_among_decodes_is_mixed_and_both_are_told_apart() -> None:
     reader = BatchReader()
-    reader.read(note(new("a", 10)))
+    reader.read(noted(new("a", 10)))
     step = cached(a=(10, 1))
     step.scheduled_new_reqs = [New("b", [1] * 4)]
     step.num_scheduled_tokens["b"] = 4
@@ -62,7 +62,7 @@ def test_chunks_are_prefill_until_the_last_and_only_the_last_samples() -> None:
 
 def test_a_last_chunk_of_one_token_is_still_prefill() -> None:
     reader = BatchReader()
-    reader.read(note(new("a", 5, scheduled=4)))
+    reader.read(noted(new("a", 5, scheduled=4)))
     batch = read(reader, cached(a=(4, 1)))
     assert batch.phase == Phase.PREFILL
     assert batch.counts == (1, 1, 1, 0, 0, 1)
@@ -78,8 +78,8 @@ def test_a_prefix_cache_hit_computes_only_the_rest_but_reads_all_keys() -> None:
 
 def test_a_resumed_request_is_prefill_again_in_either_runner() -> None:
     v1 = BatchReader()
-    v1.read(note(new("a", 10)))
-    v1.read(note(cached(a=(10, 1))))
+    v1.read(noted(new("a", 10)))
+    v1.read(noted(cached(a=(10, 1))))
     step = cached(a=(0, 12))
     step.scheduled_cached_reqs.resumed_req_ids = {"a"}
     step.scheduled_cached_reqs.num_output_tokens = [2]
@@ -87,8 +87,8 @@ def test_a_resumed_request_is_prefill_again_in_either_runner() -> None:
     assert read(v1, cached(a=(12, 1))).phase == Phase.DECODE
 
     v2 = BatchReader()
-    v2.read(note(new("a", 10)))
-    v2.read(note(cached(a=(10, 1))))
+    v2.read(noted(new("a", 10)))
+    v2.read(noted(cached(a=(10, 1))))
     again = Scheduled({"a": 12}, [New("a", [1] * 10, 0, prefill_token_ids=[1] * 12)])
     assert read(v2, again).phase == Phase.PREFILL
     assert read(v2, cached(a=(12, 1))).phase == Phase.DECODE
@@ -96,7 +96,7 @@ def test_a_resumed_request_is_prefill_again_in_either_runner() -> None:
 
 def test_drafts_are_decode_however_many_tokens_are_scheduled() -> None:
     reader = BatchReader()
-    reader.read(note(new("a", 10)))
+    reader.read(noted(new("a", 10)))
     step = cached(a=(10, 4))
     step.scheduled_spec_decode_tokens = {"a": [7, 8, 9]}
     batch = read(reader, step)
@@ -106,8 +106,8 @@ def test_drafts_are_decode_however_many_tokens_are_scheduled() -> None:
 
 def test_a_flush_is_no_step_and_finished_requests_are_forgotten() -> None:
     reader = BatchReader()
-    reader.read(note(new("a", 10, scheduled=4)))
-    assert reader.read(note(Scheduled({}, finished_req_ids={"a"}))) is None
+    reader.read(noted(new("a", 10, scheduled=4)))
+    assert reader.read(noted(Scheduled({}, finished_req_ids={"a"}))) is None
     assert not reader._prefilling
     assert not reader._prompt
 
@@ -152,7 +152,7 @@ def test_however_a_batch_is_counted_the_sums_are_those_of_its_requests(
     decodes = [(before, drafted if drafting else 0) for before, drafted in decodes]
     for number, (before, query) in enumerate(prompts):  # prompts of which a first chunk is computed already
         if before:
-            reader.read(note(new(f"p{number}", before + query, scheduled=before)))
+            reader.read(noted(new(f"p{number}", before + query, scheduled=before)))
     step = cached(
         **{f"d{n}": (before, 1 + drafted) for n, (before, drafted) in enumerate(decodes)},
         **{f"p{n}": (before, query) for n, (before, query) in enumerate(prompts) if before},

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.vllm.batch import note
+from llmprobe.hooks.vllm.batch import Noted
+from llmprobe.hooks.vllm.seams import Seam
 from llmprobe.hooks.vllm.steps import Running, WorkerSteps
-from llmprobe.hooks.vllm.worker import _WRAPPERS
-from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock, Stamps
+from llmprobe.hooks.vllm.worker import _KEPT, _WRAPPERS
+from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock, Stamps, StepClock
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Flag, Phase
 from llmprobe.settings import Settings
 
 from .scheduled import Scheduled, cached, new
+
+
+class Runner:
+    """With the place where vLLM's runner starts a forward."""
+
+    def forward(self) -> None:
+        pass
 
 
 class Rig:
@@ -31,22 +38,25 @@ class Rig:
         self.recorder = recorder
         self.steps = WorkerSteps(self.probe)
         # What `arm` finds out from a worker of vLLM's.
-        self.steps._recorder, self.steps._clock, self.steps._seam = recorder, HostClock(), object()  # type: ignore[assignment]
+        self.use(HostClock())
         self.steps.armed = True
         self.reader = JournalReader(recorder.writer.path, recorder.writer)
+
+    def use(self, clock: StepClock) -> None:
+        self.steps.use(clock, self.recorder, Seam(Runner, "forward", "v2"))
 
     def run(self, scheduled: Scheduled, *, forward: bool = True) -> None:
         self.begin(scheduled)
         if forward:
-            self.steps.forward_start()
+            Runner().forward()
         self.end()
 
     def begin(self, scheduled: Scheduled) -> None:
-        self.steps.entered((scheduled,), {})
+        self.steps.entered(scheduled)
 
     def end(self) -> None:
         self.steps.forward_end(None)
-        self.steps.sample_start((), {})
+        self.steps.sample_start(None)
         self.steps.sample_end(object())
 
     def written(self) -> np.ndarray:
@@ -58,6 +68,7 @@ class Rig:
 def rig(tmp_path: Path) -> Iterator[Rig]:
     made = Rig(tmp_path)
     yield made
+    made.probe.remove_patches()
     made.probe.disarm()
 
 
@@ -139,7 +150,7 @@ def test_readers_learn_what_the_running_step_works_on(rig: Rig) -> None:
     progress = rig.reader.progress()
     assert progress is not None
     assert (progress.begun, progress.phase, progress.tokens) == (2, Phase.PREFILL, 6)
-    rig.steps.forward_start()
+    Runner().forward()
     rig.end()
     assert phases(rig.written()) == [Phase.PREFILL, Phase.PREFILL]
 
@@ -193,7 +204,7 @@ def test_when_nothing_can_be_written_the_probe_gives_up_at_ten_errors(rig: Rig) 
 def test_the_running_step_is_described_while_none_before_it_is_complete(rig: Rig) -> None:
     clock = HostClock()
     clock.harvest = lambda most=0: []  # type: ignore[method-assign]
-    rig.steps._clock = clock
+    rig.use(clock)
     rig.run(new("a", 10, scheduled=4))
     rig.begin(cached(a=(4, 6)))
     rig.steps.write()
@@ -208,12 +219,13 @@ def test_a_clock_that_only_the_engine_may_ask_is_left_to_it(rig: Rig, elsewhere:
     class Engines(HostClock):
         crowded = not elsewhere  # type: ignore[assignment]
 
-    clock = rig.steps._clock = Engines()
+    clock = Engines()
     clock.elsewhere = elsewhere
+    rig.use(clock)
     rig.run(new("a", 10, scheduled=4))
     rig.begin(cached(a=(4, 6)))
     assert len(rig.written()) == elsewhere
-    rig.steps.forward_start()
+    Runner().forward()
     rig.end()
     assert phases(rig.written()) == [Phase.PREFILL]
 
@@ -226,27 +238,32 @@ def test_two_workers_of_one_process_share_the_seam(tmp_path: Path) -> None:
     running = Running()
     workers = [WorkerSteps(probe, running) for _ in range(2)]
     for steps in workers:
-        steps._recorder, steps._clock, steps._seam = recorder, HostClock(), object()  # type: ignore[assignment]
+        steps.use(HostClock(), recorder, Seam(Runner, "forward", "v2"))
         steps.armed = True
     reader = JournalReader(recorder.writer.path, recorder.writer)
     for steps in workers:
-        steps.entered((new("a", 3),), {})
-        running.forward_start()
+        steps.entered(new("a", 3))
+        Runner().forward()
         steps.forward_end(None)
-        steps.sample_start((), {})
+        steps.sample_start(None)
         steps.sample_end(object())
-        running.forward_start()  # between steps it is nobody's
+        Runner().forward()  # between steps it is nobody's
         steps.write()
     assert len(reader.read().steps) == 2
-    probe.writers.append(workers[0].write)
-    workers[0].forget()
-    assert workers[0].write not in probe.writers
+    probe.writers.append(workers[1].write)
+    workers[1].forget()
+    assert workers[1].write not in probe.writers
+    assert len(probe.on_resumed) == 1
+    assert running.steps is None
+    probe.remove_patches()
     probe.disarm()
 
 
-def test_noting_a_plain_decode_keeps_references_only() -> None:
+def test_of_a_plain_decode_only_references_are_kept(rig: Rig) -> None:
     scheduled = cached(a=(4, 1))
-    noted: Any = note(scheduled)
+    rig.run(scheduled)
+    (row,) = rig.steps._rows
+    noted = Noted(*row[2:])
     assert noted.cached is scheduled.scheduled_cached_reqs
     assert noted.counts is scheduled.num_scheduled_tokens
     assert noted.new == ()
@@ -266,8 +283,8 @@ def test_an_error_of_ours_does_not_stop_the_engine_from_warming_up_again(rig: Ri
 
     worker = Worker()
     rig.steps.write = broken  # type: ignore[method-assign]
-    wrapper = _WRAPPERS["compile_or_warm_up_model"](rig.probe, {id(worker): rig.steps})
-    rig.probe.patch(Worker, "compile_or_warm_up_model", wrapper)
+    setattr(worker, _KEPT, rig.steps)
+    rig.probe.patch(Worker, "compile_or_warm_up_model", _WRAPPERS["compile_or_warm_up_model"](rig.probe))
     assert worker.compile_or_warm_up_model() == "warm"
     assert not rig.steps.armed
     assert rig.probe.guard.errors["vllm.disarm"] == 1
@@ -277,6 +294,7 @@ class DeviceClock(HostClock):
     """A clock that says it is a device's, whose stamps are dear; it notes which were taken."""
 
     kind = int(Clock.CUDA)
+    immediate = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +307,7 @@ class DeviceClock(HostClock):
 
 def test_on_a_device_the_middle_of_every_fifth_step_is_stamped(rig: Rig) -> None:
     clock = DeviceClock()
-    rig.steps._clock, rig.steps._all_parts = clock, False
+    rig.use(clock)
     rig.run(new("a", 10))
     for context in range(10, 19):
         rig.run(cached(a=(context, 1)))

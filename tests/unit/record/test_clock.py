@@ -227,9 +227,21 @@ def test_nothing_is_recorded_or_asked_while_a_graph_is_captured(device: Device) 
         clock.mark(stamps, index)
     assert all(event.at is None for event in stamps.events)
     clock.finish(stamps)
-    assert clock.dropped == 1
     device.capturing = False
-    assert [stamps.payload for stamps in clock.harvest()] == [0]
+    submit(clock, device, 2)
+    device.host_ns += 10_000
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(0, True), (2, True)]
+    assert clock.dropped == 1
+
+
+def test_stamps_of_dropped_steps_are_used_again(device: Device) -> None:
+    clock = CudaClock(pool_size=2)
+    for _ in range(5):
+        stamps = clock.begin(0)
+        assert stamps is not None
+        clock.finish(stamps)
+        assert clock.harvest() == []
+    assert clock.dropped == 5
 
 
 def test_marks_of_an_earlier_use_do_not_show_in_a_later_one(device: Device) -> None:

@@ -16,7 +16,6 @@ from llmprobe.record.layout import KV_GROUPS, Phase
 
 _PREFILL, _DECODE, _MIXED = int(Phase.PREFILL), int(Phase.DECODE), int(Phase.MIXED)
 _ZEROS = (0,) * KV_GROUPS
-_tuple = tuple.__new__
 _FEW = 8  # prompts looked up one by one beside many decodes
 
 
@@ -61,20 +60,14 @@ class Noted(NamedTuple):
     drafts: dict[str, int]  # id → draft tokens among them
 
 
-def note(scheduled: Any) -> Noted:
-    """Note a ``SchedulerOutput``: a few references at a plain decode step."""
-    new, drafts = scheduled.scheduled_new_reqs, scheduled.scheduled_spec_decode_tokens
-    return _tuple(  # past the constructor of named tuples, which is Python code
-        Noted,
-        (
-            scheduled.finished_req_ids,
-            scheduled.total_num_scheduled_tokens,
-            scheduled.scheduled_cached_reqs,
-            scheduled.num_scheduled_tokens,
-            tuple(map(_new_request, new)) if new else (),
-            {req_id: len(tokens) for req_id, tokens in drafts.items()} if drafts else {},
-        ),
-    )
+def note_new(requests: Any) -> tuple[NewRequest, ...]:
+    """Note ``SchedulerOutput.scheduled_new_reqs``."""
+    return tuple(map(_new_request, requests))
+
+
+def note_drafts(drafts: Any) -> dict[str, int]:
+    """Note ``SchedulerOutput.scheduled_spec_decode_tokens``."""
+    return {req_id: len(tokens) for req_id, tokens in drafts.items()}
 
 
 def _new_request(new: Any) -> NewRequest:

@@ -7,7 +7,12 @@ busy. Each seam is a method that vLLM calls once a step right before the model r
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmprobe.hooks.patch import Patch
+
+if TYPE_CHECKING:
+    from llmprobe.hooks.vllm.steps import Running
 
 
 class Seam(NamedTuple):
@@ -56,12 +61,13 @@ def methods(cls: type, names: tuple[str, ...]) -> list[tuple[type, str]]:
     return [(owner, name) for owner in cls.__mro__ for name in names if callable(vars(owner).get(name))]
 
 
-def entering(call: Callable[[], None], original: Callable[..., Any], live: Callable[[], bool]) -> Any:
-    """A wrapper that runs ``call`` before ``original`` while ``live()``."""
+def entering(running: Running, original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+    """A wrapper of the seam that tells the worker whose step is open."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if live():
-            call()
+        steps = running.steps
+        if steps is not None and patch.active:
+            steps.forward_start()
         return original(*args, **kwargs)
 
     return wrapper

@@ -1,7 +1,8 @@
 """The steps of one vLLM worker: stamped while they run, read and written when they are over.
 
-What runs on the engine's step path only stamps times and notes references. Reading a batch and packing a
-record there costs several times what it costs elsewhere, because the model has just emptied the caches; see
+What runs on the engine's step path only stamps times and notes references. Everything there costs ten times
+what it costs elsewhere, because the model has just emptied the caches: each function called and each object
+looked at is one more wait for memory. So the hooks below do inline what would read better as calls; see
 docs/decisions/what-the-step-path-writes.md.
 """
 
@@ -10,16 +11,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import deque
 from typing import Any
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.session import server_name
 from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.vllm import facts, seams
-from llmprobe.hooks.vllm.batch import DUMMY, Batch, BatchReader, Noted, note
-from llmprobe.record.clock import HOST_STEPS_KEPT, Stamps, StepClock, step_clock
-from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Clock, Flag
+from llmprobe.hooks.vllm.batch import DUMMY, note_drafts, note_new
+from llmprobe.hooks.vllm.unread import FORGET, NO_ROW, Unread
+from llmprobe.record.clock import Stamps, StepClock, step_clock
+from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
@@ -27,48 +28,34 @@ from llmprobe.settings import logger
 STEP_METHODS = ("execute_model", "sample_tokens", "execute_dummy_batch")
 
 _now = time.monotonic_ns
-_HOST = int(Clock.HOST)
 _IDLE_NS = 100_000_000
-#: Steps wait for the housekeeping thread. If it does not come, the step path writes so many at a time.
+#: Steps wait for the housekeeping thread. After so many without it the step path looks whether they get too
+#: many, and then writes some at a time.
+_UNSEEN_AT_MOST = 128
 _AT_ONCE = 4
-_UNREAD_AT_MOST = 2 * HOST_STEPS_KEPT
 #: On a device's clock a stamp is a CUDA event, which costs the engine some 4 us: where the forward ends and
 #: sampling begins is stamped in every fifth step only (no multiple of two: steps may alternate).
 _PARTS_EVERY = 5
 _RESTARTED, _NO_SAMPLE, _NO_PARTS = int(Flag.RESTARTED), int(Flag.NO_SAMPLE), int(Flag.NO_PARTS)
+_NO_DRAFTS: dict[str, int] = {}
 
 
-class Step:
-    """What came of one output of the scheduler, from when it came until it is written."""
+class _Padding:
+    """What is read of a scheduler's output, for a step that works on no request."""
 
-    __slots__ = ("batch", "flags", "noted", "number", "own_ns", "reader", "time_ns")
-
-    def __init__(self, number: int, time_ns: int, noted: Noted | None, reader: BatchReader) -> None:
-        self.number = number  # 0: no step was made of it
-        self.time_ns = time_ns
-        self.noted = noted  # None for padding, which works on no request
-        self.reader = reader
-        self.batch: Batch | None = None  # until it is read
-        self.flags = 0
-        self.own_ns = 0
-
-    def read(self) -> Batch:
-        """Its batch; reads it the first time. Steps must be read in order."""
-        if self.batch is None:
-            self.batch = (self.reader.read(self.noted) if self.noted is not None else None) or DUMMY
-            self.noted = None
-        return self.batch
+    total_num_scheduled_tokens = -1
+    finished_req_ids = scheduled_new_reqs = ()
+    scheduled_cached_reqs = None
+    num_scheduled_tokens = scheduled_spec_decode_tokens = _NO_DRAFTS
 
 
 class Running:
-    """Whose step is open in this process: the seam is a method that all workers share."""
+    """Whose step began last in this process: the seam is a method that all workers share."""
 
-    steps: WorkerSteps | None = None
+    __slots__ = ("steps",)
 
-    def forward_start(self) -> None:
-        """The model is about to run."""
-        if self.steps is not None:
-            self.steps.forward_start()
+    def __init__(self) -> None:
+        self.steps: WorkerSteps | None = None
 
 
 class WorkerSteps:
@@ -79,29 +66,31 @@ class WorkerSteps:
         Args:
             running: shared by all workers of the process.
         """
-        self._probe = probe
-        self._running = running or Running()
-        self._batches = BatchReader()
-        self._kv_cache_config: Any = None
-        self._clock: StepClock | None = None
-        self._recorder: Recorder | None = None
-        self._seam: seams.Seam | None = None
+        # What every step looks at comes first, so that it lies together in memory.
+        self.armed = False
+        self.depth = 0  # wrapped methods call each other through super()
+        self._stale = False
+        self._marked = False
+        self._immediate = True
+        self._parts = True
+        self._stamps: Stamps | None = None  # of the open step
+        self._row = NO_ROW  # of the step that began last
+        self._own = 0
+        self._unseen = 0  # about so many steps since `write` came by
+        self._unseen_most = _UNSEEN_AT_MOST
         found = ranges(probe.settings.nvtx)
         self._nvtx = found if found.listening else None
-        self.depth = 0  # wrapped methods call each other through super()
-        self.armed = False
-        self._stamps: Stamps | None = None
-        self._step: Step | None = None
-        #: Outputs in order whose batch was not read, also those that made no step: requests begin and end
-        #: in them all the same.
-        self._unread: deque[Step] = deque(maxlen=_UNREAD_AT_MOST)
-        self._begun_ns = 0
-        self._own = 0
-        self._marked = False
-        self._parts = self._all_parts = True
+        self._seam: seams.Seam | None = None
+        self._running = running or Running()
+        self._clock: StepClock | None = None
+        self._recorder: Recorder | None = None
+        self._unread = Unread(probe.guard.failed)
+        self._rows = self._unread.rows
+        self._probe = probe
+        self._kv_cache_config: Any = None
         self._harvesting = threading.Lock()  # only ever tried, never waited for
         self._last_number = 0
-        self._generation = probe.generation
+        probe.on_resumed.append(self._resumed)
 
     def kv_cache(self, config: Any) -> None:
         """The worker's KV cache has been laid out."""
@@ -124,21 +113,9 @@ class WorkerSteps:
             return
         if not said:  # warmed up again, or another engine of this process before it
             recorder.update_facts(**say())
-        self._recorder = recorder
+        self.use(clock, recorder, seam)
         kv = (recorder.facts.get("model") or {}).get("kv") or {"groups": []}
-        self._batches = BatchReader(facts.windows(kv))
-        self._clock = clock
-        self._all_parts = clock.kind == _HOST
-        self._seam = seam
-        if seam is not None:
-            running = self._running
-            probe.patch(
-                seam.owner,
-                seam.name,
-                lambda original, patch: seams.entering(
-                    running.forward_start, original, lambda: patch.active and running.steps is not None
-                ),
-            )
+        self._unread.start(facts.windows(kv))
         self.armed = True
         if self.write not in probe.writers:
             probe.writers.append(self.write)
@@ -149,6 +126,17 @@ class WorkerSteps:
             worker.rank,
         )
 
+    def use(self, clock: StepClock, recorder: Recorder, seam: seams.Seam | None) -> None:
+        """Stamp steps with ``clock``, write them to ``recorder``; ``seam`` tells where a forward starts."""
+        self._clock, self._recorder, self._seam = clock, recorder, seam
+        self._immediate = self._parts = clock.immediate
+        self._unseen_most = _UNSEEN_AT_MOST if clock.elsewhere else 0
+        if seam is not None:
+            running = self._running
+            self._probe.patch(
+                seam.owner, seam.name, lambda original, patch: seams.entering(running, original, patch)
+            )
+
     def disarm(self) -> None:
         """Warm-up begins again: what runs now is not serving."""
         self.abandon()
@@ -158,8 +146,11 @@ class WorkerSteps:
     def forget(self) -> None:
         """The worker is gone."""
         self.armed = False
-        if self.write in self._probe.writers:
-            self._probe.writers.remove(self.write)
+        if self._running.steps is self:
+            self._running.steps = None
+        for calls, mine in ((self._probe.writers, self.write), (self._probe.on_resumed, self._resumed)):
+            if mine in calls:
+                calls.remove(mine)
 
     def _facts(self, worker: Any, clock: StepClock, seam: seams.Seam | None) -> dict[str, Any]:
         probe = self._probe
@@ -192,137 +183,166 @@ class WorkerSteps:
             logger().warning("%s", line)
         return said
 
-    def entered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """``execute_model`` is entered."""
+    def entered(self, scheduled: Any) -> None:
+        """``execute_model`` is entered, with a ``SchedulerOutput``."""
         entered = _now()
-        noted = note(args[0] if args else kwargs["scheduler_output"])
-        if noted.total:
-            self._begin(entered, noted)
-        else:  # nothing to run, but requests ended
-            self._unread.append(Step(0, entered, noted, self._batches))
-
-    def entered_dummy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """``execute_dummy_batch`` is entered: padding, so that other data-parallel ranks can go on."""
-        self._begin(_now(), None)
-
-    def _begin(self, entered: int, noted: Noted | None) -> None:
+        if self._stale:
+            self._start_again()
+        if self._stamps is not None:  # the step before never came to its sampling
+            self.sample_end(None, _NO_SAMPLE)
+        total = scheduled.total_num_scheduled_tokens
+        new, drafts = scheduled.scheduled_new_reqs, scheduled.scheduled_spec_decode_tokens
+        finished, cached = scheduled.finished_req_ids, scheduled.scheduled_cached_reqs
+        counts = scheduled.num_scheduled_tokens
+        new = note_new(new) if new else ()
+        drafts = note_drafts(drafts) if drafts else _NO_DRAFTS
+        if not total:  # nothing to run, but requests ended
+            self._rows.append((0, entered, finished, 0, cached, counts, new, drafts))
+            return
         clock, recorder = self._clock, self._recorder
         if clock is None or recorder is None:
             return
-        if self._generation != self._probe.generation:
-            self._start_again(clock)
-        if self._stamps is not None:  # the step before never came to its sampling
-            self._close(_NO_SAMPLE)
         stamps = clock.begin(None)
+        number = recorder.latest[0] + 1
+        recorder.latest = number, entered, UNKNOWN_PHASE, max(total, 0)
+        row = number, entered, finished, total, cached, counts, new, drafts
+        self._rows.append(row)
         if stamps is None:
-            self._unread.append(Step(0, entered, noted, self._batches))
+            recorder.abandon(number)
             return
-        number = recorder.begin(UNKNOWN_PHASE, noted.total if noted is not None else 0, entered)
-        step = Step(number, entered, noted, self._batches)
-        self._unread.append(step)
         if self._nvtx is not None:
-            batch = self._read(step)
+            batch = self._unread.batch(row) or DUMMY
             self._nvtx.begin(PHASES[batch.phase], batch.tokens)
-        self._step, self._stamps, self._begun_ns = step, stamps, entered
-        self._parts = self._all_parts or number % _PARTS_EVERY == 0
+            recorder.latest = number, entered, batch.phase, batch.tokens
+        if not self._immediate:
+            self._parts = number % _PARTS_EVERY == 0
+        self._marked = False
+        self._stamps, self._row = stamps, row
         self._running.steps = self
+        self._own += _now() - entered
         # Dummy batches go round the seam, and so does every step of a vLLM without one: their preparation
         # then counts as busy.
-        self._marked = noted is None or self._seam is None
-        if self._marked:
-            if self._nvtx is not None:
-                self._nvtx.part(FORWARD)
-            clock.mark(stamps, 0)
-        self._own += _now() - entered
+        if total < 0 or self._seam is None:
+            self.forward_start()
+
+    def entered_dummy(self, argument: None) -> None:
+        """``execute_dummy_batch`` is entered: padding, so that other data-parallel ranks can go on."""
+        self.entered(_Padding)
 
     def forward_start(self) -> None:
         """The model is about to run. Called by the seam, guarded here."""
+        entered = _now()
         stamps = self._stamps
         if stamps is None or self._marked:
             return
-        entered = _now()
         try:
             self._marked = True
             if self._nvtx is not None:
                 self._nvtx.part(FORWARD)
-            self._clock.mark(stamps, 0)  # type: ignore[union-attr]
-            self._own += _now() - entered
+            if self._immediate:
+                stamps.ns[0] = left = _now()
+            else:
+                self._clock.mark(stamps, 0)  # type: ignore[union-attr]
+                left = _now()
+            self._own += left - entered
         except Exception as error:  # noqa: BLE001 - on vLLM's own call path
             self._probe.guard.failed("vllm.forward_start", error)
 
     def forward_end(self, output: Any) -> None:
         """``execute_model`` returned; with an output, no sampling call follows and the step ends with it."""
         entered = _now()
-        stamps, clock = self._stamps, self._clock
-        if stamps is None or clock is None:
+        stamps = self._stamps
+        if stamps is None:
             return
-        if self._parts:
-            clock.mark(stamps, 1)
+        if self._immediate:
+            stamps.ns[1] = entered
+        elif self._parts:
+            self._clock.mark(stamps, 1)  # type: ignore[union-attr]
         if self._nvtx is not None:
             self._nvtx.part(None)
         # Here a device has just been given its work, whether or not steps overlap.
-        if clock.crowded:
-            self._harvest(_AT_ONCE)
+        self._unseen += 1
+        if self._unseen > self._unseen_most:
+            self._lend_a_hand()
         self._own += _now() - entered
         if output is not None:
-            self._close(_NO_SAMPLE)
+            self.sample_end(None, _NO_SAMPLE)
+
+    def sample_start(self, grammar: Any) -> None:
+        """``sample_tokens`` is entered."""
+        entered = _now()
+        stamps = self._stamps
+        if stamps is None:
+            return
+        if self._nvtx is not None:
+            self._nvtx.part(SAMPLE)
+        if self._immediate:
+            stamps.ns[2] = left = _now()
+        else:
+            if self._parts:
+                self._clock.mark(stamps, 2)  # type: ignore[union-attr]
+            left = _now()
+        self._own += left - entered
+
+    def sample_end(self, output: Any, flags: int = 0) -> None:
+        """``sample_tokens`` returned: the step is over on the host.
+
+        Args:
+            flags: those of the step; `Flag.NO_SAMPLE` where another call ended it.
+        """
+        entered = _now()
+        stamps, clock = self._stamps, self._clock
+        if stamps is None or clock is None:
+            return
+        if not self._marked:
+            self.abandon()
+            return
+        if self._immediate:
+            stamps.ns[3] = entered
+        else:
+            clock.mark(stamps, 3)
+            if not self._parts:
+                flags |= _NO_PARTS
+        self._stamps = None
+        if self._nvtx is not None:
+            self._nvtx.end()
+        # Before the clock has it: from then on another thread may write it.
+        stamps.payload = self._row, flags, self._own + _now() - entered
+        self._own = 0
+        clock.finish(stamps)
 
     def dummy_end(self, output: Any) -> None:
         """``execute_dummy_batch`` returned."""
-        if self._stamps is not None:
-            self._close(_NO_SAMPLE)
-
-    def sample_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """``sample_tokens`` is entered."""
-        entered = _now()
-        if self._stamps is not None and self._clock is not None:
-            if self._nvtx is not None:
-                self._nvtx.part(SAMPLE)
-            if self._parts:
-                self._clock.mark(self._stamps, 2)
-            self._own += _now() - entered
-
-    def sample_end(self, output: Any) -> None:
-        """``sample_tokens`` returned: the step is over on the host."""
-        if self._stamps is not None:
-            self._close(0)
+        self.sample_end(None, _NO_SAMPLE)
 
     def abandon(self) -> None:
         """The host's own call raised, or the model never ran: close the NVTX range and forget the step."""
-        stamps, step = self._stamps, self._step
-        self._stamps = self._step = self._running.steps = None
-        if stamps is None or step is None or self._clock is None:
+        stamps = self._stamps
+        self._stamps = None
+        if stamps is None or self._clock is None:
             return
         self._clock.discard(stamps)
         if self._nvtx is not None:
             self._nvtx.end()
         if self._recorder is not None:
-            self._recorder.abandon(step.number)
+            self._recorder.abandon(self._row[0])
 
-    def _start_again(self, clock: StepClock) -> None:
+    def _resumed(self) -> None:
+        """The probe was off and is on again. Called in another thread than the engine's."""
+        self._stale = True
+
+    def _start_again(self) -> None:
         """Off and on again: requests came and went unseen."""
-        self._generation = self._probe.generation
+        self._stale = False
         self.abandon()  # the step in which it was switched off
-        self._batches = BatchReader(self._batches.windows)
-        clock.restart()
+        self._rows.append(FORGET)
+        if self._clock is not None:
+            self._clock.restart()
 
-    def _close(self, flags: int) -> None:
-        entered = _now()
-        stamps, step, clock = self._stamps, self._step, self._clock
-        if stamps is None or step is None or clock is None:
-            return
-        if not self._marked:
-            self.abandon()
-            return
-        clock.mark(stamps, 3)
-        self._stamps = self._step = self._running.steps = None
-        if self._nvtx is not None:
-            self._nvtx.end()
-        step.flags = flags if self._parts else flags | _NO_PARTS
-        stamps.payload = step
-        # Before the clock has it: from then on another thread may write it.
-        step.own_ns, self._own = self._own + _now() - entered, 0
-        clock.finish(stamps)
+    def _lend_a_hand(self) -> None:
+        """The housekeeping thread has not come for long: see that nothing is lost."""
+        if self._clock is not None and self._clock.crowded:
+            self._harvest(_AT_ONCE)
 
     def write(self) -> None:
         """Write the steps that are complete. Runs in the housekeeping thread, a few times a second.
@@ -332,7 +352,8 @@ class WorkerSteps:
         clock = self._clock
         if not self.armed or clock is None:
             return
-        if clock.elsewhere or (self._step is None and _now() - self._begun_ns > _IDLE_NS):
+        self._unseen = 0
+        if clock.elsewhere or (self._stamps is None and _now() - self._row[1] > _IDLE_NS):
             self._harvest()
         self._describe()
 
@@ -346,7 +367,7 @@ class WorkerSteps:
                 if self._probe.guard.inert:
                     break
                 try:
-                    self._record(recorder, clock.kind, stamps)
+                    self._record(recorder, clock, stamps)
                 except Exception as error:  # noqa: BLE001 - the others are good
                     clock.dropped += 1
                     self._probe.guard.failed("vllm.harvest", error)
@@ -355,41 +376,37 @@ class WorkerSteps:
 
     def _describe(self) -> None:
         """Tell readers what the running step works on. Not on the step path."""
-        recorder, step = self._recorder, self._step
-        if recorder is None or step is None or not self._harvesting.acquire(False):
+        recorder, stamps, row = self._recorder, self._stamps, self._row
+        if self._nvtx is not None:
+            return  # the step path reads, and has told
+        if recorder is None or stamps is None or not self._harvesting.acquire(False):
             return
         try:
-            batch = self._read(step)
-            recorder.describe(step.number, batch.phase, batch.tokens)
+            batch = self._unread.batch(row)
+            if batch is not None:
+                recorder.describe(row[0], batch.phase, batch.tokens)
         finally:
             self._harvesting.release()
 
-    def _read(self, step: Step) -> Batch:
-        """The batch of a step, once those before it are read."""
-        while step.batch is None and self._unread:
-            earlier = self._unread.popleft()
-            if earlier is step:
-                break
-            try:
-                earlier.read()
-            except Exception as error:  # noqa: BLE001 - it is lost when its own turn comes
-                self._probe.guard.failed("vllm.read", error)
-        return step.read()
-
-    def _record(self, recorder: Recorder, clock: int, stamps: Stamps) -> None:
-        step: Step = stamps.payload
-        batch = self._read(step)
-        if stamps.restarted or step.number != self._last_number + 1:
-            step.flags |= _RESTARTED
-        self._last_number = step.number
+    def _record(self, recorder: Recorder, clock: StepClock, stamps: Stamps) -> None:
+        row, flags, own_ns = stamps.payload
+        number, time_ns = row[:2]
+        batch = self._unread.batch(row)
+        self._unread.recorded(number)
+        if batch is None:
+            clock.dropped += 1
+            return
+        if stamps.restarted or number != self._last_number + 1:
+            flags |= _RESTARTED
+        self._last_number = number
         recorder.step_counted(
-            step.number,
-            step.time_ns,
+            number,
+            time_ns,
             batch.phase,
-            clock,
-            step.flags,
+            clock.kind,
+            flags,
             stamps.times,
             batch.counts,
             batch.attention,
-            step.own_ns,
+            own_ns,
         )

@@ -6,9 +6,10 @@ The wrappers are on the engine's step path: bounded, lock-free and guarded inlin
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from llmprobe.hooks.patch import Patch
@@ -18,14 +19,14 @@ from llmprobe.hooks.vllm.steps import STEP_METHODS, Running, WorkerSteps
 
 _LIFE_METHODS = ("initialize_from_config", "compile_or_warm_up_model")
 
-#: What is kept about each worker, by its id: cheaper at every step than a weak dictionary.
-_Workers = dict[int, WorkerSteps]
 _Maker = Callable[[Callable[..., Any], Patch], Callable[..., Any]]
+#: The attribute of a worker under which its `WorkerSteps` is found: at every step, and no dictionary of ours
+#: is as near as the worker's own.
+_KEPT = "_llmprobe_steps"
 
 
 def install(probe: Probe, module: ModuleType) -> None:
     """Wrap ``WorkerBase.__init__``, where the classes of the actual worker become known."""
-    workers: _Workers = {}
     running = Running()
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
@@ -37,16 +38,19 @@ def install(probe: Probe, module: ModuleType) -> None:
         return __init__
 
     def adopt(worker: Any) -> None:
-        steps = workers[id(worker)] = WorkerSteps(probe, running)
-        weakref.finalize(worker, forget, id(worker), steps)
-        probe.profilers.append(_profiler_of(weakref.ref(worker)))
+        steps = WorkerSteps(probe, running)
+        setattr(worker, _KEPT, steps)
+        weakref.finalize(worker, steps.forget)
+        there = weakref.ref(worker)
+        probe.cleanups.append(lambda: leave(there(), steps))
+        probe.profilers.append(_profiler_of(there))
         for owner, name in seams.methods(type(worker), STEP_METHODS + _LIFE_METHODS):
-            probe.patch(owner, name, _WRAPPERS[name](probe, workers))
+            probe.patch(owner, name, _WRAPPERS[name](probe))
 
-    def forget(number: int, steps: WorkerSteps) -> None:
-        if workers.get(number) is steps:  # a new worker may have its id by now
-            del workers[number]
+    def leave(worker: Any, steps: WorkerSteps) -> None:
         steps.forget()
+        if getattr(worker, _KEPT, None) is steps:
+            delattr(worker, _KEPT)
 
     probe.patch(module.WorkerBase, "__init__", make)
 
@@ -63,27 +67,51 @@ def _profiler_of(worker: Callable[[], Any]) -> Callable[[], str | None]:
     return running
 
 
-def _around(where: str, before: Callable[..., None], after: Callable[..., None]) -> Any:
-    """Makes wrappers that call ``before(state, args, kwargs)`` and ``after(state, output)`` round a method.
+def _around(
+    where: str, parameter: str, before: Callable[[WorkerSteps, Any], None], after: Callable[..., None]
+) -> Any:
+    """Makes wrappers that call ``before(state, argument)`` and ``after(state, output)`` round a method.
 
     They call each other through ``super()``; the outermost counts.
+
+    Args:
+        parameter: the one that the method has in all vLLMs known.
     """
 
-    def wrapper_of(probe: Probe, workers: _Workers) -> _Maker:
+    def wrapper_of(probe: Probe) -> _Maker:
         guard = probe.guard
 
         def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
-            def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-                state = workers.get(id(self)) if patch.active else None
-                if state is None or not state.armed or state.depth or guard.inert:
-                    return original(self, *args, **kwargs)
+            if _parameters(original) == ["self", parameter]:
+                method = around(original, patch)
+                # Callers may name it.
+                code = method.__code__
+                names = ("self", parameter, *code.co_varnames[2:])
+                method.__code__ = code.replace(co_varnames=names)
+                return method
+
+            def any_method(self: Any, *args: Any, **kwargs: Any) -> Any:
+                argument = args[0] if args else kwargs.get(parameter)
+                return around(lambda self, _: original(self, *args, **kwargs), patch)(self, argument)
+
+            return any_method
+
+        def around(original: Callable[..., Any], patch: Patch) -> FunctionType:
+            # With a parameter of its own: packing and unpacking any number takes as long as all the rest.
+            def method(self: Any, argument: Any) -> Any:
+                try:
+                    state = self._llmprobe_steps
+                except AttributeError:
+                    state = None
+                if state is None or not patch.active or not state.armed or state.depth or guard.inert:
+                    return original(self, argument)
                 state.depth = 1
                 try:
                     try:
-                        before(state, args, kwargs)
+                        before(state, argument)
                     except Exception as error:  # noqa: BLE001 - guarded inline: this runs at every step
                         guard.failed(where, error)
-                    output = original(self, *args, **kwargs)
+                    output = original(self, argument)
                 except BaseException:
                     guard.call(where, state.abandon)
                     raise
@@ -95,6 +123,7 @@ def _around(where: str, before: Callable[..., None], after: Callable[..., None])
                     guard.failed(where, error)
                 return output
 
+            assert isinstance(method, FunctionType)
             return method
 
         return make
@@ -102,10 +131,17 @@ def _around(where: str, before: Callable[..., None], after: Callable[..., None])
     return wrapper_of
 
 
-def _wrap_initialize(probe: Probe, workers: _Workers) -> _Maker:
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Their names, if a caller may pass each by place or by name; else nothing."""
+    parameters = inspect.signature(function).parameters.values()
+    plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
+    return [parameter.name for parameter in parameters] if plain else []
+
+
+def _wrap_initialize(probe: Probe) -> _Maker:
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = workers.get(id(self)) if patch.active and probe.active else None
+            state = getattr(self, _KEPT, None) if patch.active and probe.active else None
             if state is not None:
                 config = args[0] if args else next(iter(kwargs.values()), None)
                 probe.guard.call("vllm.initialize_from_config", state.kv_cache, config)
@@ -116,10 +152,10 @@ def _wrap_initialize(probe: Probe, workers: _Workers) -> _Maker:
     return make
 
 
-def _wrap_warm_up(probe: Probe, workers: _Workers) -> _Maker:
+def _wrap_warm_up(probe: Probe) -> _Maker:
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = workers.get(id(self)) if patch.active and probe.active else None
+            state = getattr(self, _KEPT, None) if patch.active and probe.active else None
             if state is None or state.depth:
                 return original(self, *args, **kwargs)
             probe.guard.call("vllm.disarm", state.disarm)
@@ -137,11 +173,15 @@ def _wrap_warm_up(probe: Probe, workers: _Workers) -> _Maker:
     return make
 
 
-_WRAPPERS: dict[str, Callable[[Probe, _Workers], _Maker]] = {
-    "execute_model": _around("vllm.execute_model", WorkerSteps.entered, WorkerSteps.forward_end),
-    "sample_tokens": _around("vllm.sample_tokens", WorkerSteps.sample_start, WorkerSteps.sample_end),
+_WRAPPERS: dict[str, Callable[[Probe], _Maker]] = {
+    "execute_model": _around(
+        "vllm.execute_model", "scheduler_output", WorkerSteps.entered, WorkerSteps.forward_end
+    ),
+    "sample_tokens": _around(
+        "vllm.sample_tokens", "grammar_output", WorkerSteps.sample_start, WorkerSteps.sample_end
+    ),
     "execute_dummy_batch": _around(
-        "vllm.execute_dummy_batch", WorkerSteps.entered_dummy, WorkerSteps.dummy_end
+        "vllm.execute_dummy_batch", "", WorkerSteps.entered_dummy, WorkerSteps.dummy_end
     ),
     "initialize_from_config": _wrap_initialize,
     "compile_or_warm_up_model": _wrap_warm_up,
