@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from .limits import limited  # noqa: E402
 from .watched_engine import Watch, watch_patches  # noqa: E402
 
 pytestmark = [
@@ -108,10 +109,15 @@ class Recording:
         return np.concatenate([records.steps for records in found])
 
 
+def enable(folder: Path) -> None:
+    """As a user does in a program. Kernel windows have tests of their own."""
+    llmprobe.enable(dir=str(folder / "probe"), agent="off", server="tests", kernel_windows="off")
+
+
 @pytest.fixture
 def recording(tmp_path: Path) -> Iterator[Recording]:
-    """The probe on, as a user switches it on in a program; off again afterwards."""
-    llmprobe.enable(dir=str(tmp_path / "probe"), agent="off", server="tests")
+    """The probe on; off again afterwards."""
+    enable(tmp_path)
     yield Recording()
     probe = session.current()
     assert probe is not None
@@ -134,7 +140,9 @@ def generate(model: Any, mode: str, seed: int = 3, rows: int = 1) -> Any:
     )
 
 
+@limited(240)  # compiling takes most of it
 @pytest.mark.parametrize("rows", [1, 3])
+@limited(180)
 @pytest.mark.parametrize("mode", MODES)
 def test_steps_tokens_and_phases_are_exact(model: Any, recording: Recording, mode: str, rows: int) -> None:
     for seed in range(2):  # a compiled call is made in the first
@@ -159,6 +167,7 @@ def test_steps_tokens_and_phases_are_exact(model: Any, recording: Recording, mod
     assert hasattr(model, "_compiled_call") or mode != "compiled"
 
 
+@limited(180)
 @pytest.mark.parametrize("mode", MODES)
 def test_times_are_in_order_and_only_the_first_gap_is_unknown(
     model: Any, recording: Recording, mode: str
@@ -174,6 +183,7 @@ def test_times_are_in_order_and_only_the_first_gap_is_unknown(
     assert (steps["own_ns"] > 0).all()
 
 
+@limited(180)
 @pytest.mark.parametrize("mode", MODES)
 def test_forwards_take_as_long_as_torch_s_events_say(model: Any, recording: Recording, mode: str) -> None:
     generate(model, mode)
@@ -192,11 +202,12 @@ def test_forwards_take_as_long_as_torch_s_events_say(model: Any, recording: Reco
     assert np.mean(off <= allowed) > 0.9
 
 
+@limited(180)
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_come_out_the_same_with_and_without_llmprobe(model: Any, tmp_path: Path, mode: str) -> None:
     generate(model, mode)
     without = generate(model, mode)
-    llmprobe.enable(dir=str(tmp_path / "probe"), agent="off")
+    enable(tmp_path)
     try:
         with_probe = generate(model, mode)
         assert len(Recording().steps(TOKENS)) == TOKENS
@@ -205,6 +216,7 @@ def test_tokens_come_out_the_same_with_and_without_llmprobe(model: Any, tmp_path
     assert torch.equal(without, with_probe)
 
 
+@limited(180)
 def test_forwards_are_compiled_no_more_often_with_llmprobe(model: Any, recording: Recording) -> None:
     generate(model, "compiled")
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -214,6 +226,7 @@ def test_forwards_are_compiled_no_more_often_with_llmprobe(model: Any, recording
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@limited(180)
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_of_ours_waits_for_the_device_or_asks_for_memory(
     model: Any, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
@@ -222,7 +235,7 @@ def test_nothing_of_ours_waits_for_the_device_or_asks_for_memory(
     for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
         monkeypatch.setattr(owner, "synchronize", watch.checked(owner.synchronize))
     with watch_patches(watch, STEP_PATH):
-        llmprobe.enable(dir=str(tmp_path / "probe"), agent="off")
+        enable(tmp_path)
         try:
             assert watch.works()
             watch.sections = watch.allocations = 0
@@ -240,8 +253,10 @@ def test_what_is_left_behind_is_nothing(model: Any, tmp_path: Path) -> None:
         cls: {name: vars(cls)[name] for name in (*STEP_PATH, "generate") if name in vars(cls)}
         for cls in type(model).__mro__
     }
+    generate(model, "dynamic")  # what torch and cuBLAS keep for good is there now
+    model.events.clear()
     allocated = torch.cuda.memory_allocated()
-    llmprobe.enable(dir=str(tmp_path / "probe"), agent="off")
+    enable(tmp_path)
     generate(model, "dynamic")
     model.events.clear()
     llmprobe.disable()

@@ -152,7 +152,7 @@ def main() -> None:
     seconds = options.pop("seconds")
     watch = Watch()
     for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
-        owner.synchronize = watch.checked(owner.synchronize)  # type: ignore[union-attr]
+        owner.synchronize = watch.checked(owner.synchronize)
     with watch_patches(watch, (*STEP_METHODS, *_SEAMS)):
         _run(watch, seconds, options)
 
