@@ -119,7 +119,7 @@ SCENARIOS = (
     Scenario("decode, batch 128", "graphs", gpu_labels.reads_memory, "decode", Requests(128, 64, 512)),
     Scenario("prefill, 8000 tokens", "graphs", gpu_labels.multiplies, "prefill", Requests(1, 8000, 1)),
     Scenario(
-        "decode, 16 x 9000 tokens", "graphs", gpu_labels.reads_cache, "decode", Requests(16, 8800, 400)
+        "decode, 16 x 9000 tokens", "graphs", gpu_labels.reads_cache, "decode", Requests(16, 8800, 1000)
     ),
     Scenario("idle", "graphs", gpu_labels.runs_nothing, None, None),
     Scenario("light load", "graphs", gpu_labels.lightly_loaded, "decode", Requests(1, 128, 100, 1.5)),

@@ -3,7 +3,8 @@
 A window of 10 s that spans a change of load mixes two loads, and may look like a third one. So a class is
 taken up only once the whole window and its last `SHORT_SECONDS` have agreed on it for `SHORT_SECONDS`: a
 short window mixes two loads for no longer than it lasts itself, so what it says for longer is true of one
-of them. A class that no longer holds, with none to follow yet, falls to `unknown`.
+of them. A class that no longer holds, with none to follow yet, falls to `unknown`. A window without a single
+step mixes nothing: `idle` is taken up at once then.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Steady:
         same_class = whole.bottleneck == shown.bottleneck
         if same_class and whole.cause == shown.cause:
             return Steady(replace(whole, held_seconds=now - self.since), self.since)
+        if whole.bottleneck == IDLE and whole.steps_per_second == 0:
+            return Steady(whole, now)
         rival, rival_since = self._next_rival(now, whole, short)
         if rival is not None and now - rival_since >= SHORT_SECONDS:
             since = self.since if same_class else now

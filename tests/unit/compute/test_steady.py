@@ -45,6 +45,14 @@ def test_a_server_without_load_is_idle_at_once() -> None:
     assert run(Steady(), steady("idle", 1)) == [(0, "idle")]
 
 
+def test_idle_follows_at_once_after_a_window_without_a_step_and_not_after_one_with_few() -> None:
+    few = verdict("idle", steps_per_second=2.0)
+    none = verdict("idle", steps_per_second=0.0)
+    state = after("memory_bound")
+    assert run(state, [(20, few, none)]) == [(20, "memory_bound")]
+    assert run(state, [(20, none, none)]) == [(20, "idle")]
+
+
 def test_a_short_disturbance_changes_nothing() -> None:
     looks = [
         (20 + second, verdict("sync_bound", "sampling"), verdict("sync_bound", "sampling"))
