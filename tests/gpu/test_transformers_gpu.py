@@ -142,7 +142,6 @@ def generate(model: Any, mode: str, seed: int = 3, rows: int = 1) -> Any:
 
 @limited(240)  # compiling takes most of it
 @pytest.mark.parametrize("rows", [1, 3])
-@limited(180)
 @pytest.mark.parametrize("mode", MODES)
 def test_steps_tokens_and_phases_are_exact(model: Any, recording: Recording, mode: str, rows: int) -> None:
     for seed in range(2):  # a compiled call is made in the first
