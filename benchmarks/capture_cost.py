@@ -24,6 +24,7 @@ from support.capturing import (
     TOLERANCE,
     CaptureFailed,
     Captures,
+    Flood,
     Look,
     Row,
     Stretch,
@@ -71,12 +72,14 @@ def main() -> int:
     rows: list[Row] = []
     failed: list[str] = []
     tpot: list[Stretch] = []
+    floods: list[Flood] = []
     with tempfile.TemporaryDirectory(prefix="llmprobe-capture-cost-") as name:
         folder = Path(name)
         try:
-            _measure(options, folder, looks, rows, failed, tpot)
+            _measure(options, folder, looks, rows, failed, tpot, floods)
         finally:  # also what was seen before it broke
             tables = _tables(options, machine, looks, rows, failed, tpot)
+            tables += [_flood_table(one, machine) for one in floods]
             if options.json:
                 saved = {
                     "machine": machine,
@@ -84,6 +87,7 @@ def main() -> int:
                     "looks": [{**asdict(look), "apart": look.apart} for look in looks],
                     "in_a_row": [asdict(row) for row in rows],
                     "plain": [asdict(stretch) for stretch in tpot],
+                    "floods": [asdict(one) for one in floods],
                     "failed": failed,
                 }
                 options.json.write_text(json.dumps(saved, indent=1) + "\n")
@@ -100,6 +104,7 @@ def _measure(
     rows: list[Row],
     failed: list[str],
     plain: list[Stretch],
+    floods: list[Flood],
 ) -> None:
     traces = folder / "vllm-traces"
     traces.mkdir()
@@ -131,6 +136,11 @@ def _measure(
                 except CaptureFailed as error:
                     failed.append(f"in a row: {error}")
             plain.append(captures.stretch(*captures.quiet()))
+            if options.flood:
+                try:
+                    floods.append(captures.flood(options.flood, options.before_seconds))
+                except CaptureFailed as error:
+                    failed.append(str(error))
             if options.vllm:  # the last: what it leaves behind is none of our captures'
                 print("vLLM's own profiler", file=sys.stderr, flush=True)
                 try:
@@ -182,6 +192,19 @@ def _tables(
         notes += [f"FAILED: {row.tool} {one}" for row in rows for one in row.failed]
         tables.append(Results(f"{title}: in a row", run, machine, _ROWS, [_row(row) for row in rows], notes))
     return tables
+
+
+def _flood_table(one: Flood, machine: str) -> Results:
+    cells = [
+        f"{one.calls_per_second:.0f}",
+        ", ".join(f"{status}: {count}" for status, count in sorted(one.statuses.items())),
+        _tpot(one.before),
+        _tpot(one.during, one.before),
+        f"{one.before.longest_gap_seconds * 1e3:.0f} ms",
+        f"{one.during.longest_gap_seconds * 1e3:.0f} ms",
+    ]
+    header = ("calls a second", "answers", "TPOT before", "meanwhile", "longest gap before", "meanwhile")
+    return Results("A flood of calls to the agent", command("capture_cost.py"), machine, header, [cells])
 
 
 def _look_row(look: Look) -> list[str]:
@@ -263,6 +286,9 @@ def _options() -> argparse.Namespace:
         "--in-a-row", type=int, default=5, metavar="N", help="then N captures by each tool [5]"
     )
     parser.add_argument("--row-seconds", type=float, default=1.0, help="length of each of those [1]")
+    parser.add_argument(
+        "--flood", type=float, default=1000.0, metavar="N", help="calls a second to the agent; 0: none [1000]"
+    )
     parser.add_argument("--concurrency", type=int, default=16, help="requests at a time [16]")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of each request [32]")
     parser.add_argument("--output-tokens", type=int, default=64, help="of each request [64]")

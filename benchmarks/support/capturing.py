@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import psutil
 from llmprobe.agent.client import LocalAgent
 from llmprobe.compute.accounting import account
 from llmprobe.demo.server import VllmServer
+from support import flood
 from support.journals import StepLog, live_journals
 from support.load import Load
 from support.machine import has_gpu
@@ -92,6 +94,16 @@ class Row:
     memory_first: Memory  # after the first one
     memory_after: Memory
     failed: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Flood:
+    """Calls to the agent while the server is under its load."""
+
+    calls_per_second: float  # that were answered
+    statuses: dict[str, int]
+    before: Stretch
+    during: Stretch
 
 
 class Captures:
@@ -196,6 +208,26 @@ class Captures:
             memory[1],
             memory[-1],
             failed,
+        )
+
+    def flood(self, rate: float, seconds: float) -> Flood:
+        """Ask the agent so many times a second. Raises CaptureFailed."""
+        quiet = self.quiet()
+        port = self._server.agent_url.rpartition(":")[2]
+        command = [sys.executable, flood.__file__, "--port", port, "--rate", str(rate)]
+        command += ["--seconds", str(seconds), "--token-file", str(self._server.directory / "token")]
+        begin = time.monotonic_ns()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DONE_SECONDS, check=False)
+        end = time.monotonic_ns()
+        self._load.wait(_TAIL_SECONDS)
+        if done.returncode:
+            raise CaptureFailed(f"{rate:g} calls a second: {done.stderr.strip()[-200:]}")
+        found = json.loads(done.stdout)
+        return Flood(
+            found["calls"] / found["seconds"],
+            found["statuses"],
+            self.stretch(*quiet),
+            self.stretch(begin, end),
         )
 
     def stretch(self, begin_ns: int, end_ns: int) -> Stretch:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import http.client
 import json
 import logging
 import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -472,31 +475,87 @@ def test_no_body_and_no_path_makes_it_fail(state: State, body: Any, capture_id: 
             assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_slow_body_is_408_and_holds_nobody_up(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Limits.__init__, "__defaults__", (None, 0.3))
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[tuple[str, int]]:
+    """The app behind a real socket; its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        address = listener.getsockname()
-        config = uvicorn.Config(
-            create_app(state, Door("unix", None)), http="h11", lifespan="off", log_config=None, ws="none"
-        )
+        config = uvicorn.Config(app, http="h11", lifespan="off", log_config=None, ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         try:
             while not server.started:
                 time.sleep(0.01)
-            slow = socket.create_connection(address)
-            slow.sendall(
-                b"POST /api/captures HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
-                b"Content-Type: application/json\r\n\r\n{"
-            )
-            quick = socket.create_connection(address)
-            quick.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            assert quick.makefile("rb").readline().startswith(b"HTTP/1.1 200")
-            assert slow.makefile("rb").readline().startswith(b"HTTP/1.1 408")
-            quick.close()
-            slow.close()
+            yield listener.getsockname()
         finally:
             server.should_exit = True
             thread.join()
+
+
+def test_a_slow_body_is_408_and_holds_nobody_up(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Limits.__init__, "__defaults__", (None, 0.3))
+    with serving(create_app(state, Door("unix", None))) as address:
+        slow = socket.create_connection(address)
+        slow.sendall(
+            b"POST /api/captures HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
+            b"Content-Type: application/json\r\n\r\n{"
+        )
+        quick = socket.create_connection(address)
+        quick.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert quick.makefile("rb").readline().startswith(b"HTTP/1.1 200")
+        assert slow.makefile("rb").readline().startswith(b"HTTP/1.1 408")
+        quick.close()
+        slow.close()
+
+
+def test_a_flood_of_calls_begins_nothing_and_breaks_nothing(
+    standing_still: None, state: State, token: Token, manager: Manager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """How it looks from the server that is watched is measured: benchmarks/capture_cost.py --flood."""
+    caplog.set_level(logging.INFO)
+    seen: list[tuple[bool, int]] = []
+    app = create_app(state, door_for("127.0.0.1", token, token_file_given=False))
+
+    def call(address: tuple[str, int], known: bool) -> None:
+        connection = http.client.HTTPConnection(*address, timeout=60)
+        headers = {"Authorization": f"Bearer {token.value() if known else 'wrong'}"}
+        headers["Content-Type"] = "application/json"
+        for _ in range(100):
+            connection.request("POST", "/api/captures", b'{"tool": "nsys"}', headers)
+            answer = connection.getresponse()
+            answer.read()
+            seen.append((known, answer.status))
+        connection.close()
+
+    with serving(app) as address:
+        threads = [threading.Thread(target=call, args=(address, number % 2 == 0)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        connection = http.client.HTTPConnection(*address, timeout=60)
+        connection.request("GET", "/metrics")
+        assert connection.getresponse().status == 200
+        connection.close()
+    # There is no nsys here, so what the limit lets through is refused for that.
+    assert Counter(seen) == {(True, 409): 100, (True, 429): 100, (False, 401): 200}
+    assert manager.all() == []
+    said = [record for record in caplog.records if record.name == "llmprobe.audit"]
+    assert len(said) <= 100  # the log is not flooded either
+
+
+def test_no_word_of_a_request_reaches_a_command_line(
+    client: TestClient, manager: Manager, nsys: ScriptedNsys, tmp_path: Path
+) -> None:
+    evil = f"$(touch {tmp_path}/evil);`touch {tmp_path}/evil` --output=/tmp/evil -o evil && touch evil"
+    wanted = {"seconds": 0.1, "label": evil[:100]}
+    url = client.post("/api/captures", json=wanted).json()["url"]
+    deadline = time.monotonic() + 60
+    while client.get(url).json()["state"] not in ("done", "failed"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    calls = nsys.calls()
+    assert [line.split()[0] for line in calls][:2] == ["start", "stop"]
+    assert not [line for line in calls if "evil" in line or "touch" in line]
+    assert not list(tmp_path.rglob("*evil*"))
