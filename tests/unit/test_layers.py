@@ -71,3 +71,44 @@ def test_code_in_the_engine_needs_only_what_the_engine_has(layer: str, path: Pat
     if path.name == "settings.py":
         outside -= {"tomli"}
     assert outside <= ENGINE_HAS
+
+
+#: Imports that the test below does not follow. The package itself gives its version to everybody, and imports
+#: only where it is called. Of the step path: a name that moved, and an annotation.
+NOT_FOLLOWED = {
+    ("llmprobe.hooks.vllm.steps", "llmprobe.hooks.session"),
+    ("llmprobe.hooks.vllm.seams", "llmprobe.hooks.vllm.steps"),
+}
+
+
+def test_no_import_leads_back_to_where_it_came_from() -> None:
+    """Also none inside a function, or for annotations alone."""
+    paths = {
+        ".".join(("llmprobe", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in ROOT.rglob("*.py")
+    }
+    del paths["llmprobe"]
+    leads_to: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        found = {module for module in modules_named(path, set(paths)) if (name, module) not in NOT_FOLLOWED}
+        leads_to[name] = found - {name}
+    while ends := [
+        name
+        for name, found in leads_to.items()
+        if not found & set(leads_to) or not any(name in of for of in leads_to.values())
+    ]:
+        for name in ends:
+            del leads_to[name]
+    assert not leads_to, {name: sorted(found & set(leads_to)) for name, found in leads_to.items()}
+
+
+def modules_named(path: Path, known: set[str]) -> set[str]:
+    """Those of ``known`` that a file imports, or imports something from."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inside = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in inside.values()}
+    return found & known
