@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -177,9 +178,8 @@ def _run(watch: Watch, seconds: float, options: dict[str, Any]) -> None:
         generated += sum(len(output.outputs[0].token_ids) for output in outputs)
         time.sleep(pauses.choice((0.0, 0.05, 0.3, 0.8)))
     llm.generate([{"prompt_token_ids": prompts[0]}], sampling, use_tqdm=False)
-    visitor = threading.Thread(target=watch.housekeeping)
-    visitor.start()
-    visitor.join()
+    with ThreadPoolExecutor(1) as visitor:  # a thread that is not the engine's, as in earnest
+        visitor.submit(watch.housekeeping).result()
     time.sleep(1.0)  # housekeeping writes the last steps
     said = {
         "control": control,
