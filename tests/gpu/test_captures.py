@@ -1,7 +1,7 @@
 """Captures that an engine makes itself, on a real GPU: torch's profiler and CUPTI see the same loop alike.
 
 The agent's side runs here too: what comes out is what `llmprobe capture` would fetch. Where a test fails,
-what the engine's side said is in its output. All limits together are less than four minutes.
+what the engine's side said is in its output. All limits together are less than six minutes.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def check(report: Report, steps: int) -> None:
     assert decode.sync_gap_ratio > 0.1  # the host sleeps between steps
 
 
-@limited(30)
+@limited(45)
 def test_both_tools_see_the_same_loop(engine: Engine, tmp_path: Path) -> None:
     assert engine.recorder.facts["captures"] == {"torch": None, "kernels": None}
     by_kernels = capture(engine, tmp_path / "kernels", "kernels", steps=100)
@@ -236,7 +236,7 @@ def test_both_tools_see_the_same_loop(engine: Engine, tmp_path: Path) -> None:
     assert means[1] == pytest.approx(means[0], rel=0.25)  # clocks of the device move meanwhile
 
 
-@limited(15)
+@limited(30)
 def test_torch_with_operators_on_the_host(engine: Engine, tmp_path: Path) -> None:
     report = capture(engine, tmp_path / "files", "torch", steps=50, options=Options(cpu=True))
     check(report, 50)
@@ -245,7 +245,7 @@ def test_torch_with_operators_on_the_host(engine: Engine, tmp_path: Path) -> Non
     assert -4 <= operators["aten::mm"] / LAYERS - steps <= 40
 
 
-@limited(20)
+@limited(30)
 def test_seconds_end_it_too_and_long_ones_are_drained(engine: Engine, tmp_path: Path) -> None:
     report = capture(engine, tmp_path / "files", "kernels", seconds=6.0)
     (gpu,) = report.gpus
@@ -253,7 +253,7 @@ def test_seconds_end_it_too_and_long_ones_are_drained(engine: Engine, tmp_path: 
     assert gpu.seconds > 5.5
 
 
-@limited(15)
+@limited(20)
 def test_more_than_is_held_ends_early_and_loses_nothing_before(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +265,7 @@ def test_more_than_is_held_ends_early_and_loses_nothing_before(
     assert not [reason for reason in report.trust.reasons if reason.check == "lost_events"]
 
 
-@limited(20)
+@limited(40)
 def test_more_than_all_buffers_hold_is_drained_without_a_loss(tmp_path: Path) -> None:
     """400 000 kernels, where the buffers hold 150 000."""
     recorder = Recorder.open(tmp_path, "worker", {"role": "worker", "clock": "cuda"})
@@ -297,7 +297,7 @@ def test_more_than_all_buffers_hold_is_drained_without_a_loss(tmp_path: Path) ->
         recorder.close(remove=True)
 
 
-@limited(15)
+@limited(20)
 def test_nothing_is_recorded_beside_another_profiler(engine: Engine, tmp_path: Path) -> None:
     from torch.profiler import ProfilerActivity, profile
 
@@ -306,11 +306,12 @@ def test_nothing_is_recorded_beside_another_profiler(engine: Engine, tmp_path: P
             with pytest.raises(ToolError, match="a torch profiler runs"):
                 capture(engine, tmp_path / tool, tool, seconds=1.0)
     engine.profiler = "vLLM's own profiler runs"
+    wait(lambda: engine.recorder.facts["captures"]["torch"] == engine.profiler)
     with pytest.raises(ToolError, match="vLLM's own"):
         capture(engine, tmp_path / "vllm", "torch", seconds=1.0)
 
 
-@limited(25)
+@limited(40)
 def test_captures_and_windows_take_turns(engine: Engine, tmp_path: Path) -> None:
     thread = KernelWindowThread(
         engine.recorder,
@@ -325,7 +326,7 @@ def test_captures_and_windows_take_turns(engine: Engine, tmp_path: Path) -> None
     assert engine.recorder.facts["kernel_windows"]["on"] is True
 
 
-@limited(15)
+@limited(20)
 def test_calling_it_off_leaves_nothing(engine: Engine) -> None:
     paths = Paths.of(engine.recorder.writer.path)
     for number, tool in enumerate(("kernels", "torch")):
@@ -336,7 +337,7 @@ def test_calling_it_off_leaves_nothing(engine: Engine) -> None:
         wait(lambda: not list(paths.ask.parent.iterdir()))
 
 
-@limited(25)
+@limited(60)
 def test_the_engine_goes_on_while_a_trace_is_put_together(engine: Engine, tmp_path: Path) -> None:
     """Printed, not judged: how long the longest step was before and during a capture."""
     time.sleep(2)
@@ -361,7 +362,7 @@ def wait(ready: Callable[[], Any]) -> Any:
     return found
 
 
-@limited(10)
+@limited(15)
 def test_an_answer_says_what_was_recorded(engine: Engine) -> None:
     paths = Paths.of(engine.recorder.writer.path)
     write(paths.ask, Ask(ID, "kernels", 1.0, None, False, False, time.monotonic_ns()))
