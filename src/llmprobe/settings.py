@@ -104,7 +104,7 @@ class Settings:
             kernel_windows=_read(
                 env,
                 "LLMPROBE_KERNEL_WINDOWS",
-                "auto",
+                "off",
                 _windows,
                 "auto, off, or SECONDS/PERIOD with 0 < SECONDS <= PERIOD, such as 0.1/10",
             ),

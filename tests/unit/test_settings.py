@@ -56,7 +56,7 @@ def test_defaults_are_those_of_the_documents() -> None:
     assert settings.listen == ("127.0.0.1", 9480)
     assert settings.agent == "auto"
     assert settings.vllm_metrics
-    assert settings.kernel_windows == KernelWindows(0.1, 10, spare_graphs=True)
+    assert settings.kernel_windows is None
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,8 @@ def test_sizes(text: str, size: int) -> None:
 def test_kernel_windows_and_ipv6() -> None:
     settings = Settings.from_env({"LLMPROBE_KERNEL_WINDOWS": "0.1/10", "LLMPROBE_LISTEN": "[::1]:1"})
     assert settings.kernel_windows == KernelWindows(0.1, 10)
-    assert Settings.from_env({"LLMPROBE_KERNEL_WINDOWS": "off"}).kernel_windows is None
+    auto = Settings.from_env({"LLMPROBE_KERNEL_WINDOWS": "auto"}).kernel_windows
+    assert auto == KernelWindows(0.1, 10, spare_graphs=True)
     assert settings.listen == ("::1", 1)
 
 

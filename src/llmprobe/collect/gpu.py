@@ -130,8 +130,8 @@ class GpuWatch:
         dram, tensor = (self._ratio(name, window_ns) for name in ("dram_active", "tensor_active"))
         if dram is None or tensor is None:
             return None
-        sm_active = self._ratio("sm_active", window_ns)
-        return CounterEvidence(dram, tensor, sm_active, 0.0, self._users_now().shared)
+        sm_active, active = (self._ratio(name, window_ns) for name in ("sm_active", "graphics_active"))
+        return CounterEvidence(dram, tensor, sm_active, 0.0, self._users_now().shared, active)
 
     @property
     def no_counters(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from llmprobe.compute import attributes
 from llmprobe.compute.confidence import CALIBRATED_FACTOR, HOST_CLOCK_LIMIT, Vote, confidence, margin
+from llmprobe.compute.counted_idle import bubble_seconds, idle_ratio
 from llmprobe.compute.evidence import CounterEvidence, Evidence, KernelEvidence, Source
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.signs import Sign, signs
@@ -96,13 +97,15 @@ class _Case:
         # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
         self._device_queue = seen.clock != "host"
         self._bubbles_possible = self._device_queue and not seen.one_graph
+        unseen = self._kernels is None and self._device_queue
+        self._idle = idle_ratio(figures, seen.window_seconds, self._counters)
+        self._counted = bubble_seconds(figures, seen.window_seconds, self._counters) if unseen else 0.0
         self._stall = self._waiting()
         # Of the bubbles that the windows saw, accounting may have taken some out of busy time already.
         applied = figures.components.get("launch_gap", 0.0)
         busy = figures.span_seconds - figures.components.get("sample_gap", 0.0) - applied
-        hidden = max(
-            figures.span_seconds * (self._kernels.stall_ratio if self._kernels else 0.0) - applied, 0.0
-        )
+        inside = figures.span_seconds * self._kernels.stall_ratio if self._kernels else self._counted
+        hidden = max(inside - applied, 0.0)
         correction = busy / (busy - hidden) if busy > hidden else 1.0
         self._mbu, self._mfu = _times(figures.mbu_busy, correction), _times(figures.mfu_busy, correction)
         of_span = busy / figures.span_seconds if figures.span_seconds > 0 else 0.0
@@ -174,6 +177,8 @@ class _Case:
             parts["launch_bubbles"] = kernels.launch_gap_ratio * figures.span_seconds
             parts["communication"] = kernels.communication_ratio * figures.span_seconds
             parts["transfers"] = kernels.transfer_ratio * figures.span_seconds
+        elif self._counted:
+            parts["launch_bubbles"] = max(parts["launch_bubbles"], self._counted)
         total = figures.span_seconds + figures.gap_seconds
         return _Stall(parts, min(sum(parts.values()) / total, 1.0) if total > 0 else 0.0)
 
@@ -185,7 +190,11 @@ class _Case:
             votes.append(Vote("kernel windows", True))
         if self._counters is not None:
             roof = self._counter_roof(self._counters)
-            votes.append(Vote("hardware counters", roof is None, 1.0 if roof else 0.5))
+            idle = self._idle
+            # Active while the clock says it waited: kernels that belong to no step, or a wrong clock.
+            refuted = idle is not None and idle < stall.ratio / 2
+            sure = roof is not None or refuted or (idle is not None and idle >= limits.sync_gap_ratio)
+            votes.append(Vote("hardware counters", roof is None and not refuted, 1.0 if sure else 0.5))
         explained = self._signs if cause in ("host_between_steps", "launch_bubbles", "sampling") else ()
         if explained:
             votes.append(Vote("host signals", True))
@@ -194,6 +203,8 @@ class _Case:
             f"the device waits {bound}{stall.ratio:.0%} of the time, mostly for {_CAUSE_WORDS[cause]} "
             f"({stall.by_cause[cause] / self._figures.steps * 1e3:.2f} ms a step)"
         )
+        if cause == "launch_bubbles" and self._counted:
+            reason += f"; the GPU's activity counter reads {1 - (self._idle or 0.0):.2f}"
         if explained:
             reason += f"; {explained[0].text}"
         return self._judged(SYNC, cause, votes, margin(stall.ratio, limits.sync_gap_ratio), reason)
@@ -317,7 +328,7 @@ class _Case:
         figures, limits, kernels, counters = self._figures, self._limits, self._kernels, self._counters
         shown: list[Evidence] = []
         if figures.sync_gap_ratio is not None:
-            source: Source = "measured" if kernels is None else "sampled"
+            source: Source = "sampled" if kernels is not None else "counter" if self._counted else "measured"
             age = 0.0 if kernels is None else kernels.age_seconds
             shown.append(Evidence("sync_gap_ratio", self._stall.ratio, limits.sync_gap_ratio, source, age))
         if self._mbu is not None:
@@ -334,6 +345,8 @@ class _Case:
             dram, tensor, age = counters.dram_active_ratio, counters.tensor_active_ratio, counters.age_seconds
             shown.append(Evidence("dram_active_ratio", dram, limits.dram_active_ratio, "counter", age))
             shown.append(Evidence("tensor_active_ratio", tensor, limits.tensor_active_ratio, "counter", age))
+            if (active := counters.graphics_active_ratio) is not None:
+                shown.append(Evidence("graphics_active_ratio", active, None, "counter", age))
         shown += [
             Evidence(f"host_{sign.name}", sign.value, sign.threshold, "measured") for sign in self._signs
         ]

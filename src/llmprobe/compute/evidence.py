@@ -53,7 +53,9 @@ class KernelEvidence:
 class CounterEvidence:
     """Hardware counters of a whole GPU (NVML GPM), mean over the window.
 
-    ``shared``: another process used the GPU in that time; None if that is not known.
+    ``graphics_active_ratio``: share of time in which the GPU had anything to run (its "graphics engine" was
+    active); stays up between small kernels. ``shared``: another process used the GPU in that time; None if
+    that is not known.
     """
 
     dram_active_ratio: float
@@ -61,3 +63,4 @@ class CounterEvidence:
     sm_active_ratio: float | None
     age_seconds: float
     shared: bool | None = None
+    graphics_active_ratio: float | None = None

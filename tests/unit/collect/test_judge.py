@@ -36,7 +36,9 @@ class World:
         self.more: dict[str, Any] = {"peaks": lambda facts: PEAKS, **more}
         self.collector = self.collect()
         self.at = self.clock.now
-        self.server.fronts[0].update_facts(flags={"max_num_seqs": 8, "async_scheduling": False, "pipeline_parallel_size": 1})
+        self.server.fronts[0].update_facts(
+            flags={"max_num_seqs": 8, "async_scheduling": False, "pipeline_parallel_size": 1}
+        )
 
     def collect(self) -> Collector:
         recorders = (self.server.worker, *self.server.fronts)

@@ -87,6 +87,7 @@ def test_a_gpu_is_told_once_it_was_looked_at(telemetry: Telemetry, clock: Clock,
     counters = telemetry.counters(FACTS)
     assert counters is not None
     assert (counters.dram_active_ratio, counters.tensor_active_ratio) == (0.6, 0.1)
+    assert counters.graphics_active_ratio == 0.9
 
 
 def test_counters_are_means_over_the_last_ten_seconds(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from llmprobe.compute.classify import classify
 from llmprobe.compute.confidence import HOST_CLOCK_LIMIT
+from llmprobe.compute.evidence import CounterEvidence
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.host import ThreadLoad
 from llmprobe.compute.thresholds import Thresholds
@@ -16,6 +17,13 @@ from llmprobe.compute.verdict import BOTTLENECKS, CAUSES, UNKNOWN_CAUSES, Observ
 from .verdicts import ATTAINABLE, counters, figures, host, kernels, seen
 
 LIMITS = Thresholds()
+
+
+def active(graphics: float) -> CounterEvidence:
+    """Counters of a GPU that was active for so much of the time, and otherwise near nothing."""
+    return counters(0.2, 0.01, graphics_active_ratio=graphics)
+
+
 CPU = {"clock": "host", "peaks": Peaks(50e9, 2e12, "bfloat16", "calibrated", "measured")}
 
 
@@ -54,6 +62,36 @@ CPU = {"clock": "host", "peaks": Peaks(50e9, 2e12, "bfloat16", "calibrated", "me
             seen(figures(mbu=0.17, mfu=0.001), counters=counters(0.24, 0.01)),
             "unknown",
             "no_kernel_windows",
+        ),
+        (
+            "eager, the counter of activity",
+            seen(figures(mbu=0.26, mfu=0.001, span=9.13, gap=0.67), counters=active(0.39)),
+            "sync_bound",
+            "launch_bubbles",
+        ),
+        (
+            "eager, a counter that stays up",
+            seen(figures(mbu=0.26, mfu=0.001, span=9.13, gap=0.67), counters=active(0.9)),
+            "unknown",
+            "no_kernel_windows",
+        ),
+        (
+            "eager, for half of the window",
+            seen(figures(mbu=0.26, mfu=0.001, span=4.5, gap=0.3), counters=active(0.2)),
+            "unknown",
+            "no_kernel_windows",
+        ),
+        (
+            "host and the counter",
+            seen(figures(mbu=0.66, mfu=0.002, span=4.8, gap=5.0), counters=active(0.49)),
+            "sync_bound",
+            "host_between_steps",
+        ),
+        (
+            "tiny model, one graph",
+            seen(figures(mbu=0.002, mfu=0.0, span=4.1, gap=5.6), counters=active(0.08), one_graph=True),
+            "sync_bound",
+            "host_between_steps",
         ),
         ("one graph", seen(figures(mbu=0.3, mfu=0.1), one_graph=True), "inefficient_kernels", None),
         (
