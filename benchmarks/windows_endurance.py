@@ -98,7 +98,8 @@ def main() -> int:
         ("", "", "bar"),
         rows,
         [
-            f"`{options.model}`{_shape(options)}, {options.concurrency} requests at a time, {options.plan} s, for {took:.0f} s"
+            f"`{options.model}`{_shape(options)}, {options.concurrency} requests at a time, "
+            f"{options.plan} s, for {took:.0f} s"
         ],
     )
     table.show(options.markdown)

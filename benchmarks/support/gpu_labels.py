@@ -137,9 +137,13 @@ def launches_one_by_one(facts: Facts) -> Label:
 
 
 def launches_unseen(facts: Facts) -> Label:
-    """unknown: bubbles as in `launches_one_by_one`, and kernel windows are off."""
+    """As `launches_one_by_one` with kernel windows off: told by the counter of activity, else unknown."""
     label = launches_one_by_one(facts)
-    return Label(("unknown",), f"{label.rule}; windows are off", label.holds, "no_kernel_windows")
+    active = facts.counters.get("graphics")
+    if active is None:
+        return Label(("unknown",), f"{label.rule}; nothing looks", label.holds, "no_kernel_windows")
+    rule = f"{label.rule}; windows are off, GPU active {active:.2f} (≤ 0.70)"
+    return Label(label.classes, rule, label.holds and active <= 0.7, label.cause)
 
 
 def waits_for_host(facts: Facts) -> Label:
