@@ -255,6 +255,7 @@ class Collector:
                 groups.setdefault(self._grouping.keys[path], []).append(process)
         views = {key: self._server(key, processes, now) for key, processes in groups.items()}
         in_order = sorted(views.items(), key=lambda item: item[1].started)
+        self._grouping.shown(views)
         for key, view in in_order:
             view.server = self._grouping.label(key, view.server)
             self._judge.judge(key, view, self._ranks_of(view, groups[key]), now)

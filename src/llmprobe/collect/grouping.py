@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from llmprobe.collect.process import Process
@@ -50,10 +50,15 @@ class Grouping:
         self._alone.discard(path)
 
     def living(self) -> set[str]:
-        """The keys of views that still have a process; labels of the others are free again."""
-        living = set(self.keys.values())
-        self._labels = {key: label for key, label in self._labels.items() if key in living}
-        return living
+        """The keys of views that still have a process."""
+        return set(self.keys.values())
+
+    def shown(self, keys: Collection[str]) -> None:
+        """These views are shown from now on; labels of others, whose processes are dead, are free again.
+
+        A program that is started once more has the label it had, though the first one's journal is still kept.
+        """
+        self._labels = {key: label for key, label in self._labels.items() if key in keys}
 
     def label(self, key: str, server: str) -> str:
         """A label that no other server has: its name, with a number if that is taken. Stays for its life."""

@@ -97,6 +97,26 @@ def test_dead_processes_stay_for_a_report_if_asked(tmp_path: Path, clock: Clock)
     assert len(keeping.views()[0].ranks) == 1
 
 
+def test_a_program_started_once_more_has_the_label_it_had(
+    tmp_path: Path, clock: Clock, dead: set[Path]
+) -> None:
+    first = program(tmp_path, group="a")
+    writers = {first.writer.path: first.writer}
+    found = Collector(tmp_path, clock=clock, own_writers=lambda: writers)
+    found.tick()
+    assert [view.server for view in found.views()] == ["generate"]
+    dead.add(first.writer.path)  # its journal is kept for half a minute
+    again = program(tmp_path, group="b")
+    writers[again.writer.path] = again.writer
+    for _ in range(2):
+        clock.now += 2 * SECOND
+        found.tick()
+    assert [(view.group, view.server) for view in found.views()] == [("b", "generate")]
+    assert first.writer.path.exists()
+    for made in (first, again):
+        made.close()
+
+
 def test_a_label_stays_with_its_server_and_is_never_taken_twice(
     tmp_path: Path, clock: Clock, dead: set[Path]
 ) -> None:
