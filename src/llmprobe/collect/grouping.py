@@ -56,7 +56,7 @@ class Grouping:
     def shown(self, keys: Collection[str]) -> None:
         """These views are shown from now on; labels of others, whose processes are dead, are free again.
 
-        A program that is started once more has the label it had, though the first one's journal is still kept.
+        A program that is started once more has the label it had, while the journal of the first is kept.
         """
         self._labels = {key: label for key, label in self._labels.items() if key in keys}
 
