@@ -38,6 +38,7 @@ _STEP_COUNTERS = len(layout.STEP_COUNTERS)
 _STEP_TOTALS_OFFSET = layout.STEP_TOTALS_OFFSET
 _REQUEST_TOTALS_OFFSET = layout.REQUEST_TOTALS_OFFSET
 _RING_OFFSET = layout.RING_OFFSET
+_FIRST_STEP_HISTOGRAM = layout.HISTOGRAM_INDEX["step_prefill"]  # behind those of requests
 
 
 class JournalError(Exception):
@@ -60,7 +61,8 @@ class JournalWriter:
         self._loads = 0
         self._facts_writes = 0
         self.counters = [0] * len(layout.COUNTERS)
-        self._dirty: set[tuple[int, int]] = set()
+        #: Cells that are counted and not yet published, of requests and of steps.
+        self._due: tuple[set[tuple[int, int]], set[tuple[int, int]]] = set(), set()
         self._cells = [[0] * BUCKETS for _ in layout.HISTOGRAMS]
 
     @classmethod
@@ -165,31 +167,33 @@ class JournalWriter:
         os.pwrite(self._fd, sealed + sealed, layout.LOAD_OFFSET)
 
     def flush_steps(self) -> None:
-        """Publish the totals of steps in `counters`, and what `observe_later` counted."""
+        """Publish the totals of steps in `counters`, and their histograms."""
         payload = _pack_step_totals(self._seq, *self.counters[:_STEP_COUNTERS])
         sealed = payload + _pack_crc(_crc32(payload))
         _pwrite(self._fd, sealed + sealed, _STEP_TOTALS_OFFSET)
-        while self._dirty:
-            self._write_cell(*self._dirty.pop())
+        # Behind them: readers add the steps beyond the totals to the histograms themselves.
+        self._write_cells(self._due[1])
 
-    def flush_request_counters(self) -> None:
-        """Publish the totals of requests, and of llmprobe itself, in `counters`."""
+    def flush_requests(self) -> None:
+        """Publish the totals of requests, and of llmprobe itself, in `counters`, and their histograms."""
         self._updates += 1
         payload = _pack_request_totals(self._updates, *self.counters[_STEP_COUNTERS:])
         sealed = payload + _pack_crc(_crc32(payload))
         _pwrite(self._fd, sealed + sealed, _REQUEST_TOTALS_OFFSET)
+        self._write_cells(self._due[0])
 
     def observe(self, histogram: int, nanoseconds: int, times: int = 1) -> None:
-        """Count a duration ``times`` times in a histogram (an index of `layout.HISTOGRAMS`)."""
+        """Count a duration ``times`` times in a histogram (an index of `layout.HISTOGRAMS`).
+
+        Published with the next `flush_steps` or `flush_requests`, whichever's it is: one write for many.
+        """
         bucket = bucket_of(nanoseconds)
         self._cells[histogram][bucket] += times
-        self._write_cell(histogram, bucket)
+        self._due[histogram >= _FIRST_STEP_HISTOGRAM].add((histogram, bucket))
 
-    def observe_later(self, histogram: int, nanoseconds: int) -> None:
-        """Count a duration now and publish it with the next `flush_steps`: one write for many."""
-        bucket = bucket_of(nanoseconds)
-        self._cells[histogram][bucket] += 1
-        self._dirty.add((histogram, bucket))
+    def _write_cells(self, cells: set[tuple[int, int]]) -> None:
+        while cells:
+            self._write_cell(*cells.pop())
 
     def _write_cell(self, histogram: int, bucket: int) -> None:
         value = self._cells[histogram][bucket]

@@ -26,6 +26,7 @@ _FIRST_STEP_HISTOGRAM = layout.HISTOGRAM_INDEX["step_prefill"]
 _STEP_HISTOGRAMS = sum(name.startswith("step_") for name in layout.HISTOGRAMS)
 _FLUSH_AT_LATEST = 1024  # steps: well before the ring comes round, should nobody call publish()
 _STEP_PACK = layout.STEP_PACK
+_LOAD_EVERY_NS = 20_000_000  # several times between two looks of the agent
 _TTFT = layout.HISTOGRAM_INDEX["time_to_first_token"]
 _TPOT = layout.HISTOGRAM_INDEX["time_per_output_token"]
 _ITL = layout.HISTOGRAM_INDEX["inter_token_latency"]
@@ -73,7 +74,11 @@ class Recorder:
         self._published = (0, 0, 0)
         self._last_end = 0
         self._unflushed = 0
-        self._load: tuple[int, int, float, int] = (0, 0, float("nan"), 0)
+        #: When, then what `load` was told.
+        self._load: tuple[int, int, int, float, int] = (0, 0, 0, float("nan"), 0)
+        self._load_due = False
+        self._load_written_ns = 0
+        self._tokens_due = False
         self._status = (True, False)
 
     @classmethod
@@ -249,13 +254,13 @@ class Recorder:
         if number > self._ended:
             self._ended = number
         if phase < _STEP_HISTOGRAMS:
-            writer.observe_later(_FIRST_STEP_HISTOGRAM + phase, span)
+            writer.observe(_FIRST_STEP_HISTOGRAM + phase, span)
         self._unflushed += 1
         if self._unflushed >= _FLUSH_AT_LATEST:
             self._flush()
 
     def publish(self) -> None:
-        """Publish the running step and the totals of steps; off the step path."""
+        """Publish the running step, the totals of steps, and what was left for later; off the step path."""
         begun, time_ns, phase, tokens = self.latest
         described = self._described
         if described[0] == begun:
@@ -266,6 +271,10 @@ class Recorder:
             self._submit(self.writer.progress, (begun, time_ns, self._ended, phase, tokens))
         if self._unflushed:
             self._submit(self._flush, ())
+        if self._load_due:
+            self._submit(self._write_load, ())
+        if self._tokens_due:
+            self._submit(self._flush_requests, ())
 
     def _flush(self) -> None:
         self._unflushed = 0
@@ -278,15 +287,36 @@ class Recorder:
             (layout.PENDING_PACK, time_ns, _KIND_PENDING, 0, _HOST, 0, unfinished, engine),
         )
 
-    def load(self, running: int, waiting: int, kv_usage: float = float("nan"), unfinished: int = 0) -> None:
-        """Publish the load as it is now; ``kv_usage`` is a ratio of the KV cache's capacity."""
-        self._load = (running, waiting, kv_usage, unfinished)
-        self._submit(self.writer.load, (time.monotonic_ns(), *self._load, *self._status))
+    def load(
+        self,
+        running: int,
+        waiting: int,
+        kv_usage: float = float("nan"),
+        unfinished: int = 0,
+        *,
+        later: bool = False,
+    ) -> None:
+        """Publish the load as it is now; ``kv_usage`` is a ratio of the KV cache's capacity.
+
+        Args:
+            later: with the next `publish`, if it was published a moment ago.
+        """
+        now = time.monotonic_ns()
+        self._load = (now, running, waiting, kv_usage, unfinished)
+        if later and now - self._load_written_ns < _LOAD_EVERY_NS:
+            self._load_due = True
+        else:
+            self._load_written_ns = now
+            self._submit(self._write_load, ())
 
     def status(self, *, armed: bool, inert: bool) -> None:
         """Publish whether the hooks of this process are at work."""
         self._status = (armed, inert)
-        self._submit(self.writer.load, (time.monotonic_ns(), *self._load, *self._status))
+        self._submit(self._write_load, ())
+
+    def _write_load(self) -> None:
+        self._load_due = False
+        self.writer.load(*self._load, *self._status)
 
     def tokens(
         self,
@@ -298,18 +328,20 @@ class Recorder:
         first_token_ns: tuple[int, ...] = (),
         inter_token_ns: Mapping[int, int] | None = None,
         own_ns: int = 0,
+        later: bool = False,
     ) -> None:
         """Tokens that reached the client side: counts, times to first token, and gaps between tokens.
 
         Args:
             inter_token_ns: duration → how many tokens had it; the tokens of one step share theirs.
+            later: publish them with the next `publish`, or with the next `request` that ends.
         """
         self._submit(
-            self._write_tokens,
-            (prompt, generated, cached, preemptions, first_token_ns, inter_token_ns or {}, own_ns),
+            self._count_tokens,
+            (prompt, generated, cached, preemptions, first_token_ns, inter_token_ns or {}, own_ns, later),
         )
 
-    def _write_tokens(
+    def _count_tokens(
         self,
         prompt: int,
         generated: int,
@@ -318,6 +350,7 @@ class Recorder:
         first_token_ns: tuple[int, ...],
         inter_token_ns: Mapping[int, int],
         own_ns: int,
+        later: bool,
     ) -> None:
         writer = self.writer
         counters = writer.counters
@@ -328,11 +361,18 @@ class Recorder:
         counters[_OWN_REQUEST] += own_ns
         counters[_SUM_TTFT] += sum(first_token_ns)
         counters[_SUM_ITL] += sum(duration * times for duration, times in inter_token_ns.items())
-        writer.flush_request_counters()
         for duration in first_token_ns:
             writer.observe(_TTFT, duration)
         for duration, times in inter_token_ns.items():
             writer.observe(_ITL, duration, times)
+        if later:
+            self._tokens_due = True
+        else:
+            self._flush_requests()
+
+    def _flush_requests(self) -> None:
+        self._tokens_due = False
+        self.writer.flush_requests()
 
     def request(
         self,
@@ -386,13 +426,13 @@ class Recorder:
         counters[_SUM_DURATION] += max(duration_ns, 0)
         counters[_SUM_TPOT] += max(tpot_ns, 0)
         counters[_SUM_QUEUE] += max(queue_ns, 0)
-        writer.flush_request_counters()
         if duration_ns >= 0:
             writer.observe(_DURATION, duration_ns)
         if tpot_ns >= 0:
             writer.observe(_TPOT, tpot_ns)
         if queue_ns >= 0:
             writer.observe(_QUEUE, queue_ns)
+        self._flush_requests()
 
     def error(self) -> None:
         """llmprobe itself failed somewhere in this process."""
@@ -400,7 +440,7 @@ class Recorder:
 
     def _write_error(self) -> None:
         self.writer.counters[_INDEX["errors"]] += 1
-        self.writer.flush_request_counters()
+        self.writer.flush_requests()
 
     def _submit(self, write: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         if self.closed:

@@ -168,8 +168,8 @@ def one_of_everything(writer: JournalWriter, number: int) -> None:
     writer.progress(number + 1, number, number, 1, 1)
     writer.load(number, number + 1, 0, 0.5, 0, True, False)
     writer.counters[layout.COUNTER_INDEX["requests"]] += 1
-    writer.flush_request_counters()
     writer.observe(0, 5_000_000)
+    writer.flush_requests()
     writer.counters[layout.COUNTER_INDEX["steps_decode"]] += 1
     writer.flush_steps()
 
@@ -216,6 +216,7 @@ def test_no_damaged_histogram_cell_is_counted(byte: int, flip: int) -> None:
     writer = make(path)
     try:
         writer.observe(0, 5_000_000, times=3)
+        writer.flush_requests()
         at = layout.HISTOGRAMS_OFFSET + layout.bucket_of(5_000_000) * layout.CELL_PAIR + byte
         old = os.pread(writer.fileno(), 1, at)[0]
         os.pwrite(writer.fileno(), bytes([old ^ flip]), at)
@@ -239,6 +240,48 @@ def test_totals_count_steps_that_were_not_published_yet(path: Path) -> None:
         assert counters["steps_decode"] == counters["step_decode_tokens"] == number + 1
         assert counters["span_ns_decode"] == (number + 1) * 1_000_000
         assert counters["own_ns_step"] == 7 * (number + 1)
+        assert int(reader.histogram("step_decode").sum()) == number + 1
+
+
+def test_what_is_left_for_later_is_published_with_the_rest_or_with_the_next_request(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmprobe.record import recorder as module
+    from llmprobe.record.recorder import Recorder
+
+    recorder = Recorder(make(path, layout.DEFAULT_SIZE), {})
+    reader = JournalReader(path)
+
+    def shown() -> tuple[int, int, int]:
+        load = reader.load()
+        gaps = int(reader.histogram("inter_token_latency").sum())
+        return load.running if load else 0, reader.counters()["generated_tokens"], gaps
+
+    recorder.load(1, 0, later=True)
+    monkeypatch.setattr(module, "_LOAD_EVERY_NS", 1 << 62)  # all that follows is a moment
+    recorder.load(3, 0, later=True)
+    recorder.tokens(0, 3, inter_token_ns={1_000_000: 3}, later=True)
+    assert shown() == (1, 0, 0)
+    recorder.publish()
+    assert shown() == (3, 3, 3)
+    recorder.load(2, 0, later=True)
+    recorder.tokens(0, 2, inter_token_ns={1_000_000: 1, 2_000_000: 1}, later=True)
+    recorder.request(10, 10, generated_tokens=5)
+    assert shown() == (3, 5, 5)
+    recorder.status(armed=False, inert=False)
+    assert shown() == (2, 5, 5)
+
+
+def test_tokens_of_a_program_leave_its_steps_to_be_published_in_order(path: Path) -> None:
+    from llmprobe.record.recorder import Recorder
+
+    recorder = Recorder(make(path, layout.DEFAULT_SIZE), {})
+    reader = JournalReader(path)
+    for number in range(5):
+        step = recorder.begin(1, 1, number)
+        recorder.step_counted(step, 0, 1, 0, 0, (10, 20, 20, 1_000_010), (1, 0, 0, 1, 0, 1), (0,) * 16, 0)
+        recorder.tokens(0, 1, inter_token_ns={1_000_000: 1})
+        reader.read()
         assert int(reader.histogram("step_decode").sum()) == number + 1
 
 

@@ -7,7 +7,6 @@ end's event loop, never in the engine.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -102,6 +101,7 @@ class FrontEnd:
         self._first_tokens.forget_all()
         for recorder in self._recorders.values():
             recorder.pending(time_ns, 0)
+            recorder.publish()
 
     def _unfinished(self, processor: Any) -> int:
         """How many requests an engine has still to do something for."""
@@ -164,7 +164,8 @@ class FrontEnd:
                 self._left_behind = frozenset()  # perhaps one of them
             unfinished = len(self._processor.request_states) if self._processor is not None else 0
             # Also when nothing changed: of several front ends the one that heard last is believed.
-            recorder.load(scheduler.num_running_reqs, waiting, float(scheduler.kv_cache_usage), unfinished)
+            usage = float(scheduler.kv_cache_usage)
+            recorder.load(scheduler.num_running_reqs, waiting, usage, unfinished, later=True)
         if iteration is not None:
             self._tokens(recorder, iteration, first_tokens, entered)
             for finished in iteration.finished_requests:
@@ -192,15 +193,20 @@ class FrontEnd:
             # to their streams.
             handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
             first_token_ns = tuple(round(seconds * 1e9) + handed for seconds in first)
+        # The tokens of one step share their gap: few distinct values, however large the batch.
+        gaps_ns: dict[int, int] = {}
+        for seconds in gaps:
+            gap = round(seconds * 1e9)
+            gaps_ns[gap] = gaps_ns.get(gap, 0) + 1
         recorder.tokens(
             iteration.num_prompt_tokens,
             iteration.num_generation_tokens,
             cached=int(getattr(prompt, "cached_tokens", 0) or 0),
             preemptions=iteration.num_preempted_reqs,
             first_token_ns=first_token_ns,
-            # The tokens of one step share their gap: few distinct values, however large the batch.
-            inter_token_ns=Counter(round(seconds * 1e9) for seconds in gaps),
+            inter_token_ns=gaps_ns,
             own_ns=_now() - entered,
+            later=True,
         )
 
     def _sent(self, recorder: Recorder, seconds_ns: int) -> None:
