@@ -1,0 +1,183 @@
+"""What the hooks add to a vLLM worker's step, wrappers included, without an engine.
+
+    python benchmarks/step_path.py
+
+A stand-in for a worker's methods is called with and without the hooks, in turns; between the calls the caches
+are emptied, as a model does. Shows what `overhead.py` cannot: the part of a step that llmprobe does not book,
+and how far the same code is from what it takes in a loop. In seconds, so it serves to compare changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from support.machine import machine_line
+from support.serving import new_directory
+from support.table import Results, command
+
+from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.vllm import worker as hooks
+from llmprobe.hooks.vllm.seams import Seam
+from llmprobe.record.clock import HostClock
+from llmprobe.record.journal_reader import JournalReader
+from llmprobe.settings import Settings
+
+_now = time.monotonic_ns
+_AT_ONCE = 100  # steps between two readings of the journal, as many between off and on
+
+
+@dataclass
+class Cached:
+    """As vLLM's CachedRequestData, what is read of it."""
+
+    req_ids: list[str]
+    num_computed_tokens: list[int]
+    num_output_tokens: list[int]
+    resumed_req_ids: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Scheduled:
+    """As vLLM's SchedulerOutput, what is read of it."""
+
+    num_scheduled_tokens: dict[str, int]
+    total_num_scheduled_tokens: int
+    scheduled_cached_reqs: Cached
+    scheduled_new_reqs: list[Any] = field(default_factory=list)
+    scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)
+    finished_req_ids: set[str] = field(default_factory=set)
+
+
+class Runner:
+    """Has the place where a forward starts."""
+
+    def forward_start(self) -> int:
+        """When it was entered."""
+        return _now()
+
+
+def worker_class(runner: Runner, disturb: Callable[[], None]) -> tuple[type, list[int]]:
+    """A worker whose methods do nothing but empty the caches; and the times of each call's ends inside it."""
+    inside: list[int] = []
+
+    class WorkerBase:
+        def __init__(self) -> None:
+            pass
+
+        def execute_model(self, scheduler_output: Scheduled) -> None:
+            entered = _now()
+            disturb()
+            before = _now()
+            at = runner.forward_start()
+            after = _now()
+            disturb()
+            inside.extend((entered, before, at, after, _now()))
+
+        def sample_tokens(self, grammar_output: None) -> str:
+            entered = _now()
+            disturb()
+            inside.extend((entered, _now()))
+            return "output"
+
+    return WorkerBase, inside
+
+
+def cold() -> Callable[[], None]:
+    """Empties the caches: walks memory, and runs much Python code over many objects."""
+    memory = np.zeros(6 << 20, np.uint8)
+    text = json.dumps([{str(number): [number, number * 1.5, "text"]} for number in range(300)])
+
+    def disturb() -> None:
+        memory[::64].sum()
+        json.loads(text)
+
+    return disturb
+
+
+def measure(steps: int, disturb: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nanoseconds a step: in the calls without the hooks, with them, and what the hooks booked of it."""
+    directory = new_directory()
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(directory)}))
+    recorder = probe.arm("worker", dict)
+    if recorder is None:
+        raise SystemExit(f"no journal in {directory}")
+    try:
+        runner = Runner()
+        base, inside = worker_class(runner, disturb)
+        module = ModuleType("vllm.v1.worker.worker_base")
+        vars(module)["WorkerBase"] = base
+        hooks.install(probe, module)
+        worker = base()
+        state = vars(worker)["_llmprobe_steps"]
+        state.use(HostClock(), recorder, Seam(Runner, "forward_start", "v2"))
+        state.armed = True
+        reader = JournalReader(recorder.writer.path, recorder.writer)
+        taken: dict[bool, list[int]] = {False: [], True: []}
+        own: list[int] = []
+        for turn in range(2 * (steps // _AT_ONCE)):
+            on = bool(turn % 2)
+            (probe.apply_patches if on else probe.remove_patches)()
+            for number in range(_AT_ONCE):
+                scheduled = Scheduled({"a": 1}, 1, Cached(["a"], [number + 10], [number]))
+                inside.clear()
+                disturb()
+                begin = _now()
+                worker.execute_model(scheduled)
+                middle = _now()
+                disturb()
+                again = _now()
+                worker.sample_tokens(None)
+                end = _now()
+                entered, before, _, after, left, sample_entered, sample_left = inside
+                execute = (entered - begin) + (after - before) + (middle - left)
+                taken[on].append(execute + (sample_entered - again) + (end - sample_left))
+            state.write()
+            recorder.publish()
+            own += reader.read().steps["own_ns"].tolist()
+        return np.array(taken[False]), np.array(taken[True]), np.array(own)
+    finally:
+        probe.remove_patches()
+        probe.disarm()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def main() -> int:
+    """Measure in emptied caches, and as a loop that does nothing else."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000, help="of each kind [2000]")
+    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
+    options = parser.parse_args()
+    if options.steps < _AT_ONCE:
+        parser.error(f"--steps from {_AT_ONCE}")
+    rows, saved = [], {}
+    for name, disturb in (("caches emptied between calls", cold()), ("nothing between calls", lambda: None)):
+        off, on, own = measure(options.steps, disturb)
+        added, booked = float(np.median(on) - np.median(off)) / 1e3, float(np.median(own)) / 1e3
+        saved[name] = {"added_us": added, "booked_us": booked}
+        rows.append([name, f"{added:.1f} µs", f"{booked:.1f} µs"])
+    Results(
+        "The hooks of a vLLM step without an engine",
+        command("step_path.py"),
+        machine_line(),
+        ("medians of a step", "added in all", "of it booked"),
+        rows,
+        [f"{options.steps} steps with the hooks and as many without"],
+    ).show(options.markdown)
+    if options.json:
+        options.json.write_text(json.dumps(saved, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
