@@ -230,6 +230,7 @@ def _gpu(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
         return
     samples.add("llmprobe_gpu_info", (*labels, gpu.uuid, gpu.name, gpu.driver_version), 1.0)
     samples.add("llmprobe_gpu_dram_active_ratio", labels, gpu.dram_active_ratio)
+    samples.add("llmprobe_gpu_graphics_active_ratio", labels, gpu.graphics_active_ratio)
     samples.add("llmprobe_gpu_sm_active_ratio", labels, gpu.sm_active_ratio)
     samples.add("llmprobe_gpu_tensor_active_ratio", labels, gpu.tensor_active_ratio)
     samples.add("llmprobe_gpu_power_watts", labels, gpu.power_watts)

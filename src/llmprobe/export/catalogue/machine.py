@@ -37,6 +37,15 @@ SECTIONS = (
                 "may be far below the share of time in which the GPU was busy.",
             ),
             Family(
+                "llmprobe_gpu_graphics_active_ratio",
+                "gauge",
+                "ratio",
+                RANK,
+                ("counter",),
+                "Share of time in which the GPU had anything to run. Stays up between small kernels, so what it "
+                "leaves over is idle for certain.",
+            ),
+            Family(
                 "llmprobe_gpu_tensor_active_ratio",
                 "gauge",
                 "ratio",
