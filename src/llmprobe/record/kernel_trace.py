@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
+
+import numpy as np
 
 from llmprobe.record.cupti import Cupti, CuptiError, loaded_library
 from llmprobe.record.cupti_records import Window
 from llmprobe.record.kernels import forbidden, profiling
 from llmprobe.record.latch import Latch
 from llmprobe.record.recorder import Recorder
-from llmprobe.record.window_file import FOLDER, Seen, write_window
+from llmprobe.record.window_file import FOLDER, Seen, next_number, window_path, write_window
 
 #: 26 bytes each, held in memory and then in shared memory until the agent has fetched them.
 MOST_ACTIVITIES = 1_000_000
 #: Buffers hold about 150 000 kernels; the fastest engine launches less than that in a second.
 _DRAIN_SECONDS = 0.2
+#: What the live verdict gets of a capture: as much as of a long window, from its beginning, because the steps
+#: right before tell how much the recording itself slows those in it.
+_VERDICT_NS = 1_000_000_000
+_VERDICT_ACTIVITIES = 150_000
+
+
+def beginning(window: Window) -> Window:
+    """The part of a window that the agent works out like any kernel window."""
+    rows, end = window.activities, window.begin_ns + _VERDICT_NS
+    if len(rows) > _VERDICT_ACTIVITIES:
+        end = min(end, int(rows["begin"][_VERDICT_ACTIVITIES]))
+    if end >= window.end_ns:
+        return window
+    kept = rows[: int(np.searchsorted(rows["begin"], end))]
+    return Window(window.begin_ns, end, kept, window.names, window.dropped)
 
 
 class _Kept:
@@ -38,6 +56,7 @@ class KernelTrace:
 
     def __init__(self, recorder: Recorder) -> None:
         journal = recorder.writer.path
+        self._live = window_path(journal)
         # A name of its own: the process's windows have one too.
         self._latch = Latch(journal.parent.parent / FOLDER, f"{journal.stem}-capture")
         self._cupti: Cupti | None = None
@@ -86,6 +105,8 @@ class KernelTrace:
         window, self._window = self._window, None
         assert window is not None
         write_window(target, Seen(1, window))
+        with contextlib.suppress(OSError):  # the capture is what was asked for
+            write_window(self._live, Seen(next_number(), beginning(window)))
 
     def forget(self) -> None:
         """Give the memory back."""

@@ -17,7 +17,7 @@ from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, injected
 from llmprobe.record.cupti_records import Window
 from llmprobe.record.latch import Latch, died_in_a_window
 from llmprobe.record.recorder import Recorder
-from llmprobe.record.window_file import FOLDER, Seen, window_path, write_window
+from llmprobe.record.window_file import FOLDER, Seen, next_number, window_path, write_window
 from llmprobe.settings import KernelWindows, logger
 
 #: A window stays open beyond its length until so many steps began in it (the first and the last are cut off)
@@ -54,7 +54,6 @@ class KernelWindowThread(threading.Thread):
         self._failed = failed
         self._path = window_path(recorder.writer.path)
         self._latch = Latch(self._path.parent, self._path.stem)
-        self._number = 0
         self._said: dict[str, Any] | None = None
 
     def run(self) -> None:
@@ -106,8 +105,7 @@ class KernelWindowThread(threading.Thread):
             try:
                 window = self._window(cupti, self._plan.seconds)
                 if window is not None:
-                    self._number += 1
-                    write_window(self._path, Seen(self._number, window))
+                    write_window(self._path, Seen(next_number(), window))
                 self._say(True, "")
             except Exception as error:  # noqa: BLE001 - a thread of ours in the host's process
                 errors += 1

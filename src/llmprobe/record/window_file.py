@@ -2,13 +2,14 @@
 
 One file a process, beside its journal: ``windows/<journal's name>.window``. It is replaced as a whole, so a
 reader never sees half of one; a reader that is too slow misses windows, which are samples anyway. A line of
-JSON, then the activities as numpy's ``.npy``.
+JSON, then the activities as numpy's ``.npy``. A capture of kernels leaves its beginning there too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ FOLDER = "windows"
 _SCHEMA = 1
 _MOST_BYTES = 64 << 20
 _LONGEST_HEADER = 4 << 20
+_numbers = itertools.count(1)
 
 
 class WindowFileError(ValueError):
@@ -39,6 +41,11 @@ class Seen:
 def window_path(journal: Path) -> Path:
     """Where the process of ``journal`` leaves its windows."""
     return journal.parent.parent / FOLDER / journal.with_suffix(".window").name
+
+
+def next_number() -> int:
+    """Of a window of this process, whoever opened it."""
+    return next(_numbers)
 
 
 def write_window(path: Path, seen: Seen) -> None:
