@@ -30,7 +30,12 @@ class ScriptedGpu:
     slow: SlowReadings = field(default_factory=lambda: SlowReadings(45.0, 60 * GIB, 80 * GIB, 700.0))
     listed: list[GpuProcess] | None = None
     active: Mapping[str, float] = field(
-        default_factory=lambda: {"dram_active": 0.6, "tensor_active": 0.1, "sm_active": 0.8, "graphics_active": 0.9}
+        default_factory=lambda: {
+            "dram_active": 0.6,
+            "tensor_active": 0.1,
+            "sm_active": 0.8,
+            "graphics_active": 0.9,
+        }
     )
     lost: bool = False
     closed: bool = False

@@ -45,8 +45,8 @@ NOT_JUDGED = (
         "no_kernel_windows",
         "Steps are far from both roofs, and nothing shows whether kernels are slow or missing: a capture of "
         "kernels does, and for a minute after it so does this verdict.",
-        "Once its kernels were recorded a process takes some 0.1 ms longer to launch a CUDA graph, and some 4 % "
-        "longer for a step without graphs, until it is started anew.",
+        "Once its kernels were recorded a process takes some 0.1 ms longer to launch a CUDA graph, and some "
+        "4 % longer for a step without graphs, until it is started anew.",
         CAPTURE,
     ),
     Entry(
