@@ -231,6 +231,7 @@ def test_a_capture_from_http_to_files_without_secrets(
     live = json.loads(call(one, "GET", f"{url}/files/live.json", token)[1])
     for when in ("before", "during", "after"):
         assert live[when]["server"]["ranks"][0]["steps"]["decode"] > 0
+    assert live["meanwhile"]["ranks"][0]["figures"]["decode"]["steps"] > 0
     kept = one.captures / done["id"]
     assert {path.name for path in kept.iterdir()} == names | {"capture.json"}
     assert all(path.stat().st_mode & 0o077 == 0 for path in kept.iterdir())

@@ -92,6 +92,10 @@ def test_a_serving_vllm_is_captured_by_torch_while_it_serves(server: VllmServer,
     steps = {row["name"]: row for row in report["phases"] if row["part"] is None}
     assert steps["decode"]["steps"] >= 10
     assert sum(row["steps"] for row in steps.values()) >= 40
+    (rank,) = json.loads(files["live.json"])["meanwhile"]["ranks"]
+    assert {phase: row["steps"] for phase, row in rank["figures"].items()} == {
+        phase: row["steps"] for phase, row in steps.items()
+    }
     assert {"forward", "sample"} <= {row["part"] for row in report["phases"]}
     # Of the engine's thread: ours calls no operator.
     assert sum(row["count"] for row in report["host_operators"]) >= 10 * 40

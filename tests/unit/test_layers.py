@@ -20,7 +20,7 @@ ALLOWED = {
     "collect": {"record", "compute", "settings"},
     "export": {"collect", "compute", "record"},
     "analysis": {"compute"},
-    "capture": {"analysis", "record", "settings"},
+    "capture": {"analysis", "compute", "record", "settings"},
     "agent": {"capture", "analysis", "export", "collect", "compute", "record", "settings"},
 }
 #: What runs inside the engine may need only what the engine has, and these.

@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 
 import llmprobe
+from llmprobe.capture.meanwhile import journal_steps
 from llmprobe.capture.store import write_json
 from llmprobe.capture.tool import Interrupted, ToolError, Worker
 from llmprobe.record.asked import FOLDER, MOST_RESULT_BYTES, Ask, Paths, Said, open_plain, read_said, write
-from llmprobe.record.journal_reader import JournalReader
-from llmprobe.record.layout import STEP
 
 _LOOK_SECONDS = 0.1
 #: A process looks four times a second; one that starts its first profiler may need longer to say so.
@@ -225,7 +224,7 @@ class AskingTool:
     def _keep(self, worker: Worker, said: Said, result: Path, raw: Path) -> None:
         while 0 <= time.monotonic_ns() - said.end_ns < _SETTLE_SECONDS * 1e9:
             self._pause(_LOOK_SECONDS)
-        steps = _steps(worker.journal, said)
+        steps = journal_steps(worker.journal, said.begin_ns, said.end_ns)
         with (self._folder / f"{RAW_PREFIX}{worker.name}.npy").open("wb") as file:
             np.save(file, steps, allow_pickle=False)
         facts = {
@@ -270,15 +269,3 @@ def sweep_asks(directory: Path, live: Collection[str]) -> None:
                     if json.loads(path.read_bytes()[:_MOST_ASK_BYTES])["id"] in live:
                         continue
                 Paths(path, path.with_suffix(".said"), path.with_suffix(".result")).remove()
-
-
-def _steps(journal: Path, said: Said) -> np.ndarray:
-    """The journal's records of the steps that ran while it was recorded."""
-    reader = JournalReader(journal)
-    try:
-        parts = []
-        while len(steps := reader.read().steps):
-            parts.append(steps[(steps["e3"] > said.begin_ns) & (steps["e0"] < said.end_ns)])
-    finally:
-        reader.close()
-    return np.concatenate(parts) if parts else np.empty(0, STEP)

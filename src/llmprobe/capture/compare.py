@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 #: How much the two sync-gap ratios of a phase may differ.
 TOLERANCE = 0.03
 
 
-def compare(report: Mapping[str, Any], during: Mapping[str, Any]) -> dict[str, Any]:
-    """The sync-gap ratios shown live at the end of the recording beside those of the capture, by phase.
+def compare(
+    report: Mapping[str, Any], during: Mapping[str, Any], meanwhile: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The live sync-gap ratios beside those of the capture, by phase.
 
     Args:
         report: what `llmprobe.analysis` found, as JSON.
-        during: ``{"server": …}`` with the server's entry in ``/api/status``. Its figures are of 30 s.
+        during: ``{"server": …}`` with the server's entry in ``/api/status`` at the end of the recording. Its
+            figures are of 30 s: compared only where those of the recording's own seconds are not known.
+        meanwhile: these, as `llmprobe.capture.meanwhile.meanwhile` makes them.
 
     Returns:
-        ``phases`` (phase → ``live``, ``capture``, ``difference``), ``tolerance``, ``disagree``; if they do,
-        ``trusted`` (``capture`` or ``live``) and ``why``.
+        ``phases`` (phase → ``live``, ``capture``, ``difference``), ``same_seconds`` (whether the live ones
+        are of the recording's own), ``tolerance``, ``disagree``; if they do, ``trusted`` (``capture`` or
+        ``live``) and ``why``.
     """
-    live = _live(during.get("server") or {})
+    ranks = (meanwhile or {}).get("ranks") or ()
+    live = _live(ranks)
+    same_seconds = bool(live)
+    if not same_seconds:
+        ranks = (during.get("server") or {}).get("ranks") or ()
+        live = _live(ranks)
     seen = _captured(report)
     phases = {
         phase: {"live": live[phase], "capture": seen[phase], "difference": live[phase] - seen[phase]}
         for phase in sorted(live.keys() & seen.keys())
     }
     apart = {name: found for name, found in phases.items() if abs(found["difference"]) > TOLERANCE}
-    result: dict[str, Any] = {"phases": phases, "tolerance": TOLERANCE, "disagree": bool(apart)}
+    result: dict[str, Any] = {
+        "phases": phases,
+        "same_seconds": same_seconds,
+        "tolerance": TOLERANCE,
+        "disagree": bool(apart),
+    }
     if apart:
         verdict = (report.get("trust") or {}).get("verdict")
         trusted = "live" if verdict == "untrusted" else "capture"
@@ -38,16 +53,28 @@ def compare(report: Mapping[str, Any], during: Mapping[str, Any]) -> dict[str, A
         because = (
             "the capture's own checks say not to trust it"
             if trusted == "live"
-            else "it saw the kernels; the live figure has no bubbles inside steps and is of 30 s"
+            else f"it saw the kernels; the live figure {_what_it_is(ranks, apart, same_seconds)}"
         )
         result.update(trusted=trusted, why=f"sync gaps disagree: {said}. Trust the {trusted} one: {because}")
     return result
 
 
-def _live(server: Mapping[str, Any]) -> dict[str, float]:
+def _what_it_is(ranks: Iterable[Mapping[str, Any]], phases: Collection[str], same_seconds: bool) -> str:
+    """Where the live figures of these phases fall short of a capture's."""
+    bound = any(
+        found.get("sync_gap_is_lower_bound", True)
+        for rank in ranks
+        for phase, found in (rank.get("figures") or {}).items()
+        if phase in phases
+    )
+    inside = "has no bubbles inside steps" if bound else "takes bubbles inside steps from kernel windows"
+    return f"{inside} and is of {'the same seconds' if same_seconds else '30 s'}"
+
+
+def _live(ranks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     rows = (
         (phase, found.get("sync_gap_ratio"), found.get("seconds"))
-        for rank in server.get("ranks") or ()
+        for rank in ranks
         for phase, found in (rank.get("figures") or {}).items()
     )
     return _means(rows)

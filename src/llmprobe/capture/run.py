@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmprobe.capture.asking import RAW_PREFIX
 from llmprobe.capture.compare import compare
 from llmprobe.capture.condition import Live, Watch, parse
+from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps
 from llmprobe.capture.session import Capture, State
 from llmprobe.capture.store import (
     LIVE,
@@ -189,6 +191,7 @@ class Run:
     def _import(self) -> None:
         for note in self._tool.collect():
             self.capture = self.capture.noting(note)
+        self._keep_meanwhile()
         self._enter("analysing")
 
     def _analyse(self) -> None:
@@ -231,7 +234,7 @@ class Run:
     def _compare(self) -> None:
         live = _read_json(self._folder / LIVE)
         report = _read_json(self._folder / REPORT_JSON)
-        live["comparison"] = compare(report, live.get("during") or {})
+        live["comparison"] = compare(report, live.get("during") or {}, live.get("meanwhile"))
         write_json(self._folder / LIVE, live)
         if live["comparison"].get("disagree"):
             self.capture = self.capture.noting(live["comparison"]["why"])
@@ -260,6 +263,21 @@ class Run:
         if when not in live:
             live[when] = {"time": self._wall(), "server": self._server.figures(self.capture.group)}
             write_json(path, live)
+
+    def _keep_meanwhile(self) -> None:
+        """Keep the live figures of the very seconds that were recorded, by their step records."""
+        path = self._folder / LIVE
+        live = _read_json(path)
+        steps = kept_steps(self._folder, RAW_PREFIX)
+        if not steps:  # the tool kept none beside what it recorded
+            begin_ns, end_ns = (self._monotonic(self.capture.times[at]) for at in ("recording", "importing"))
+            workers = self._server.workers(self.capture.group)
+            steps = read_steps({worker.name: worker.journal for worker in workers}, begin_ns, end_ns)
+        live["meanwhile"] = meanwhile(steps, live.get("before") or {})
+        write_json(path, live)
+
+    def _monotonic(self, wall_seconds: float) -> int:
+        return time.monotonic_ns() - round((self._wall() - wall_seconds) * 1e9)
 
     def _enter(self, state: State, reason: str | None = None) -> None:
         entered = self.capture.enter(state, self._wall(), reason=reason)

@@ -211,7 +211,27 @@ def test_notes_of_the_engine_are_the_captures(
 ) -> None:
     engines().notes = ("ended early: full",)
     done = until(manager, manager.request("g", "s", ask()), "done")
-    assert done.notes == ("rank0: ended early: full",)
+    assert done.notes[0] == "rank0: ended early: full"
+
+
+@pytest.mark.parametrize("tool", ["kernels", "torch"])
+def test_live_gaps_beside_it_are_those_of_the_recorded_steps(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store, tool: str
+) -> None:
+    engine = engines()
+    engine._step()  # long before: none of the capture's
+    done = until(manager, manager.request("g", "s", ask(tool)), "done")
+    live = json.loads((store.folder(done.id) / "live.json").read_text())
+    (rank,) = live["meanwhile"]["ranks"]
+    decode = rank["figures"]["decode"]
+    assert (rank["name"], decode["steps"]) == ("rank0", 4)
+    assert 0 < decode["sync_gap_ratio"] < 0.4  # half a millisecond of each before sampling
+    found = live["comparison"]
+    assert found["same_seconds"]
+    assert found["phases"]["decode"]["live"] == pytest.approx(decode["sync_gap_ratio"])
+    # The device was idle inside the steps, which the step clock cannot see.
+    assert (found["disagree"], found["trusted"]) == (True, "capture")
+    assert done.notes == (found["why"],)
 
 
 def test_what_an_engine_refuses_is_the_reason(

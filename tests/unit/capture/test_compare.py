@@ -37,6 +37,30 @@ def test_the_capture_is_trusted_where_they_disagree() -> None:
     assert "0.100 live, 0.300 captured" in found["why"]
 
 
+def own(ratio: float | None, bound: bool = True) -> dict[str, Any]:
+    figures = {"sync_gap_ratio": ratio, "seconds": 1.0, "sync_gap_is_lower_bound": bound}
+    return {"ranks": [{"name": "rank0", "figures": {"decode": figures}}]}
+
+
+def test_the_live_figure_is_that_of_the_same_seconds_where_it_is_known() -> None:
+    found = compare(report(0.10), live(0.40), own(0.11))
+    assert (found["disagree"], found["same_seconds"]) == (False, True)
+    assert found["phases"]["decode"]["live"] == 0.11
+    for unknown in (None, {}, {"ranks": []}, own(None)):
+        found = compare(report(0.10), live(0.40), unknown)
+        assert (found["disagree"], found["same_seconds"]) == (True, False)
+        assert found["why"].endswith("has no bubbles inside steps and is of 30 s")
+
+
+@pytest.mark.parametrize(
+    ("bound", "words"), [(True, "has no bubbles inside steps"), (False, "from kernel windows")]
+)
+def test_why_says_what_the_live_figure_lacks(bound: bool, words: str) -> None:
+    why = compare(report(0.30), live(0.30), own(0.10, bound))["why"]
+    assert words in why
+    assert why.endswith("is of the same seconds")
+
+
 def test_a_capture_that_does_not_trust_itself_is_not_trusted() -> None:
     assert compare(report(0.30, "untrusted"), live(0.10))["trusted"] == "live"
 

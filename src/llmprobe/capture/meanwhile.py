@@ -1,0 +1,131 @@
+"""The live figures of a capture's own seconds, by the step records of the processes that it recorded.
+
+What a server shows is of 30 s, most of which lie before a short capture, perhaps under another load. The same
+figures of the recorded steps alone can be held against what the capture saw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmprobe.compute.accounting import account
+from llmprobe.compute.evidence import KernelEvidence
+from llmprobe.compute.figures import summarise
+from llmprobe.compute.sampled import apply_windows
+from llmprobe.record.journal import JournalError
+from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.layout import PHASES, STEP, Flag
+
+#: Kernel windows older than this say nothing of a capture's steps; as for what is shown live.
+_WINDOW_GOOD_SECONDS = 60.0
+_SHOWN = ("steps", "seconds", "sync_gap_ratio", "sync_gap_is_lower_bound")
+_EVIDENCE = tuple(field.name for field in dataclasses.fields(KernelEvidence))
+_NEEDED = {field.name for field in dataclasses.fields(KernelEvidence) if field.default is dataclasses.MISSING}
+
+
+def journal_steps(journal: Path, begin_ns: int, end_ns: int) -> np.ndarray:
+    """The journal's records (of `STEP`) of the steps that ran in that time, as far as its ring has them.
+
+    Raises:
+        JournalError, OSError: it is gone, or none that this version reads.
+    """
+    reader = JournalReader(journal)
+    try:
+        parts = []
+        while len(steps := reader.read().steps):
+            parts.append(steps[(steps["e3"] > begin_ns) & (steps["e0"] < end_ns)])
+    finally:
+        reader.close()
+    return np.concatenate(parts) if parts else np.empty(0, STEP)
+
+
+def kept_steps(folder: Path, prefix: str) -> dict[str, np.ndarray]:
+    """By process: the step records that lie in a capture's folder as ``PREFIXname.npy``."""
+    found = {}
+    for path in sorted(folder.glob(f"{prefix}*.npy")):
+        try:
+            steps = np.load(path, allow_pickle=False)
+        except (OSError, ValueError):
+            continue
+        if steps.dtype == STEP:
+            found[path.stem.removeprefix(prefix)] = steps
+    return found
+
+
+def read_steps(journals: Mapping[str, Path], begin_ns: int, end_ns: int) -> dict[str, np.ndarray]:
+    """By process: as `journal_steps`; those whose journal cannot be read are left out."""
+    found = {}
+    for name, journal in journals.items():
+        try:
+            found[name] = journal_steps(journal, begin_ns, end_ns)
+        except (JournalError, OSError):
+            continue
+    return found
+
+
+def figures_of(steps: np.ndarray, kernels: Mapping[str, KernelEvidence]) -> dict[str, dict[str, Any]]:
+    """By phase: steps, seconds, sync-gap ratio and whether that is a bound, as shown live (`PhaseFigures`).
+
+    Except that idle time before a step is a gap whether or not there were requests: a capture does not know
+    of these, and the two are to be compared.
+
+    Args:
+        steps: records of one process, in the journal's order.
+        kernels: what kernel windows saw of a phase.
+    """
+    steps = steps[(steps["flags"] & Flag.EMPTY == 0) & (steps["phase"] < len(PHASES))]
+    if not len(steps):
+        return {}
+    always = np.array([[0, np.iinfo(np.int64).max]], dtype=np.int64)
+    rows = account(steps, cursor_ns=None, last_step=None, pending=always, model=None, peaks=None)
+    apply_windows(rows, kernels)
+    found = summarise(rows, since_ns=int(rows.end_ns[0]) - 1, now_ns=int(rows.end_ns[-1]), peaks=None)
+    return {
+        phase: {name: getattr(figures, name) for name in _SHOWN}
+        for phase, figures in found.items()
+        if figures.seconds > 0
+    }
+
+
+def meanwhile(steps: Mapping[str, np.ndarray], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What `llmprobe.capture.compare` takes: ``ranks``, each with ``name`` and ``figures`` by phase.
+
+    Args:
+        steps: as of `kept_steps` or `read_steps`.
+        before: ``{"server": …}`` with the server's entry in ``/api/status`` when the recording began, which
+            says what kernel windows had seen by then.
+    """
+    seen = _windows(before.get("server") or {})
+    return {
+        "ranks": [
+            {"name": name, "figures": figures_of(records, seen.get(name, {}))}
+            for name, records in steps.items()
+        ]
+    }
+
+
+def _windows(server: Mapping[str, Any]) -> dict[str, dict[str, KernelEvidence]]:
+    """By process, under both names that it may have (`llmprobe.capture.tool.Worker`)."""
+    found: dict[str, dict[str, KernelEvidence]] = {}
+    ranks: Sequence[Mapping[str, Any]] = server.get("ranks") or ()
+    for rank in ranks:
+        shown = {phase: _evidence(said) for phase, said in (rank.get("kernels") or {}).items()}
+        kernels = {
+            phase: seen
+            for phase, seen in shown.items()
+            if seen is not None and seen.age_seconds <= _WINDOW_GOOD_SECONDS
+        }
+        for name in (f"rank{rank.get('rank')}", f"engine{rank.get('engine')}-rank{rank.get('rank')}"):
+            found[name] = kernels
+    return found
+
+
+def _evidence(said: Mapping[str, Any]) -> KernelEvidence | None:
+    """None where something is missing: an agent of another version may have written it."""
+    known = {name: said[name] for name in _EVIDENCE if said.get(name) is not None}
+    return KernelEvidence(**known) if known.keys() >= _NEEDED else None
