@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prometheus_client.metrics_core import Metric
-
 from llmprobe.agent.files import write_atomically
 from llmprobe.collect.views import ServerView
-from llmprobe.export.prometheus import ViewCollector
+from llmprobe.export.catalogue import FAMILIES, Family
+from llmprobe.export.prometheus import Samples, fill
 from llmprobe.record.agent_launch import EXPOSITION_NAME, exposition_path
 
 #: Writing may take this share of the time, so that many GPUs lower the rate, not the budget.
@@ -32,22 +31,40 @@ def encode(view: ServerView) -> bytes:
     ``{"schema": 1, "families": [[name, type, documentation, series], …]}``; a series is
     ``[labels, [[sample name, le or null, value], …]]``: the buckets of a histogram share their labels.
     """
-    families = [
-        [metric.name, metric.type, metric.documentation, _series(metric)]
-        for metric in ViewCollector(lambda: [view]).collect()
-    ]
-    return json.dumps({"schema": SCHEMA, "families": families}, separators=(",", ":")).encode()
+    found = _Series()
+    fill(found, view)
+    return json.dumps({"schema": SCHEMA, "families": found.families()}, separators=(",", ":")).encode()
 
 
-def _series(metric: Metric) -> list[Any]:
-    series: list[Any] = []
-    for sample in metric.samples:
-        labels = dict(sample.labels)
-        le = labels.pop("le", None)
-        if not series or series[-1][0] != labels:
-            series.append([labels, []])
-        series[-1][1].append([sample.name, le, float(sample.value)])
-    return series
+class _Series(Samples):
+    """As they stand in the file. Metrics of `prometheus_client` on the way would triple the cost."""
+
+    def __init__(self) -> None:
+        self._series: dict[str, list[Any]] = {}
+
+    def put(self, family: Family, labels: Sequence[str], value: float) -> None:
+        self._add(family, labels, [[family.name, None, float(value)]])
+
+    def put_histogram(
+        self, family: Family, labels: Sequence[str], buckets: list[tuple[str, float]], total: float
+    ) -> None:
+        name = family.name
+        rows: list[Any] = [[f"{name}_bucket", le, count] for le, count in buckets]
+        rows += [[f"{name}_count", None, buckets[-1][1]], [f"{name}_sum", None, float(total)]]
+        self._add(family, labels, rows)
+
+    def _add(self, family: Family, labels: Sequence[str], rows: list[Any]) -> None:
+        named = dict(zip(family.labels, labels, strict=True))
+        self._series.setdefault(family.name, []).append([named, rows])
+
+    def families(self) -> list[Any]:
+        """In the catalogue's order."""
+        return [
+            # As `prometheus_client` names them: a counter without what its samples end with.
+            [name.removesuffix("_total"), family.kind, family.help, self._series[name]]
+            for name, family in FAMILIES.items()
+            if name in self._series
+        ]
 
 
 class ExpositionFiles:

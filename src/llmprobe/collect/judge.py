@@ -16,12 +16,13 @@ from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
 from llmprobe.compute.attribution import attribute
 from llmprobe.compute.classify import classify
-from llmprobe.compute.figures import PhaseFigures
+from llmprobe.compute.figures import PhaseFigures, figures_of
 from llmprobe.compute.graphs import launched_whole
 from llmprobe.compute.headline import headline, stalled
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
 from llmprobe.compute.steady import SHORT_SECONDS, WINDOW_SECONDS, Steady
+from llmprobe.compute.sums import PhaseSums
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import Observation, Verdict
 from llmprobe.record import layout
@@ -97,15 +98,15 @@ class Judge:
         largest: dict[str, PhaseFigures] = {}
         known = bool(view.engines)
         for shown, rank in ranks:
-            long_seconds, long = _figures(rank, now_ns, _WINDOW_NS, known)
-            lately = functools.cache(functools.partial(_figures, rank, now_ns, _SHORT_NS, known))
+            since = _since(rank, now_ns, _WINDOW_NS)
+            long_seconds, steps = (now_ns - since) / 1e9, rank.steps(since, now_ns)
+            long = _figures(rank, steps, long_seconds, known, operators=True)
+            lately = functools.cache(functools.partial(_lately, rank, now_ns, known))
             observed: dict[str, tuple[float, Observation]] = {}
-            since = now_ns - round(long_seconds * 1e9)
-            shown.attribution = attribute(rank.between(since, now_ns), rank.peaks, shown.kernels)
+            shown.attribution = attribute(steps, shown.kernels)
             for phase in phases:
                 state = self._states.get((key, phase), Steady())
-                rows = rank.between(since, now_ns, (layout.PHASES.index(phase),))
-                tokens = rows.prompt_tokens + rows.decode_tokens
+                tokens = functools.partial(rank.tokens, since, now_ns, (layout.PHASES.index(phase),))
                 no_model = f"no model of the work: {rank.model_problem}" if rank.model is None else ""
                 seen = Observation(
                     phase,
@@ -177,11 +178,10 @@ class Judge:
         if not ranks or not isinstance(budget, int) or isinstance(budget, bool):
             return None
         # Every rank runs the same steps.
-        rows = ranks[0].between(now_ns - _LOAD_NS, now_ns, _PROMPT_PHASES)
-        if not len(rows):
+        tokens = ranks[0].tokens(now_ns - _LOAD_NS, now_ns, _PROMPT_PHASES)
+        if not len(tokens):
             return None
-        full = rows.prompt_tokens + rows.decode_tokens >= self._limits.token_budget_ratio * budget
-        return float(full.mean())
+        return float((tokens >= self._limits.token_budget_ratio * budget).mean())
 
     def _advise(self, view: ServerView, figures: Mapping[str, PhaseFigures]) -> None:
         target = _target(view)
@@ -209,16 +209,25 @@ def _stands(state: Steady, found: Verdict) -> bool:
     return shown is not None and (shown.bottleneck, shown.cause) == (found.bottleneck, found.cause)
 
 
+def _since(rank: Rank, now_ns: int, window_ns: int) -> int:
+    """Where a window begins that ends now: time in which nobody looked is no window."""
+    return min(max(now_ns - window_ns, rank.first_ns or 0), now_ns - 1)
+
+
 def _figures(
-    rank: Rank, now_ns: int, window_ns: int, known_gaps: bool
-) -> tuple[float, dict[str, PhaseFigures]]:
-    """Length in seconds of a window that ends now, and its figures."""
-    # Time in which nobody looked is no window.
-    since = min(max(now_ns - window_ns, rank.first_ns or 0), now_ns - 1)
-    figures = rank.figures(since, now_ns, operators=window_ns == _WINDOW_NS)
+    rank: Rank, steps: Mapping[int, PhaseSums], seconds: float, known_gaps: bool, operators: bool = False
+) -> dict[str, PhaseFigures]:
+    figures = figures_of(steps, window_seconds=seconds, peaks=rank.peaks, operators=operators)
     if not known_gaps:
         figures = {phase: dataclasses.replace(found, sync_gap_ratio=None) for phase, found in figures.items()}
-    return (now_ns - since) / 1e9, figures
+    return figures
+
+
+def _lately(rank: Rank, now_ns: int, known_gaps: bool) -> tuple[float, dict[str, PhaseFigures]]:
+    """Length in seconds of the shorter window, and its figures."""
+    since = _since(rank, now_ns, _SHORT_NS)
+    seconds = (now_ns - since) / 1e9
+    return seconds, _figures(rank, rank.steps(since, now_ns), seconds, known_gaps)
 
 
 def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> EngineLoad:

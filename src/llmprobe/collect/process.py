@@ -10,15 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from llmprobe.collect.kept import KeptAccounts
+from llmprobe.collect.kept import KeptSteps
 from llmprobe.collect.views import HistogramView
 from llmprobe.collect.windows import Windows
 from llmprobe.compute import accounting, intervals, traffic
-from llmprobe.compute.accounting import StepAccounts
 from llmprobe.compute.facts import OPERATORS, FactsError, ModelFacts
-from llmprobe.compute.figures import PhaseFigures, summarise
+from llmprobe.compute.figures import PhaseFigures, figures_of
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.sampled import apply_windows
+from llmprobe.compute.steps import Floats
+from llmprobe.compute.sums import (
+    COMPONENT_COLUMNS,
+    COMPUTE_COLUMNS,
+    INDEX,
+    MEMORY_COLUMNS,
+    PhaseSums,
+    columns,
+)
 from llmprobe.record import layout
 from llmprobe.record.journal_reader import JournalReader, Records
 
@@ -171,7 +179,7 @@ class Rank:
         #: Cumulative: phase → operator → seconds of floor by memory, by compute.
         self.operator_floors: dict[str, dict[str, list[float]]] = {}
         self.windows = Windows(process.path)
-        self._kept: dict[int, KeptAccounts] = {}  # by index of the phase
+        self._kept: dict[int, KeptSteps] = {}  # by index of the phase
         self._recent: deque[np.ndarray] = deque()
         self._waiting: list[np.ndarray] = []
 
@@ -211,21 +219,20 @@ class Rank:
         """The newest step record; None before the first."""
         return self._recent[-1][-1] if self._recent else None
 
-    def between(self, since_ns: int, until_ns: int, phases: Iterable[int] | None = None) -> StepAccounts:
-        """Accounts of the steps that ended in that time, of all phases or of some; sorted by phase first."""
-        wanted = self._kept if phases is None else [phase for phase in phases if phase in self._kept]
-        return StepAccounts.concat([self._kept[phase].between(since_ns, until_ns) for phase in wanted])
+    def steps(self, since_ns: int, until_ns: int) -> dict[int, PhaseSums]:
+        """Steps that ended in that time, by the index of their phase; good until the next `fold`."""
+        found = {phase: self._kept[phase].between(since_ns, until_ns) for phase in sorted(self._kept)}
+        return {phase: sums for phase, sums in found.items() if sums is not None}
 
-    def figures(self, since_ns: int, now_ns: int, operators: bool = False) -> dict[str, PhaseFigures]:
-        """As `llmprobe.compute.figures.summarise`; a phase at a time, so that no row is copied."""
-        found: dict[str, PhaseFigures] = {}
-        for phase in sorted(self._kept):
-            rows = self._kept[phase].between(since_ns, now_ns)
-            if len(rows):
-                found |= summarise(
-                    rows, since_ns=since_ns, now_ns=now_ns, peaks=self.peaks, operators=operators
-                )
-        return found
+    def tokens(self, since_ns: int, until_ns: int, phases: Iterable[int]) -> Floats:
+        """(N,) query tokens of each step of some phases that ended in that time."""
+        kept = [self._kept[phase] for phase in phases if phase in self._kept]
+        return np.concatenate([np.empty(0), *(of.tokens(since_ns, until_ns) for of in kept)])
+
+    def figures(self, since_ns: int, now_ns: int) -> dict[str, PhaseFigures]:
+        """As `llmprobe.compute.figures.figures_of`."""
+        steps = self.steps(since_ns, now_ns)
+        return figures_of(steps, window_seconds=(now_ns - since_ns) / 1e9, peaks=self.peaks)
 
     def fold(self, pending: intervals.Intervals | None, now_ns: int) -> None:
         """Account for the steps taken, and for the time since the last one if nothing is to do.
@@ -277,44 +284,47 @@ class Rank:
             self.first_ns = int(steps["e0"][0])
         self.cursor_ns = rows.cursor_ns
         self.last_step = int(steps["step"][-1])
+        found = columns(rows, self.peaks)
         moved = {} if self.model is None else traffic.traffic_by_kind(steps, self.model)
         for phase in np.flatnonzero(np.bincount(rows.phase)).tolist():
             chosen = rows.phase == phase
-            of_phase = rows if chosen.all() else rows.take(chosen)
-            self._add_phase(layout.PHASES[phase], of_phase)
+            of_phase = found[chosen]
+            self._add_phase(layout.PHASES[phase], of_phase.sum(axis=0))
             for kind, values in moved.items():
                 of = self.bytes.setdefault(layout.PHASES[phase], {})
                 of[kind] = of.get(kind, 0.0) + float(values[chosen].sum())
-            self._kept.setdefault(phase, KeptAccounts()).add(of_phase)
+            if phase not in self._kept:
+                self._kept[phase] = KeptSteps(shared=phase == layout.Phase.MIXED)
+            self._kept[phase].add(rows.end_ns[chosen], of_phase)
         for kept in self._kept.values():
             kept.forget_before(int(rows.end_ns[-1]) - KEEP_NS)
 
-    def _add_phase(self, label: str, rows: StepAccounts) -> None:
-        """Add the rows of one phase to the totals."""
+    def _add_phase(self, label: str, sums: Floats) -> None:
+        """Add the steps of one phase to the totals; ``sums`` by `COLUMNS`."""
         no_work = accounting.COMPONENTS.index("no_work")
-        total = rows.components.sum(axis=0)
+        total = sums[COMPONENT_COLUMNS].copy()
         idle = np.zeros_like(total)
         idle[no_work], total[no_work] = total[no_work], 0.0
         self._add(label, total)
         self._add("none", idle)
         if self.model is None:
             return
-        self.flops[label] = self.flops.get(label, 0.0) + float(rows.flops.sum())
+        self.flops[label] = self.flops.get(label, 0.0) + float(sums[INDEX["flops"]])
         if self.peaks is None:
             return
         of_phase = self.operator_floors.setdefault(label, {})
-        floors = [part.sum(axis=0).tolist() for part in accounting.operator_floors(rows, self.peaks)]
+        floors = sums[MEMORY_COLUMNS].tolist(), sums[COMPUTE_COLUMNS].tolist()
         for name, memory, compute in zip(OPERATORS, *floors, strict=True):
-            sums = of_phase.setdefault(name, [0.0, 0.0])
-            sums[0] += memory
-            sums[1] += compute
+            of = of_phase.setdefault(name, [0.0, 0.0])
+            of[0] += memory
+            of[1] += compute
 
     def _add(self, phase: str, components: np.ndarray) -> None:
         if not components.any():
             return
         totals = self.device_time.setdefault(phase, dict.fromkeys(accounting.COMPONENTS, 0.0))
-        for name, seconds in zip(accounting.COMPONENTS, components, strict=True):
-            totals[name] += float(seconds)
+        for name, seconds in zip(accounting.COMPONENTS, components.tolist(), strict=True):
+            totals[name] += seconds
 
     def save(self) -> dict[str, Any]:
         """What an agent that starts anew needs in order to go on counting."""

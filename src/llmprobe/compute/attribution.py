@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS, StepAccounts, operator_floors
+from llmprobe.compute.accounting import IDLE_COMPONENTS
 from llmprobe.compute.evidence import KernelEvidence
 from llmprobe.compute.facts import OPERATORS
-from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.steps import PHASES, Floats
+from llmprobe.compute.sums import COLUMNS, INDEX, PhaseSums, prefill_share
 
 #: The parts of `Attribution.seconds` that are not floors.
 OTHER_PARTS = ("inefficiency", "launch", "host", "sample", "communication", "transfer", "remainder")
 #: Every part: ``memory.<operator>`` and ``compute.<operator>`` are the floor.
 PARTS = tuple(f"{roof}.{name}" for roof in ("memory", "compute") for name in OPERATORS) + OTHER_PARTS
 _INDEX = {name: index for index, name in enumerate(PARTS)}
-_COMPONENT = {name: index for index, name in enumerate(COMPONENTS)}
 _PREFILL, _DECODE, _MIXED = (PHASES.index(name) for name in ("prefill", "decode", "mixed"))
+_NO_SHARE = 1e-9  # of a step: above what rounding leaves, below a token's share of any step
 
 
 @dataclass(frozen=True)
@@ -46,66 +46,71 @@ class Attribution:
 
 
 def attribute(
-    rows: StepAccounts, peaks: Peaks | None, kernels: Mapping[str, KernelEvidence] | None = None
+    window: Mapping[int, PhaseSums], kernels: Mapping[str, KernelEvidence] | None = None
 ) -> dict[str, Attribution]:
     """Attribute the time of steps, gaps before them included and idle time (`IDLE_COMPONENTS`) left out.
 
     Args:
-        rows: steps.
-        peaks: None leaves busy time without a floor.
+        window: steps, by the index of their phase.
         kernels: by the phase of the steps that were seen.
 
     Returns:
-        By phase; ``mixed`` is never among them. Over all phases the seconds sum to those of the rows.
+        By phase; ``mixed`` is never among them. Over all phases the seconds sum to those of the steps.
     """
-    parts = _parts(rows, peaks)
-    for index, label in enumerate(PHASES):
-        if kernels and (seen := kernels.get(label)):
-            chosen = rows.phase == index
-            parts[chosen] = _with_kernels(parts[chosen], rows.span_s[chosen], seen)
-    present = set(np.unique(rows.phase).tolist())
-    share = _prefill_share(rows)
-    if _MIXED in present:
-        present |= {_PREFILL, _DECODE}
+    phases = {index: _phase(index, steps, kernels or {}) for index, steps in window.items()}
+    mixed = phases.pop(_MIXED, None)
+    if mixed is not None:
+        whole, prefill = mixed
+        for index, part in ((_PREFILL, prefill), (_DECODE, whole - prefill)):
+            own = phases.get(index)
+            if own is not None:
+                phases[index] = own[0] + part, own[1]
+            elif part[-1] > _NO_SHARE:
+                phases[index] = part, part
     result = {}
-    for index, label in enumerate(PHASES):
-        if index == _MIXED or index not in present:
-            continue
-        weight = np.where(rows.phase == index, 1.0, 0.0)
-        if index == _PREFILL:
-            weight = np.where(rows.phase == _MIXED, share, weight)
-        elif index == _DECODE:
-            weight = np.where(rows.phase == _MIXED, 1 - share, weight)
-        steps = float(weight[~rows.empty].sum())
-        sums = weight @ parts
-        if weight.any():
-            seconds = dict(zip(PARTS, sums.tolist(), strict=True))
-            result[label] = Attribution(steps, float(sums.sum()), seconds, _age(label, rows, kernels))
+    for index in sorted(phases):
+        *seconds, steps, _ = phases[index][0].tolist()
+        label = PHASES[index]
+        named = dict(zip(PARTS, seconds, strict=True))
+        result[label] = Attribution(steps, sum(seconds), named, _age(label, mixed is not None, kernels))
     return result
 
 
-def _parts(rows: StepAccounts, peaks: Peaks | None) -> Floats:
-    """(N, parts) seconds."""
-    parts = np.zeros((len(rows), len(PARTS)))
-    floor = rows.components[:, _COMPONENT["floor_memory"]] + rows.components[:, _COMPONENT["floor_compute"]]
-    rest = np.array(floor)
-    if peaks is not None and len(rows):
-        memory, compute = operator_floors(rows, peaks)
-        parts[:, : len(OPERATORS)] = memory
-        parts[:, len(OPERATORS) : 2 * len(OPERATORS)] = compute
-        rest = floor - memory.sum(axis=1) - compute.sum(axis=1)
-    named = {
+def _phase(index: int, steps: PhaseSums, kernels: Mapping[str, KernelEvidence]) -> tuple[Floats, Floats]:
+    """The parts of all steps of a phase, and of their prefill share: (parts + steps + rows,) each."""
+    seen = kernels.get(PHASES[index])
+    if seen is None:
+        return steps.sums @ _TO_PARTS, steps.prefill @ _TO_PARTS
+    rows = steps.rows()
+    parts = rows @ _TO_PARTS
+    parts[:, : len(PARTS)] = _with_kernels(parts[:, : len(PARTS)], rows[:, INDEX["span"]], seen)
+    return parts.sum(axis=0), prefill_share(rows) @ parts
+
+
+def _to_parts() -> Floats:
+    """(columns, parts + steps + rows): what each column of a step adds to."""
+    matrix = np.zeros((len(COLUMNS), len(PARTS) + 2))
+    for part, column in {
         "inefficiency": "inefficiency",
         "launch": "launch_gap",
         "host": "host_gap",
         "sample": "sample_gap",
         "communication": "communication",
         "transfer": "transfer",
-    }
-    for part, component in named.items():
-        parts[:, _INDEX[part]] = rows.components[:, _COMPONENT[component]]
-    parts[:, _INDEX["remainder"]] = rows.components[:, _COMPONENT["unattributed"]] + rest
-    return parts
+        "remainder": "unattributed",
+    }.items():
+        matrix[INDEX[column], _INDEX[part]] = 1
+    # What of the floor no operator explains stays in the remainder.
+    for roof in ("memory", "compute"):
+        matrix[INDEX[f"floor_{roof}"], _INDEX["remainder"]] = 1
+        for name in OPERATORS:
+            matrix[INDEX[f"{roof}.{name}"], _INDEX[f"{roof}.{name}"]] = 1
+            matrix[INDEX[f"{roof}.{name}"], _INDEX["remainder"]] = -1
+    matrix[INDEX["steps"], -2] = matrix[INDEX["rows"], -1] = 1
+    return matrix
+
+
+_TO_PARTS = _to_parts()
 
 
 def _with_kernels(parts: Floats, span_s: Floats, seen: KernelEvidence) -> Floats:
@@ -131,18 +136,11 @@ def _with_kernels(parts: Floats, span_s: Floats, seen: KernelEvidence) -> Floats
     return result
 
 
-def _prefill_share(rows: StepAccounts) -> Floats:
-    tokens = rows.prompt_tokens + rows.decode_tokens
-    share = np.zeros(len(rows))
-    np.divide(rows.prompt_tokens, tokens, out=share, where=tokens > 0)
-    return share
-
-
-def _age(label: str, rows: StepAccounts, kernels: Mapping[str, KernelEvidence] | None) -> float | None:
+def _age(label: str, mixed: bool, kernels: Mapping[str, KernelEvidence] | None) -> float | None:
     """How old the oldest window is that the phase's attribution leans on."""
     if not kernels:
         return None
-    of = {label, "mixed"} if label in ("prefill", "decode") and (rows.phase == _MIXED).any() else {label}
+    of = {label, "mixed"} if label in ("prefill", "decode") and mixed else {label}
     ages = [kernels[name].age_seconds for name in of if name in kernels]
     return max(ages) if ages else None
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS, StepAccounts, operator_floors
+from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS, StepAccounts
 from llmprobe.compute.facts import OPERATORS
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.steps import PHASES, Floats
+from llmprobe.compute.sums import COLUMNS, INDEX, PhaseSums, by_phase
 
 #: The components that are waiting.
 STALLS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
-_LAUNCH_GAP = COMPONENTS.index("launch_gap")
+_STEPS = INDEX["steps"]
+_KNOWN = ("known_bytes", "known_flops", "known_seconds", "known_busy")
+_SHOWN_COMPONENTS = tuple(name for name in COMPONENTS if name not in IDLE_COMPONENTS)
 
 
 @dataclass(frozen=True)
@@ -58,57 +62,51 @@ def summarise(
 
     Phases without steps are absent. ``operator_floors`` are left out unless ``operators`` asks for them.
     """
-    window = accounts.between(since_ns, now_ns)
-    result = {}
-    for index in np.unique(window.phase):
-        label = PHASES[index]
-        rows = _where(window, window.phase == index)
-        if not rows.empty.all():
-            figures = _figures(rows, (now_ns - since_ns) / 1e9, peaks)
-            result[label] = (
-                replace(figures, operator_floors=_by_operator(rows, peaks)) if operators else figures
-            )
-    return result
+    window = by_phase(accounts.between(since_ns, now_ns), peaks)
+    return figures_of(window, window_seconds=(now_ns - since_ns) / 1e9, peaks=peaks, operators=operators)
 
 
-def _where(rows: StepAccounts, chosen: np.ndarray) -> StepAccounts:
-    """The chosen rows; not copied where all are, as in most windows."""
-    return rows if chosen.all() else rows.take(chosen)
+def figures_of(
+    window: Mapping[int, PhaseSums], *, window_seconds: float, peaks: Peaks | None, operators: bool = False
+) -> dict[str, PhaseFigures]:
+    """Likewise of a window's sums, by the index of the phase."""
+    return {
+        PHASES[index]: _figures(window[index], window_seconds, peaks, operators)
+        for index in sorted(window)
+        if window[index].sums[_STEPS] > 0
+    }
 
 
-def _figures(rows: StepAccounts, window_seconds: float, peaks: Peaks | None) -> PhaseFigures:
-    real = _where(rows, ~rows.empty)
-    span, gap = float(rows.span_s.sum()), float(rows.gap_s.sum())
-    spans = np.sort(real.span_s)
+def _figures(phase: PhaseSums, window_seconds: float, peaks: Peaks | None, operators: bool) -> PhaseFigures:
+    values = phase.sums.tolist()
+    seen = dict(zip(COLUMNS, values, strict=True))
+    span, gap, steps = seen["span"], seen["gap"], round(seen["steps"])
+    spans = np.sort(phase.spans)
     # Ratios over the steps whose work is known only, so that the others do not dilute them.
-    known = _where(rows, rows.traffic_bytes.sum(axis=1) > 0)
-    moved, done = float(known.traffic_bytes.sum()), float(known.flops.sum())
-    step = float((known.span_s + known.gap_s).sum())
-    busy = float(known.busy_s.sum() - known.components[:, _LAUNCH_GAP].sum())
+    moved, done, step, busy = (seen[name] for name in _KNOWN)
     bandwidth = peaks.bandwidth_bytes_per_second if peaks else None
     rate = peaks.flops_per_second if peaks else None
-    floors = rows.floor_s[rows.floor_s > 0]
-    sums = dict(zip(COMPONENTS, rows.components.sum(axis=0).tolist(), strict=True))
-    stall = sum(sums[name] for name in STALLS)
+    stall = sum(seen[name] for name in STALLS)
     return PhaseFigures(
-        steps=len(real),
+        steps=steps,
         seconds=span + gap,
         span_seconds=span,
         gap_seconds=gap,
-        prompt_tokens=int(rows.prompt_tokens.sum()),
-        decode_tokens=int(rows.decode_tokens.sum()),
-        steps_per_second=len(real) / window_seconds,
+        prompt_tokens=round(seen["prompt_tokens"]),
+        decode_tokens=round(seen["decode_tokens"]),
+        steps_per_second=steps / window_seconds,
         step_seconds_p50=_quantile(spans, 0.5),
         step_seconds_p99=_quantile(spans, 0.99),
-        floor_seconds=float(floors.mean()) if len(floors) else None,
+        floor_seconds=seen["floor"] / seen["floored"] if seen["floored"] else None,
         mbu_step=_utilisation(moved, step, bandwidth),
         mbu_busy=_utilisation(moved, busy, bandwidth),
         mfu_step=_utilisation(done, step, rate),
         mfu_busy=_utilisation(done, busy, rate),
         sync_gap_ratio=stall / (span + gap) if span + gap > 0 else None,
-        sync_gap_is_lower_bound=not bool(rows.sampled_kernels.all()),
+        sync_gap_is_lower_bound=seen["unsampled"] > 0,
         intensity=done / moved if moved > 0 else None,
-        components={name: seconds for name, seconds in sums.items() if name not in IDLE_COMPONENTS},
+        components={name: seen[name] for name in _SHOWN_COMPONENTS},
+        operator_floors=_by_operator(seen) if operators and peaks is not None else {},
     )
 
 
@@ -120,15 +118,9 @@ def _quantile(ranked: Floats, q: float) -> float:
     return float(ranked[below] + (ranked[above] - ranked[below]) * (at - below))
 
 
-def _by_operator(rows: StepAccounts, peaks: Peaks | None) -> dict[str, tuple[float, float]]:
-    if peaks is None:
-        return {}
-    memory, compute = (part.sum(axis=0) for part in operator_floors(rows, peaks))
-    return {
-        name: (float(memory[index]), float(compute[index]))
-        for index, name in enumerate(OPERATORS)
-        if memory[index] > 0 or compute[index] > 0
-    }
+def _by_operator(seen: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    pairs = {name: (seen[f"memory.{name}"], seen[f"compute.{name}"]) for name in OPERATORS}
+    return {name: pair for name, pair in pairs.items() if pair[0] > 0 or pair[1] > 0}
 
 
 def _utilisation(amount: float, seconds: float, peak: float | None) -> float | None:

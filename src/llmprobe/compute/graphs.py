@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ _WHOLE_DECODE = ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 _NEARLY_ALL = 0.95
 
 
-def launched_whole(flags: Mapping[str, Any], phase: str, tokens: np.ndarray) -> bool:
+def launched_whole(flags: Mapping[str, Any], phase: str, tokens: Callable[[], np.ndarray]) -> bool:
     """Whether nearly all of some steps were launched as one graph each, by the engine's configuration.
 
     Args:
         flags: of the worker, which has settled what its attention backend can do.
         phase: of the steps.
-        tokens: (N,) of each step.
+        tokens: gives those of each step, (N,); asked only where the flags leave it open.
 
     Drafts make decode steps of unequal length, which may not be one graph; of those nothing is said.
     """
@@ -29,7 +29,7 @@ def launched_whole(flags: Mapping[str, Any], phase: str, tokens: np.ndarray) -> 
         or flags.get("cudagraph_mode") not in _WHOLE_DECODE
         or flags.get("speculative_method") is not None
         or not isinstance(largest, int)
-        or not len(tokens)
     ):
         return False
-    return bool(np.mean(tokens <= largest) >= _NEARLY_ALL)
+    counts = tokens()
+    return bool(len(counts) and np.mean(counts <= largest) >= _NEARLY_ALL)

@@ -57,7 +57,5 @@ def rebucket(counts: np.ndarray, fine_bounds: np.ndarray, coarse_bounds: np.ndar
     Returns:
         (C,) how many at most each coarse bound.
     """
-    coarse = np.asarray(coarse_bounds, dtype=np.float64)
-    sums = np.zeros(len(coarse) + 1, dtype=np.int64)
-    np.add.at(sums, np.searchsorted(coarse, fine_bounds, side="left"), np.asarray(counts).astype(np.int64))
-    return np.cumsum(sums[:-1])
+    running = np.concatenate(([0], np.cumsum(np.asarray(counts).astype(np.int64))))
+    return np.asarray(running[np.searchsorted(fine_bounds, coarse_bounds, side="right")])

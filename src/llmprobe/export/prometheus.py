@@ -5,7 +5,9 @@ A value that is not known makes no sample. What each family means stands in `llm
 
 from __future__ import annotations
 
+import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -65,9 +67,9 @@ class ViewCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every family that has samples, in the catalogue's order."""
-        samples = _Samples()
+        samples = _Metrics()
         for view in self._views():
-            _server(samples, view)
+            fill(samples, view)
         for (tool, outcome), count in self._captures().items():
             samples.add("llmprobe_captures_total", (tool, outcome), count)
         if self._version is not None:
@@ -83,41 +85,63 @@ def expose(views: Iterable[ServerView]) -> bytes:
     return generate_latest(registry)
 
 
-class _Samples:
-    """Metrics being filled, made at their first sample."""
+class Samples(ABC):
+    """Where `fill` puts samples."""
+
+    def add(self, name: str, labels: Sequence[str], value: float | None) -> None:
+        """One sample of a counter or gauge; none if the value is not known."""
+        if value is not None and not math.isnan(value):
+            self.put(FAMILIES[name], labels, value)
+
+    def histogram(self, family: Family, labels: Sequence[str], view: HistogramView) -> None:
+        """One histogram, its fine buckets merged into the family's."""
+        bounds, names = _bounds(family.buckets)
+        counts = rebucket(view.counts, _FINE, bounds).tolist()
+        self.put_histogram(family, labels, [*zip(names, map(float, counts), strict=True)], view.sum)
+
+    @abstractmethod
+    def put(self, family: Family, labels: Sequence[str], value: float) -> None:
+        """One sample of a counter or gauge."""
+
+    @abstractmethod
+    def put_histogram(
+        self, family: Family, labels: Sequence[str], buckets: list[tuple[str, float]], total: float
+    ) -> None:
+        """The cumulative buckets of one histogram by their ``le``, and the sum of what was observed."""
+
+
+class _Metrics(Samples):
+    """As metrics of `prometheus_client`, made at their first sample."""
 
     def __init__(self) -> None:
         self._metrics: dict[str, Metric] = {}
 
-    def _metric(self, name: str) -> Metric:
-        metric = self._metrics.get(name)
+    def _metric(self, family: Family) -> Metric:
+        metric = self._metrics.get(family.name)
         if metric is None:
-            metric = self._metrics[name] = _empty(FAMILIES[name])
+            metric = self._metrics[family.name] = _empty(family)
         return metric
 
-    def add(self, name: str, labels: Sequence[str], value: float | None) -> None:
-        """One sample of a counter or gauge; none if the value is not known."""
-        if value is None or math.isnan(value):
-            return
-        metric = self._metric(name)
+    def put(self, family: Family, labels: Sequence[str], value: float) -> None:
+        metric = self._metric(family)
         assert isinstance(metric, (CounterMetricFamily, GaugeMetricFamily))
         metric.add_metric(labels, value)
 
-    def histogram(self, family: Family, labels: Sequence[str], view: HistogramView) -> None:
-        """One histogram, its fine buckets merged into the family's."""
-        metric = self._metric(family.name)
+    def put_histogram(
+        self, family: Family, labels: Sequence[str], buckets: list[tuple[str, float]], total: float
+    ) -> None:
+        metric = self._metric(family)
         assert isinstance(metric, HistogramMetricFamily)
-        bounds = np.array([*family.buckets, np.inf])
-        cumulative = rebucket(view.counts, _FINE, bounds)
-        buckets = [(_le(float(bound)), float(count)) for bound, count in zip(bounds, cumulative, strict=True)]
-        metric.add_metric(labels, buckets, view.sum)
+        metric.add_metric(labels, buckets, total)
 
     def metrics(self) -> Iterator[Metric]:
         return (self._metrics[name] for name in FAMILIES if name in self._metrics)
 
 
-def _le(bound: float) -> str:
-    return "+Inf" if bound == math.inf else repr(bound)
+@functools.cache
+def _bounds(buckets: tuple[float, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Upper bounds of a family's buckets, infinity included, and how they are written."""
+    return np.array([*buckets, np.inf]), (*map(repr, buckets), "+Inf")
 
 
 def _empty(family: Family) -> Metric:
@@ -128,7 +152,8 @@ def _empty(family: Family) -> Metric:
     return GaugeMetricFamily(family.name, family.help, labels=family.labels)
 
 
-def _server(samples: _Samples, view: ServerView) -> None:
+def fill(samples: Samples, view: ServerView) -> None:
+    """Every sample of one server."""
     server = (view.server, view.model_name)
     engines = {engine.engine: engine for engine in view.engines}
     for engine in view.engines:
@@ -148,7 +173,7 @@ def _server(samples: _Samples, view: ServerView) -> None:
         samples.add("llmprobe_figure_available", (*server, figure), float(figure not in view.missing))
 
 
-def _verdicts(samples: _Samples, server: tuple[str, ...], view: ServerView) -> None:
+def _verdicts(samples: Samples, server: tuple[str, ...], view: ServerView) -> None:
     for phase, verdict in view.verdicts.items():
         for name in BOTTLENECKS:
             samples.add("llmprobe_bottleneck", (*server, phase, name), float(verdict.bottleneck == name))
@@ -167,7 +192,7 @@ def figures_of(view: ServerView) -> set[str]:
     return {*EXPECTED_FIGURES, *on_gpu, *view.missing}
 
 
-def _engine(samples: _Samples, labels: tuple[str, ...], engine: EngineView) -> None:
+def _engine(samples: Samples, labels: tuple[str, ...], engine: EngineView) -> None:
     samples.add("llmprobe_requests_running", labels, engine.requests_running)
     samples.add("llmprobe_requests_waiting", labels, engine.requests_waiting)
     samples.add("llmprobe_tokens_total", (*labels, "prompt"), engine.prompt_tokens)
@@ -180,7 +205,7 @@ def _engine(samples: _Samples, labels: tuple[str, ...], engine: EngineView) -> N
     samples.add("llmprobe_self_seconds_total", (*labels, "", "frontend"), engine.own_seconds)
 
 
-def _time(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+def _time(samples: Samples, labels: tuple[str, ...], rank: RankView) -> None:
     for phase, components in rank.device_time.items():
         for component, seconds in components.items():
             elsewhere = (component in IDLE_COMPONENTS) != (phase == NO_PHASE)
@@ -192,7 +217,7 @@ def _time(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
             samples.histogram(FAMILIES["llmprobe_step_duration_seconds"], (*labels, phase), histogram)
 
 
-def _kernels(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+def _kernels(samples: Samples, labels: tuple[str, ...], rank: RankView) -> None:
     totals = rank.kernel_totals
     if totals is None:
         return
@@ -203,7 +228,7 @@ def _kernels(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None
     samples.add("llmprobe_kernel_window_busy_seconds_total", labels, totals.busy_seconds)
 
 
-def _limits(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+def _limits(samples: Samples, labels: tuple[str, ...], rank: RankView) -> None:
     for phase, figures in rank.figures.items():
         of_phase = (*labels, phase)
         samples.add("llmprobe_mbu_ratio", (*of_phase, "step"), figures.mbu_step)
@@ -224,7 +249,7 @@ def _limits(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
         samples.add("llmprobe_ridge_flops_per_byte", labels, peaks.ridge_flops_per_byte)
 
 
-def _gpu(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+def _gpu(samples: Samples, labels: tuple[str, ...], rank: RankView) -> None:
     gpu = rank.gpu
     if gpu is None:
         return
@@ -244,7 +269,7 @@ def _gpu(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
     samples.add("llmprobe_gpu_memory_capacity_bytes", labels, gpu.memory_capacity_bytes)
 
 
-def _host(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
+def _host(samples: Samples, labels: tuple[str, ...], rank: RankView) -> None:
     if rank.armed and not rank.inert:
         samples.add("llmprobe_step_stalled", labels, float(rank.stall is not None))
     totals = rank.host_totals
@@ -264,7 +289,7 @@ def _host(samples: _Samples, labels: tuple[str, ...], rank: RankView) -> None:
 
 
 def _memory(
-    samples: _Samples, labels: tuple[str, ...], rank: RankView, engine: EngineView | None, alone: bool
+    samples: Samples, labels: tuple[str, ...], rank: RankView, engine: EngineView | None, alone: bool
 ) -> None:
     samples.add("llmprobe_weights_bytes", labels, rank.weights_bytes)
     samples.add("llmprobe_kv_cache_capacity_bytes", labels, rank.kv_capacity_bytes)
@@ -277,7 +302,7 @@ def _memory(
         samples.add("llmprobe_kv_cache_used_bytes", labels, engine.kv_used_bytes)
 
 
-def _health(samples: _Samples, labels: tuple[str, ...], rank: RankView, view: ServerView) -> None:
+def _health(samples: Samples, labels: tuple[str, ...], rank: RankView, view: ServerView) -> None:
     info = (view.framework, view.framework_version, rank.runner, rank.clock)
     samples.add("llmprobe_hook_armed", labels, float(rank.armed and not rank.inert))
     samples.add("llmprobe_hook_info", (*labels, *info), 1.0)

@@ -12,6 +12,7 @@ from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS, StepAccount
 from llmprobe.compute.attribution import PARTS, attribute
 from llmprobe.compute.evidence import KernelEvidence
 from llmprobe.compute.facts import ModelFacts
+from llmprobe.compute.sums import by_phase
 from llmprobe.record.layout import Phase
 
 from .builders import PEAKS, SECOND, facts, group, steps
@@ -51,7 +52,7 @@ def total(rows: StepAccounts) -> float:
 
 
 def test_the_floor_is_told_by_operator_and_roof() -> None:
-    (found,) = attribute(accounts(decode(0)), PEAKS).values()
+    (found,) = attribute(by_phase(accounts(decode(0)), PEAKS)).values()
     # 200 bytes of linear weights at 1 kB/s; 40 of the head; 8 + 4 tokens of cache at 10 bytes
     assert found.seconds["memory.linear"] == pytest.approx(0.2)
     assert found.seconds["memory.head"] == pytest.approx(0.04)
@@ -63,13 +64,13 @@ def test_the_floor_is_told_by_operator_and_roof() -> None:
 
 
 def test_without_kernel_windows_slow_kernels_and_bubbles_stay_together() -> None:
-    (found,) = attribute(accounts(decode(0)), PEAKS).values()
+    (found,) = attribute(by_phase(accounts(decode(0)), PEAKS)).values()
     assert found.seconds["inefficiency"] == found.seconds["launch"] == 0
     assert found.kernels_age_seconds is None
 
 
 def test_kernel_windows_split_the_remainder() -> None:
-    (found,) = attribute(accounts(decode(0)), PEAKS, {"decode": kernels(0.2, 0.05)}).values()
+    (found,) = attribute(by_phase(accounts(decode(0)), PEAKS), {"decode": kernels(0.2, 0.05)}).values()
     assert found.seconds["launch"] == pytest.approx(0.2)
     assert found.seconds["communication"] == pytest.approx(0.05)
     assert found.seconds["inefficiency"] == pytest.approx(1 - 0.36 - 0.1 - 0.25)
@@ -78,20 +79,20 @@ def test_kernel_windows_split_the_remainder() -> None:
 
 
 def test_windows_that_see_more_than_there_is_take_what_there_is() -> None:
-    (found,) = attribute(accounts(decode(0)), PEAKS, {"decode": kernels(0.9)}).values()
+    (found,) = attribute(by_phase(accounts(decode(0)), PEAKS), {"decode": kernels(0.9)}).values()
     assert found.seconds["launch"] == pytest.approx(1 - 0.36 - 0.1)
     assert found.seconds["inefficiency"] == found.seconds["remainder"] == pytest.approx(0)
 
 
 def test_a_gap_before_a_step_is_the_hosts() -> None:
-    (found,) = attribute(accounts(decode(2)), PEAKS).values()
+    (found,) = attribute(by_phase(accounts(decode(2)), PEAKS)).values()
     assert found.seconds["host"] == pytest.approx(2)
     assert found.step_seconds["host"] == pytest.approx(2)
 
 
 def test_a_mixed_step_is_split_by_token_share() -> None:
     mixed = decode(0, phase=Phase.MIXED, prompt_tokens=12, prefill_requests=1)
-    found = attribute(accounts(mixed), PEAKS)
+    found = attribute(by_phase(accounts(mixed), PEAKS))
     assert set(found) == {"prefill", "decode"}
     assert found["prefill"].total_seconds == pytest.approx(0.75)
     assert found["decode"].total_seconds == pytest.approx(0.25)
@@ -99,12 +100,12 @@ def test_a_mixed_step_is_split_by_token_share() -> None:
 
 
 def test_without_a_model_all_busy_time_is_remainder() -> None:
-    (found,) = attribute(accounts(decode(0), model=None), None).values()
+    (found,) = attribute(by_phase(accounts(decode(0), model=None), None)).values()
     assert found.seconds["remainder"] == pytest.approx(0.9)
 
 
 def test_nothing_gives_nothing() -> None:
-    assert attribute(StepAccounts.none(), PEAKS) == {}
+    assert attribute(by_phase(StepAccounts.none(), PEAKS)) == {}
 
 
 ratio = st.floats(0, 1)
@@ -157,7 +158,7 @@ def test_parts_sum_to_the_steps_and_none_is_negative(
             phase: KernelEvidence(20, launch, communication, transfer, 1.0)
             for phase, (launch, communication, transfer) in windows.items()
         }
-    found = attribute(accounted, PEAKS, seen)
+    found = attribute(by_phase(accounted, PEAKS), seen)
     assert "mixed" not in found
     for one_phase in found.values():
         assert set(one_phase.seconds) == set(PARTS)

@@ -30,4 +30,4 @@ FLAGS: dict[str, Any] = {"cudagraph_mode": "FULL_AND_PIECEWISE", "max_cudagraph_
     ],
 )
 def test_launched_whole(changed: dict[str, Any], phase: str, tokens: list[int], whole: bool) -> None:
-    assert launched_whole({**FLAGS, **changed}, phase, np.array(tokens, dtype=np.int64)) is whole
+    assert launched_whole({**FLAGS, **changed}, phase, lambda: np.array(tokens)) is whole
