@@ -16,6 +16,7 @@ from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import facts
 from llmprobe.hooks.vllm.arrival import FirstToken, FirstTokens
+from llmprobe.hooks.vllm.iterations import PlainIterations, add_gaps, token_gaps
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
@@ -40,6 +41,7 @@ class FrontEnd:
         self._has: dict[int, int] = {}
         self._left_behind: frozenset[str] = frozenset()  # unfinished here, and no engine knows of them
         self._looked: tuple[int, bool] | None = None
+        self._plain = PlainIterations()
         for engine in engines:
             self._open(config, engine)
 
@@ -99,6 +101,7 @@ class FrontEnd:
         """Nothing is pending from ``time_ns`` on."""
         self._pending = False
         self._first_tokens.forget_all()
+        self._plain.write()
         for recorder in self._recorders.values():
             recorder.pending(time_ns, 0)
             recorder.publish()
@@ -111,7 +114,9 @@ class FrontEnd:
         return len(known.keys() - self._left_behind)
 
     def look(self, active: bool) -> None:
-        """Set right what no hook was told of. A few times a second, on the housekeeping thread.
+        """Count what was noted, and set right what no hook was told of.
+
+        Runs on the housekeeping thread, a few times a second.
 
         Requests come and go while the probe is switched off. And a request that vLLM forgot to abort would be
         unfinished for ever, and all idle time after it a wait: it is left out once every engine has said,
@@ -120,6 +125,7 @@ class FrontEnd:
         Args:
             active: whether the hooks are at work.
         """
+        self._plain.write()
         if not active:
             self._looked = None
             self._heard_ns = 0  # what engines said is no answer to what comes now
@@ -166,7 +172,8 @@ class FrontEnd:
             # Also when nothing changed: of several front ends the one that heard last is believed.
             usage = float(scheduler.kv_cache_usage)
             recorder.load(scheduler.num_running_reqs, waiting, usage, unfinished, later=True)
-        if iteration is not None:
+        if iteration is not None and (first_tokens or not self._plain.note(recorder, iteration, entered)):
+            self._plain.write()  # before the end of a request, whose tokens they are
             self._tokens(recorder, iteration, first_tokens, entered)
             for finished in iteration.finished_requests:
                 self._finished(recorder, finished, engine)
@@ -175,10 +182,7 @@ class FrontEnd:
     def _tokens(
         self, recorder: Recorder, iteration: Any, first_tokens: tuple[FirstToken, ...], entered: int
     ) -> None:
-        name = "inter_token_latencies_iter"
-        if not hasattr(iteration, name):  # 0.11
-            name = "time_per_output_tokens_iter"
-        gaps: list[float] = getattr(iteration, name)
+        gaps = token_gaps(iteration)
         prompt = getattr(iteration, "prompt_token_stats", None)
         first = iteration.time_to_first_tokens_iter
         if not (first or gaps or iteration.num_generation_tokens or iteration.num_preempted_reqs):
@@ -193,11 +197,8 @@ class FrontEnd:
             # to their streams.
             handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
             first_token_ns = tuple(round(seconds * 1e9) + handed for seconds in first)
-        # The tokens of one step share their gap: few distinct values, however large the batch.
         gaps_ns: dict[int, int] = {}
-        for seconds in gaps:
-            gap = round(seconds * 1e9)
-            gaps_ns[gap] = gaps_ns.get(gap, 0) + 1
+        add_gaps(gaps_ns, gaps)
         recorder.tokens(
             iteration.num_prompt_tokens,
             iteration.num_generation_tokens,
