@@ -107,6 +107,7 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
         ttft[-1] = bar(cost.ttft.median * 1e3, ttft_bar * 1e3, "ms", 2)
         throughput[-1] = bar(-cost.throughput.relative * 100, 0.5, "% less", 1)
     rows = [tpot, ttft, throughput, *_own_rows(cost.own, own_bar)]
+    rows.append(_difference("front end's processor time a token", cost.front_end_cpu, 1e6, "µs", 1))
     rows.append(["front end's own time a step, mean", "", f"{cost.front_end_us_per_step:.1f} µs", "", "", ""])
     rows.append(
         [
@@ -122,17 +123,23 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
     rows.append(
         ["agent, resident", "", f"{mebibytes:.0f} MiB", "", "", bar(mebibytes, _AGENT_BYTES >> 20, "MiB")]
     )
+    notes = [
+        f"{cost.pairs} pairs of blocks of {options.block_seconds:g} s; {cost.requests} requests of "
+        f"{options.prompt_tokens} + {options.output_tokens} tokens; {cost.own.steps} steps with the "
+        f"probe on, {cost.steps_per_second:.0f} a second; {cost.windows} kernel windows in them"
+    ]
+    if cost.tpot_alike is not None:
+        notes.append(
+            "without any switching TPOT of neighbouring blocks (off and off, on and on) differs by "
+            f"a median of {cost.tpot_alike * 1e6:.0f} µs ({cost.tpot_alike / cost.tpot.off:.1%})"
+        )
     return Results(
         f"vLLM, {cost.concurrency} request{'s' if cost.concurrency > 1 else ''} at a time",
         command("overhead.py"),
         machine,
         _HEADER,
         rows,
-        [
-            f"{cost.pairs} pairs of blocks of {options.block_seconds:g} s; {cost.requests} requests of "
-            f"{options.prompt_tokens} + {options.output_tokens} tokens; {cost.own.steps} steps with the "
-            f"probe on, {cost.steps_per_second:.0f} a second; {cost.windows} kernel windows in them"
-        ],
+        notes,
     )
 
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import psutil
+
 from llmprobe.demo.server import VllmServer
 from llmprobe.record.window_file import WindowFileError, read_window, window_path
 from support.agent_cost import AgentCost
@@ -53,6 +56,7 @@ class Block:
     begin_ns: int
     end_ns: int
     agent_cpu_seconds: float
+    front_end_cpu_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -74,6 +78,9 @@ class VllmCost:
     own: OwnTime
     windows: int  # kernel windows in the blocks with the probe on
     front_end_us_per_step: float
+    front_end_cpu: Difference  # seconds of processor time a token, of all its threads
+    #: Median difference of TPOT between neighbouring blocks of one kind, either way: the machine's own doing
+    tpot_alike: float | None
     agent_core_ratio: float
     agent_core_ratio_off: float
     agent_resident_bytes: int
@@ -112,6 +119,7 @@ class _Taken:
 def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> Iterator[_Taken]:
     """Pairs of blocks, off-on and on-off in turns, so that drift cancels too; after each, all so far."""
     front_ends = live_journals(server.directory, "frontend")
+    processes = [psutil.Process(pid) for pid in {reader.facts()["pid"] for reader in front_ends}]
     worker = live_journals(server.directory, "worker")[0].path
     taken = _Taken([])
     for pair in range(plan.pairs):
@@ -119,15 +127,21 @@ def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> Ite
             switch(server.directory, on)
             load.wait(_SETTLE_SECONDS)
             own, windows = sum(reader.counters()["own_ns_request"] for reader in front_ends), _windows(worker)
-            used, begin = agent.cpu_seconds(), time.monotonic_ns()
+            used, front, begin = agent.cpu_seconds(), _cpu_seconds(processes), time.monotonic_ns()
             load.wait(plan.block_seconds)
             end = time.monotonic_ns()
-            taken.blocks.append(Block(on, begin, end, agent.cpu_seconds() - used))
+            front = _cpu_seconds(processes) - front
+            taken.blocks.append(Block(on, begin, end, agent.cpu_seconds() - used, front))
             if on:
                 taken.front_end_ns += sum(reader.counters()["own_ns_request"] for reader in front_ends) - own
                 taken.windows += _windows(worker) - windows
         print(f"{load.concurrency} at a time: pair {pair + 1} of {plan.pairs}", file=sys.stderr, flush=True)
         yield taken
+
+
+def _cpu_seconds(processes: list[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return float(sum(taken.user + taken.system for taken in times))
 
 
 def _windows(journal: Path) -> int:
@@ -156,6 +170,8 @@ def _result(concurrency: int, taken: _Taken, load: Load, steps: StepLog, agent_r
         throughput=paired([s.tokens_per_second for s in seen_off], [s.tokens_per_second for s in seen_on]),
         own=OwnTime.of(own),
         front_end_us_per_step=taken.front_end_ns / len(own) / 1e3,
+        front_end_cpu=paired(_front_end_cpu(off, seen_off), _front_end_cpu(on, seen_on)),
+        tpot_alike=_alike(taken.blocks, _seen(load, taken.blocks)),
         agent_core_ratio=_agent_ratio(on),
         agent_core_ratio_off=_agent_ratio(off),
         agent_resident_bytes=agent_resident,
@@ -164,6 +180,24 @@ def _result(concurrency: int, taken: _Taken, load: Load, steps: StepLog, agent_r
 
 def _seen(load: Load, blocks: list[Block]) -> list[Seen]:
     return [load.seen(block.begin_ns, block.end_ns) for block in blocks]
+
+
+def _front_end_cpu(blocks: list[Block], seen: list[Seen]) -> list[float]:
+    return [
+        block.front_end_cpu_seconds / block.seconds / found.tokens_per_second
+        for block, found in zip(blocks, seen, strict=True)
+    ]
+
+
+def _alike(blocks: list[Block], seen: list[Seen]) -> float | None:
+    """Off-on is followed by on-off: the last block of a pair and the first of the next are of one kind."""
+    tpot = [found.tpot_seconds for found in seen]
+    differences = [
+        abs(tpot[index + 1] - tpot[index])
+        for index in range(len(blocks) - 1)
+        if blocks[index].on == blocks[index + 1].on
+    ]
+    return float(np.median(differences)) if differences else None
 
 
 def _agent_ratio(blocks: list[Block]) -> float:
