@@ -31,6 +31,8 @@ _CAUSE_WORDS = {
     "communication": "communication",
     "transfers": "copies between host and device",
 }
+#: Causes of waits in which the GPU has nothing to run.
+_NOTHING_RUNS = ("host_between_steps", "launch_bubbles", "sampling")
 
 
 def classify(
@@ -191,20 +193,28 @@ class _Case:
         if self._counters is not None:
             roof = self._counter_roof(self._counters)
             idle = self._idle
-            # Active while the clock says it waited: kernels that belong to no step, or a wrong clock.
-            refuted = idle is not None and idle < stall.ratio / 2
+            # Active while the clock says it waited: kernels that belong to no step, or a wrong clock. What
+            # communicates is active too, and copies may be.
+            total = sum(stall.by_cause.values())
+            quiet = sum(seconds for name, seconds in stall.by_cause.items() if name in _NOTHING_RUNS)
+            nothing = stall.ratio * quiet / total if total else 0.0
+            refuted = idle is not None and cause in _NOTHING_RUNS and idle < nothing / 2
             sure = roof is not None or refuted or (idle is not None and idle >= limits.sync_gap_ratio)
             votes.append(Vote("hardware counters", roof is None and not refuted, 1.0 if sure else 0.5))
         explained = self._signs if cause in ("host_between_steps", "launch_bubbles", "sampling") else ()
         if explained:
             votes.append(Vote("host signals", True))
         bound = "" if self._kernels or not self._bubbles_possible else "at least "
+        counted = cause == "launch_bubbles" and self._counted > 0
         reason = (
-            f"the device waits {bound}{stall.ratio:.0%} of the time, mostly for {_CAUSE_WORDS[cause]} "
+            f"the device waits {bound}{stall.ratio:.0%} of the time, mostly for {_CAUSE_WORDS[cause]}"
+            f"{' (or copies)' if counted else ''} "
             f"({stall.by_cause[cause] / self._figures.steps * 1e3:.2f} ms a step)"
         )
-        if cause == "launch_bubbles" and self._counted:
-            reason += f"; the GPU's activity counter reads {1 - (self._idle or 0.0):.2f}"
+        if counted and self._counters is not None:
+            reason += (
+                f"; the GPU had something to compute {self._counters.graphics_active_ratio:.0%} of the time"
+            )
         if explained:
             reason += f"; {explained[0].text}"
         return self._judged(SYNC, cause, votes, margin(stall.ratio, limits.sync_gap_ratio), reason)

@@ -1,8 +1,9 @@
 """Launch bubbles from a hardware counter, where nobody looks at the kernels.
 
-NVML's "graphics engine active" is the share of time in which the GPU had anything to run. Between small
-kernels it stays up, so what it leaves over is a lower bound of the time in which nothing ran. Part of that
-lies between steps, where the step clock sees it; the rest can only lie inside them.
+NVML's "graphics engine active" is the share of time in which the GPU had anything to compute. Between small
+kernels it stays up, so what it leaves over is a lower bound of the time in which nothing was computed. Part
+of that lies between steps, where the step clock sees it; the rest can only lie inside them. Copies between
+host and device are other engines' work: time in which only those run is left over too.
 
 On an H100 with vLLM the counter's idle time and the step clock's gaps agreed within 0.03 wherever steps are
 whole CUDA graphs (docs/verdicts.md).
@@ -20,7 +21,9 @@ _UNSURE_RATIO = 0.05
 def idle_ratio(
     figures: PhaseFigures, window_seconds: float, counters: CounterEvidence | None
 ) -> float | None:
-    """Share of a phase's time, gaps included, in which the GPU had nothing to run; None if that is not known.
+    """Share of a phase's time, gaps included, in which the GPU had nothing to compute.
+
+    None if that is not known.
 
     Args:
         figures: of the phase, the only one that runs in most of the window.
@@ -35,7 +38,7 @@ def idle_ratio(
 
 
 def bubble_seconds(figures: PhaseFigures, window_seconds: float, counters: CounterEvidence | None) -> float:
-    """At least so long, in all steps together, nothing ran inside steps. 0 where nothing can be said."""
+    """At least so long, in all steps together, nothing was computed inside steps. 0 if not known."""
     idle = idle_ratio(figures, window_seconds, counters)
     if idle is None:
         return 0.0

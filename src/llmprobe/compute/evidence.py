@@ -53,9 +53,9 @@ class KernelEvidence:
 class CounterEvidence:
     """Hardware counters of a whole GPU (NVML GPM), mean over the window.
 
-    ``graphics_active_ratio``: share of time in which the GPU had anything to run (its "graphics engine" was
-    active); stays up between small kernels. ``shared``: another process used the GPU in that time; None if
-    that is not known.
+    ``graphics_active_ratio``: share of time in which the GPU had anything to compute (its "graphics engine"
+    was active); stays up between small kernels, and does not count copies. ``shared``: another process used
+    the GPU in that time; None if that is not known.
     """
 
     dram_active_ratio: float

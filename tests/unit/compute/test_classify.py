@@ -102,6 +102,16 @@ CPU = {"clock": "host", "peaks": Peaks(50e9, 2e12, "bfloat16", "calibrated", "me
         ),
         ("host 3 ms a step", seen(figures(mbu=0.6, span=6.0, gap=3.0)), "sync_bound", "host_between_steps"),
         ("host before sampling", seen(figures(mbu=0.6, sample_gap=3.0)), "sync_bound", "sampling"),
+        (
+            "all-reduces, GPU active",
+            seen(
+                figures(mbu=0.4),
+                kernels=kernels(0.02, 0.45),
+                counters=counters(0.3, 0.1, graphics_active_ratio=0.98),
+            ),
+            "sync_bound",
+            "communication",
+        ),
         ("all-reduces", seen(figures(mbu=0.4), kernels=kernels(0.02, 0.3)), "sync_bound", "communication"),
         ("offload", seen(figures(mbu=0.1), kernels=kernels(0.02, 0.0, 0.6)), "sync_bound", "transfers"),
         ("odd shapes", seen(figures(mbu=0.2, mfu=0.1), kernels=kernels(0.02)), "inefficient_kernels", None),
@@ -288,3 +298,23 @@ def test_more_waiting_never_ends_a_wait(one: float, other: float) -> None:
         return classify(found, LIMITS).bottleneck == "sync_bound"
 
     assert bound(more) >= bound(less)
+
+
+def test_a_gpu_that_communicates_is_active_and_that_is_no_objection() -> None:
+    def sure(graphics: float | None) -> float:
+        seen_now = seen(
+            figures(mbu=0.4),
+            kernels=kernels(0.02, 0.45),
+            counters=counters(0.3, 0.1, graphics_active_ratio=graphics),
+        )
+        return classify(seen_now, LIMITS).confidence
+
+    assert sure(0.98) == sure(None)
+
+
+def test_a_gpu_that_was_active_objects_to_a_wait_for_the_host() -> None:
+    waits = figures(mbu=0.6, span=5.0, gap=5.0)
+    agrees = classify(seen(waits, counters=active(0.5)), LIMITS)
+    objects = classify(seen(waits, counters=active(0.98)), LIMITS)
+    assert agrees.bottleneck == objects.bottleneck == "sync_bound"
+    assert objects.confidence < 0.5 < agrees.confidence

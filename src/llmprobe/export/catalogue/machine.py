@@ -42,8 +42,8 @@ SECTIONS = (
                 "ratio",
                 RANK,
                 ("counter",),
-                "Share of time in which the GPU had anything to run. Stays up between small kernels, so what "
-                "it leaves over is idle for certain.",
+                "Share of time in which the GPU had anything to compute, copies not counted. Stays up "
+                "between small kernels.",
             ),
             Family(
                 "llmprobe_gpu_tensor_active_ratio",
