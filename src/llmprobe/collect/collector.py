@@ -92,6 +92,9 @@ class Collector:
         self._watches = Watches()
         self._telemetry = telemetry
         self._ignored: set[Path] = set()
+        self._scanned_mtime = 0
+        self._unread = False  # a journal that could not be opened yet
+        self._unfinished: dict[str, intervals.Intervals | None] = {}  # by view, as of this tick
         self._views: list[ServerView] = []
         self._views_at = 0
         self._facts_at = 0
@@ -105,9 +108,10 @@ class Collector:
     def tick(self, final: bool = False) -> None:
         """Find journals, read what is new, account for it. ``final`` brings `views` up to date too."""
         with self._lock:
-            self._discover()
             now = self._clock()
             due = final or now - self._views_at >= self._view_every_ns()
+            if due or self._folder_changed():
+                self._discover()
             # Steps before front ends: whatever a step worked on is then known to have been pending.
             ready = [process for process in self._processes.values() if process.look(now) or due]
             for process in sorted(ready, key=lambda process: process.role != "worker"):
@@ -122,6 +126,7 @@ class Collector:
                     for rank in self._ranks.values():
                         rank.refresh()
                 self._grouping.update(self._processes)
+                self._unfinished = {}
                 self._watches.sample(self._processes.values(), now)
                 if self._telemetry is not None:
                     self._telemetry.watch(self._processes.values())
@@ -186,8 +191,20 @@ class Collector:
             self._ranks.clear()
             self._pending.clear()
 
-    def _discover(self) -> None:
+    def _folder_changed(self) -> bool:
+        """Whether a journal may have come since the folder was looked through last.
+
+        Times of a folder may be coarse, so that it is looked through before each new view anyhow.
+        """
         try:
+            return self._unread or self._directory.stat().st_mtime_ns != self._scanned_mtime
+        except OSError:
+            return True
+
+    def _discover(self) -> None:
+        self._unread = False
+        try:
+            self._scanned_mtime = self._directory.stat().st_mtime_ns
             with os.scandir(self._directory) as entries:
                 names = [entry.name for entry in entries if entry.name.endswith(".journal")]
         except OSError:
@@ -198,6 +215,7 @@ class Collector:
                 reader = JournalReader(path, self._own_writers().get(path))
                 process = Process(path, reader)
             except (JournalError, ValueError):
+                self._unread = True
                 continue  # still being made, or of another version: looked at again next time
             if self._only_group is not None and process.group != self._only_group:
                 reader.close()
@@ -216,9 +234,15 @@ class Collector:
 
     def _pending_of(self, path: Path) -> intervals.Intervals | None:
         """When the server had unfinished requests, by its front ends; None if it has none."""
-        told, keys = [], self._grouping.keys
+        key = self._grouping.keys[path]
+        if key not in self._unfinished:
+            self._unfinished[key] = self._unfinished_of(key)
+        return self._unfinished[key]
+
+    def _unfinished_of(self, key: str) -> intervals.Intervals | None:
+        told = []
         for other, pending in self._pending.items():
-            if keys[other] == keys[path]:
+            if self._grouping.keys[other] == key:
                 process, spans = self._processes[other], pending.spans()
                 # What a dead front end left open ended with it.
                 told.append(spans if process.alive else np.minimum(spans, process.died_ns))

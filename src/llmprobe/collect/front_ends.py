@@ -152,5 +152,7 @@ def _view(
 
 
 def _merge(views: list[HistogramView]) -> HistogramView:
+    if len(views) == 1:
+        return views[0]
     counts = np.stack([view.counts for view in views]).sum(axis=0)
     return HistogramView(counts, sum(view.sum for view in views))

@@ -34,6 +34,7 @@ KEEP_NS = 32 * 10**9  #: how long accounts of single steps are kept: the longest
 RECENT_STEPS = 4096
 #: Kernel windows older than this are not applied to new steps: by then the load may be another.
 WINDOW_GOOD_SECONDS = 60.0
+_ATTAINABLE_EVERY = 8  # looks at the facts
 _NOTHING_YET = object()
 _BOUNDS = layout.bucket_bounds_seconds()
 #: Requests whose arrival is in the journal only later: idle time younger than this is not yet booked.
@@ -169,6 +170,7 @@ class Rank:
         self.model: ModelFacts | None = None
         self.model_problem = ""
         self._said: Any = _NOTHING_YET
+        self._refreshed = 0
         self.refresh()
         self.first_ns: int | None = None  #: begin of the first step that was seen
         self.cursor_ns: int | None = None
@@ -192,8 +194,10 @@ class Rank:
             self.model, self.model_problem = _model(self.process.facts)
         # Asked again: published peaks are refined once NVML has told of the GPU.
         self.peaks = self._peaks_of(self.process.facts)
-        if changed or self.attainable is None:
+        # Somebody may measure the device while it is watched; that is in a file.
+        if changed or (self.attainable is None and self._refreshed % _ATTAINABLE_EVERY == 0):
             self.attainable = self._attainable_of(self.process.facts)
+        self._refreshed += 1
 
     def take(self, steps: np.ndarray) -> None:
         """Keep new steps for the next `fold`: accounting for many at once costs little more than for one."""

@@ -7,6 +7,7 @@ the CUDA cores: engines leave TF32 off unless told otherwise.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,6 +160,7 @@ def canonical_dtype(dtype: str) -> str | None:
     return next((known for known, pattern in _DTYPES.items() if re.fullmatch(pattern, name)), None)
 
 
+@functools.lru_cache(maxsize=256)
 def lookup(name: str, dtype: str) -> Peaks | None:
     """Published peaks of a device.
 

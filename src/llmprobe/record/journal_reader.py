@@ -17,7 +17,7 @@ from llmprobe.record import layout
 from llmprobe.record.journal import JournalError, JournalWriter
 
 _ANY = np.dtype(f"V{layout.RECORD_SIZE}")
-_CELL_DTYPE = np.dtype([("value", "<u8"), ("crc", "<u4"), ("pad", "V4")])
+_CELL_WORDS = layout.CELL_PAIR // 8  # of each of two cells: its value, then its CRC below four unused bytes
 _FIRST_CHUNK = 32
 _CHUNK = 512
 _READ_ROUNDS = 256
@@ -211,19 +211,19 @@ class JournalReader:
         data = os.pread(
             self._fd, layout.BUCKETS * layout.CELL_PAIR, layout.HISTOGRAMS_OFFSET + first * layout.CELL_PAIR
         )
-        words = np.frombuffer(data, dtype="<u8").reshape(layout.BUCKETS, -1)
+        words = np.frombuffer(data, dtype="<u8")
         # Few cells change from one call to the next: only those are checked anew.
         before, known = self._histograms.get(name) or (
             np.zeros_like(words),
             np.zeros(layout.BUCKETS, np.uint64),
         )
-        raw = np.frombuffer(data, dtype=_CELL_DTYPE).reshape(-1, 2)
         counts = known.copy()
-        for bucket in np.flatnonzero((words != before).any(axis=1)):
+        for bucket in set((np.flatnonzero(words != before) // _CELL_WORDS).tolist()):
+            cells = words[bucket * _CELL_WORDS : (bucket + 1) * _CELL_WORDS].tolist()
             whole = [
-                int(cell["value"])
-                for cell in raw[bucket]
-                if cell["crc"] == layout.cell_crc(first + int(bucket), int(cell["value"]))
+                value
+                for value, sealed in zip(cells[::2], cells[1::2], strict=True)
+                if sealed & 0xFFFFFFFF == layout.cell_crc(first + bucket, value)
             ]
             counts[bucket] = max(whole, default=0)
         self._histograms[name] = (words, counts)
@@ -240,8 +240,9 @@ class JournalReader:
         self._step_totals()
         phase = layout.PHASES.index(name.removeprefix("step_"))
         counts = counts.copy()
-        for row in self._uncounted[self._uncounted["phase"] == phase]:
-            counts[layout.bucket_of(int(row["e3"]) - int(row["e0"]))] += np.uint64(1)
+        steps = self._uncounted[self._uncounted["phase"] == phase]
+        for span in (steps["e3"] - steps["e0"]).tolist():
+            counts[layout.bucket_of(span)] += np.uint64(1)
         shown = self._shown.get(name)
         if shown is not None:
             counts = np.maximum(counts, shown)
@@ -310,11 +311,11 @@ class JournalReader:
         if not follow.all():
             count = int(follow.argmin())
         crcs = np.frombuffer(data, "<u4", count * (size // 4))[size // 4 - 1 :: size // 4].tolist()
-        view, crc32 = memoryview(data), zlib.crc32  # a loop over all that every process records
-        for number, crc in enumerate(crcs):
-            begin = number * size
-            if crc32(view[begin : begin + size - 4]) != crc:
-                return number
+        # All that every process records passes here: without a loop in Python.
+        payloads = np.ndarray((count,), f"V{size - 4}", data, strides=(size,)).tolist()
+        found = list(map(zlib.crc32, payloads))
+        if found != crcs:
+            return next(number for number in range(count) if found[number] != crcs[number])
         return count
 
     @staticmethod
