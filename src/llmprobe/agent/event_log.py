@@ -31,6 +31,7 @@ log = logging.getLogger("llmprobe.agent")
 MOST_EVENTS = 512
 #: Who may listen at once.
 MOST_LISTENERS = 16
+_MOST_NUMBER = 2**53  # what every reader of JSON holds exactly
 
 
 class TooManyListeners(Exception):
@@ -97,7 +98,7 @@ class EventLog:
         self.closed = False
         #: What belongs to the events and was saved with them.
         self.state: dict[str, Any] = {}
-        self._restore(checkpoint.load(path))
+        self._restore()
 
     @property
     def newest(self) -> int:
@@ -178,13 +179,37 @@ class EventLog:
             self._unsaved = True
             raise
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self) -> None:
         try:
-            events = [Event(int(number), str(text)) for number, text in saved.get("events", ())]
-            newest, dropped = int(saved.get("newest", 0)), int(saved.get("dropped", 0))
-            state = dict(saved.get("state", {}))
-        except (TypeError, ValueError) as error:
+            saved = checkpoint.load(self._path)
+            events = [_event(number, text) for number, text in saved.get("events", ())]
+            newest, dropped = _number(saved.get("newest", 0)), _number(saved.get("dropped", 0))
+            numbers = [dropped, *(event.id for event in events)]
+            if sorted(set(numbers)) != numbers or numbers[-1] > newest:
+                raise ValueError("numbers do not rise")
+            state = saved.get("state", {})
+            if not isinstance(state, dict):
+                raise ValueError("what stood is no object")
+        except (TypeError, ValueError, RecursionError) as error:
             log.error("%s is not read: %s", self._path, error)
             return
+        if len(events) > (self._events.maxlen or 0):  # an agent of another version kept more
+            dropped = events[-(self._events.maxlen or 0) - 1].id
         self._events.extend(events)
         self._newest, self._dropped, self.state = newest, dropped, state
+
+
+def _number(saved: Any) -> int:
+    if type(saved) is not int or not 0 <= saved < _MOST_NUMBER:
+        raise ValueError(f"{saved!r} is no number of an event")
+    return saved
+
+
+def _event(number: Any, text: Any) -> Event:
+    """One that was saved, if what goes out to listeners can be made of it. Raises ValueError."""
+    if not isinstance(text, str) or not text.isascii() or {"\n", "\r"} & set(text):
+        raise ValueError("an event is no line of JSON")
+    event = json.loads(text)
+    if not isinstance(event, dict) or event.get("id") != number:
+        raise ValueError("an event has not its number")
+    return Event(_number(number), text)

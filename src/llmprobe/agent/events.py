@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
@@ -39,7 +40,10 @@ class Watch:
         self._log = log
         self._wall = wall
         self._changes = Changes()
-        self._changes.restore(log.state)
+        try:
+            self._changes.restore(log.state)
+        except ValueError as error:
+            logging.getLogger("llmprobe.agent").error("%s in events.json is not read: begun anew", error)
 
     def look(self, views: list[ServerView]) -> None:
         """Compare the servers with the last look, and save what is new. Raises OSError."""

@@ -6,7 +6,7 @@ that starts anew neither repeats what was told before it nor misses what happene
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,6 @@ KINDS = (
 SETTLED_SECONDS = 10.0
 #: Pressure that comes and goes is one pressure: it has ended once it was not seen for this long.
 QUIET_SECONDS = 10.0
-
-_PARTS = ("engines", "verdicts", "pressure", "stalls")
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class Changes:
                 found += _all_ended(server, standing, now)
                 del self._standing[server]
         for server, view in current.items():
-            standing = self._standing.setdefault(server, {part: {} for part in _PARTS})
-            found += _engines(view, standing["engines"])
+            standing = self._standing.setdefault(server, {part: {} for part in _SOUND})
+            found += _engines(view, standing, now)
             if view.armed and not view.inert:
                 found += _verdicts(view, standing["verdicts"])
                 found += _pressure(view, standing["pressure"], now)
@@ -75,32 +73,108 @@ class Changes:
         return self._standing
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from `save`."""
-        self._standing = {
-            server: {part: dict(standing[part]) for part in _PARTS} for server, standing in saved.items()
-        }
+        """Go on from `save`; a part that is missing is empty.
+
+        Raises:
+            ValueError: it is of another shape. Then nothing stands.
+        """
+        self._standing = {}
+        if not isinstance(saved, Mapping):
+            raise ValueError("what stood is no object")
+        standing: dict[str, dict[str, Any]] = {}
+        for server, parts in saved.items():
+            if not isinstance(parts, Mapping):
+                raise ValueError(f"what stood of {server!r} is no object")
+            standing[server] = {}
+            for part, is_sound in _SOUND.items():
+                known = parts.get(part, {})
+                if not isinstance(known, Mapping) or not all(is_sound(*item) for item in known.items()):
+                    raise ValueError(f"{part} of {server!r} are of another shape")
+                standing[server][part] = dict(known)
+        self._standing = standing
+
+
+def _is_engine(name: str, journals: Any) -> bool:
+    return (
+        name.isascii()
+        and name.isdigit()
+        and isinstance(journals, list)
+        and all(isinstance(journal, str) for journal in journals)
+    )
+
+
+def _is_verdict(phase: str, told: Any) -> bool:
+    return (
+        isinstance(told, list)
+        and len(told) == 2
+        and all(word is None or isinstance(word, str) for word in told)
+    )
+
+
+def _is_pressure(kind: str, known: Any) -> bool:
+    return isinstance(known, dict) and _whole(known, "engine") and _times(known, "since", "seen")
+
+
+def _is_stall(at: str, known: Any) -> bool:
+    return (
+        isinstance(known, dict)
+        and _whole(known, "engine", "rank", "step")
+        and _times(known, "since")
+        and isinstance(known.get("journal", ""), str)  # an agent before this one may not have kept it
+    )
+
+
+def _whole(known: dict[str, Any], *names: str) -> bool:
+    return all(type(known.get(name)) is int for name in names)
+
+
+def _times(known: dict[str, Any], *names: str) -> bool:
+    """Unix seconds; not infinity, and nothing that a float cannot hold."""
+    return all(type(known.get(name)) in (int, float) and abs(known[name]) < 2**53 for name in names)
+
+
+#: What each part of a server holds, for telling whether it was saved by such as we are.
+_SOUND: dict[str, Callable[[str, Any], bool]] = {
+    "engines": _is_engine,
+    "verdicts": _is_verdict,
+    "pressure": _is_pressure,
+    "stalls": _is_stall,
+}
 
 
 def _all_ended(server: str, standing: dict[str, Any], now: float) -> Iterator[Change]:
     """A server is gone, and with it all that stood."""
-    for stall in standing["stalls"].values():
-        yield Change("stall_ended", server, _stall_end(stall, now, "gone"))
-    for kind, known in standing["pressure"].items():
-        yield Change("pressure_ended", server, _pressure_end(kind, known, now, "gone"))
+    yield from _ended_with(None, server, standing, now)
     for engine in standing["engines"]:
         yield Change("engine_went", server, {"engine": int(engine)})
 
 
-def _engines(view: ServerView, standing: dict[str, list[str]]) -> Iterator[Change]:
+def _ended_with(engine: int | None, server: str, standing: dict[str, Any], now: float) -> Iterator[Change]:
+    """An engine (None: each) is gone, and with it what stood of it."""
+    for at, stall in list(standing["stalls"].items()):
+        if engine in (None, stall["engine"]):
+            del standing["stalls"][at]
+            yield Change("stall_ended", server, _stall_end(stall, now, "gone"))
+    for kind, known in list(standing["pressure"].items()):
+        if engine in (None, known["engine"]):
+            del standing["pressure"][kind]
+            yield Change("pressure_ended", server, _pressure_end(kind, known, now, "gone"))
+
+
+def _engines(view: ServerView, standing: dict[str, Any], now: float) -> Iterator[Change]:
     """An engine is there while one of its workers is; it is known by their journals."""
     journals: dict[str, list[str]] = {}
     for rank in view.ranks:
-        journals.setdefault(str(rank.engine), []).append(rank.journal.name if rank.journal else "")
-    gone = [engine for engine, old in standing.items() if not set(old) & set(journals.get(engine, ()))]
+        journals.setdefault(str(rank.engine), []).append(_journal(rank))
+    known: dict[str, list[str]] = standing["engines"]
+    gone = [engine for engine, old in known.items() if not set(old) & set(journals.get(engine, ()))]
     for engine in gone:
-        del standing[engine]
+        del known[engine]
+        yield from _ended_with(int(engine), view.server, standing, now)
         yield Change("engine_went", view.server, {"engine": int(engine)})
-    for engine in journals.keys() - standing.keys():
+    if not known:
+        standing["verdicts"].clear()  # they are the whole server's, of which nothing is left
+    for engine in journals.keys() - known.keys():
         yield Change(
             "engine_came",
             view.server,
@@ -111,7 +185,11 @@ def _engines(view: ServerView, standing: dict[str, list[str]]) -> Iterator[Chang
                 "framework_version": view.framework_version,
             },
         )
-    standing.update(journals)
+    known.update(journals)
+
+
+def _journal(rank: RankView) -> str:
+    return rank.journal.name if rank.journal else ""
 
 
 def _verdicts(view: ServerView, standing: dict[str, list[str | None]]) -> Iterator[Change]:
@@ -169,6 +247,8 @@ def _stalls(view: ServerView, standing: dict[str, dict[str, Any]], now: float) -
     ranks = {f"{rank.engine}/{rank.rank}": rank for rank in view.ranks}
     for at, known in list(standing.items()):
         rank = ranks.get(at)
+        if rank is not None and known.get("journal", _journal(rank)) != _journal(rank):
+            rank = None  # another process has taken its place
         if rank is not None and rank.stall is not None and _of(rank)["step"] == known["step"]:
             continue
         outcome = "gone" if rank is None else "recovered" if rank.armed and not rank.inert else "not_watched"
@@ -177,7 +257,7 @@ def _stalls(view: ServerView, standing: dict[str, dict[str, Any]], now: float) -
     for at, rank in ranks.items():
         if rank.stall is None or at in standing:
             continue
-        standing[at] = {**_of(rank), "since": now - rank.stall.seconds}
+        standing[at] = {**_of(rank), "journal": _journal(rank), "since": now - rank.stall.seconds}
         yield Change("stall_begun", view.server, _stall_begin(view, rank))
 
 

@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmprobe.agent.event_log import EventLog, Listener, TooManyListeners
+from llmprobe.collect import checkpoint
 
 
 class Wall:
@@ -86,6 +87,57 @@ def test_a_file_that_is_damaged_is_said_and_begun_anew(tmp_path: Path) -> None:
     events.add("k", "s", {})
     events.save({"x": {}})
     assert EventLog(path).state == {"x": {}}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(
+    JSON
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "newest": JSON | st.just(5),
+            "dropped": JSON,
+            "state": JSON,
+            "events": JSON | st.lists(st.tuples(JSON, JSON), max_size=3),
+        },
+    )
+)
+@example({"newest": float("inf")})
+@example({"newest": 2**60})
+@example({"newest": 5, "events": [[9, '{"id":9}']]})
+@example({"newest": 5, "events": [[5, "\ud800"]]})
+@example({"newest": 5, "events": [[5, "two\nlines"]]})
+@example({"newest": 5, "events": [[5, '{"id":6}']]})
+@example({"newest": 5, "dropped": 9})
+def test_whatever_the_file_holds_an_agent_begins(
+    tmp_path_factory: pytest.TempPathFactory, saved: object
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "events.json"
+    header = json.loads(checkpoint.dump())
+    path.write_text(json.dumps({**header, **saved} if isinstance(saved, dict) else saved))
+    events = EventLog(path)
+    before = events.newest
+    number = events.add("k", "s", {})
+    assert before < number <= 2**53
+    assert events.after(number) == ([], 0)
+    for event in events.after(0)[0]:
+        assert json.loads(event.text)["id"] == event.id <= number
+        assert "\n" not in event.text
+        event.text.encode()
+    assert events.after(before)[0][-1].id == number
+    events.save({})
+
+
+def test_a_file_that_is_nested_without_end_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "events.json"
+    path.write_text("[" * 100_000)
+    assert EventLog(path).newest == 0
 
 
 def test_what_is_saved_once_is_not_written_again(tmp_path: Path) -> None:

@@ -261,6 +261,23 @@ def test_beyond_loopback_it_needs_the_token(tmp_path: Path, log: EventLog) -> No
         assert TestClient(app, base_url="http://127.0.0.1:9480").get("/api/events").status_code == status
 
 
+@pytest.mark.parametrize(
+    "state", [{"s": {}}, {"s": None}, {"s": {"engines": 3}}, {"s": {"stalls": {"0/0": {}}}}]
+)
+def test_what_stood_in_another_shape_keeps_no_agent_from_starting(
+    tmp_path: Path, state: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "events.json"
+    before = EventLog(path)
+    number = before.add("verdict", "s", {})
+    before.save(state)
+    after = EventLog(path)
+    watch = Watch(after)
+    watch.look([])
+    assert after.newest == number
+    assert ("not read" in caplog.text) is (state != {"s": {}})
+
+
 def test_a_captures_states_are_events_without_what_needs_the_token(log: EventLog) -> None:
     request = Request("torch", 5.0, None, label="a secret label")
     capture = Capture("20260101-000000-abcdef", "/dev/shm/x", "s", "g", request)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,7 +135,45 @@ def test_with_a_server_all_that_stood_ends() -> None:
 
 def test_an_engine_that_was_replaced_between_two_looks_went_and_came() -> None:
     found = seen(view()).look([view(ranks=[worker("worker-2.journal")])], 101.0)
-    assert kinds(found) == ["engine_went", "engine_came"]
+    assert kinds(found) == ["engine_went", "engine_came", "verdict"]
+    assert found[-1].data["was"] is None  # of the engine that is there now, this is the first
+
+
+def test_with_an_engine_that_was_replaced_all_that_stood_of_it_is_gone() -> None:
+    stood = view(ranks=[worker(stall=STALL)], pressure={"queue": pressure()})
+    again = view(ranks=[worker("worker-2.journal", stall=STALL)], pressure={"queue": pressure()})
+    for new, begun in (
+        (view(ranks=[worker("worker-2.journal")]), []),
+        (again, ["pressure_begun", "stall_begun"]),
+    ):
+        found = seen(stood).look([new], 130.0)
+        assert kinds(found)[:4] == ["stall_ended", "pressure_ended", "engine_went", "engine_came"]
+        assert [change.data["outcome"] for change in found[:2]] == ["gone", "gone"]
+        assert [kind for kind in kinds(found)[4:] if kind != "verdict"] == begun
+
+
+def test_what_stood_of_another_engine_stays() -> None:
+    both = [worker("w0", stall=STALL), worker("w1", engine=1)]
+    changes = seen(view(ranks=both, pressure={"queue": pressure()}))
+    found = changes.look([view(ranks=both[:1], pressure={"queue": pressure()})], 130.0)
+    assert [(change.kind, change.data) for change in found] == [("engine_went", {"engine": 1})]
+
+
+def test_a_stall_of_a_worker_that_was_replaced_has_not_recovered() -> None:
+    """Its engine is there all the time: another of its workers stayed."""
+    stayed = worker("w1", rank=1)
+    changes = seen(view(ranks=[worker("w0", stall=STALL), stayed]))
+    (ended,) = changes.look([view(ranks=[worker("w2"), stayed])], 130.0)
+    assert (ended.kind, ended.data["outcome"]) == ("stall_ended", "gone")
+
+
+def test_a_stall_that_an_agent_before_this_version_saved_goes_on() -> None:
+    stalled = view(ranks=[worker(stall=STALL)])
+    saved = json.loads(json.dumps(seen(stalled).save()))
+    del saved["vllm-8000"]["stalls"]["0/0"]["journal"]
+    anew = Changes()
+    anew.restore(saved)
+    assert anew.look([stalled], 103.0) == []
 
 
 def test_a_worker_more_or_less_is_still_the_same_engine() -> None:
@@ -158,6 +198,58 @@ def test_whoever_starts_anew_goes_on_where_it_was_left() -> None:
     anew.restore(saved)
     assert anew.look([before], 103.0) == []
     assert kinds(anew.look([], 110.0)) == ["stall_ended", "pressure_ended", "engine_went"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+#: A path into what is saved; what lies there is replaced.
+PLACES = st.sampled_from(
+    [
+        "",
+        "vllm-8000",
+        *(f"vllm-8000 {part}" for part in ("engines", "verdicts", "pressure", "stalls")),
+        *(f"vllm-8000 engines {name}" for name in ("0", "x", "²")),
+        "vllm-8000 verdicts decode",
+        *(f"vllm-8000 pressure queue {name}".strip() for name in ("", "engine", "since", "seen")),
+        *(
+            f"vllm-8000 stalls 0/0 {name}".strip()
+            for name in ("", "engine", "rank", "step", "since", "journal")
+        ),
+    ]
+)
+
+
+def taken_up(saved: Any) -> Changes:
+    """Somebody who starts anew, with what is saved if it is any good."""
+    changes = Changes()
+    with contextlib.suppress(ValueError):
+        changes.restore(saved)
+    return changes
+
+
+@given(JSON, PLACES)
+def test_whatever_was_saved_can_be_begun_with(junk: Any, place: str) -> None:
+    stood = view(ranks=[worker(stall=STALL)], pressure={"queue": pressure()})
+    saved = {"": json.loads(json.dumps(seen(stood).save()))}
+    *way, last = ["", *place.split()]
+    at: Any = saved
+    for name in way:
+        at = at[name]
+    at[last] = junk
+    for looks in ([stood], [view()], []):
+        changes = taken_up(json.loads(json.dumps(saved[""])))
+        for change in [*changes.look(looks, 130.0), *changes.look([], 200.0)]:
+            json.dumps(change.data, allow_nan=False)
+
+
+@pytest.mark.parametrize("part", ["engines", "verdicts", "pressure", "stalls"])
+def test_a_part_that_is_missing_is_empty(part: str) -> None:
+    saved = json.loads(json.dumps(seen(view()).save()))
+    del saved["vllm-8000"][part]
+    Changes().restore(saved)
 
 
 #: What a look may find: nothing, or a server, stalled or not, pressed or not, on or off, in some class.
