@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,16 +51,15 @@ class Sessions:
         return value
 
     def end(self, headers: Mapping[str, str]) -> bool:
-        """End the one that a request names; whether there was one."""
+        """End those that a request names; whether there was one."""
         found = self._find(headers)
-        if found is not None:
-            self._open.remove(found)
-        return found is not None
+        self._open = [one for one in self._open if one not in found]
+        return bool(found)
 
     def seconds_left(self, headers: Mapping[str, str]) -> float | None:
         """Of the one that a request names; None if it names none that is open."""
         found = self._find(headers)
-        return None if found is None else found.until - self._clock()
+        return max(one.until for one in found) - self._clock() if found else None
 
     def admits(self, method: str, headers: Mapping[str, str]) -> bool:
         """Whether a request comes from our own page and names an open session.
@@ -76,15 +74,16 @@ class Sessions:
             or (reads and site == "none")
             or (site is None and (reads or "origin" in headers))
         )
-        return ours and self._find(headers) is not None
+        return ours and bool(self._find(headers))
 
-    def _find(self, headers: Mapping[str, str]) -> _Session | None:
-        given = _digest(_cookie(headers))
+    def _find(self, headers: Mapping[str, str]) -> list[_Session]:
+        given = [_digest(value) for value in _cookies(headers)]
         token = self._token_digest()
-        found = None
+        found = []
         for one in self._live():  # all of them, each in constant time
-            if secrets.compare_digest(one.digest, given) and secrets.compare_digest(one.token, token):
-                found = one
+            named = sum(secrets.compare_digest(one.digest, digest) for digest in given)
+            if secrets.compare_digest(one.token, token) and named:
+                found.append(one)
         return found
 
     def _live(self) -> list[_Session]:
@@ -142,14 +141,16 @@ def cookie_name(headers: Mapping[str, str]) -> str:
     return f"llmprobe_session_{port or 80}"
 
 
-def _cookie(headers: Mapping[str, str]) -> str:
-    jar: SimpleCookie = SimpleCookie()
-    try:
-        jar.load(headers.get("cookie", ""))
-    except CookieError:
-        return ""
-    found = jar.get(cookie_name(headers))
-    return "" if found is None else found.value
+def _cookies(headers: Mapping[str, str]) -> list[str]:
+    """What a request's cookies of our name hold.
+
+    There may be several, where somebody set one for another path or domain, and anything beside them:
+    browsers send what other programs on this host set, and `http.cookies` takes none of a header that it does
+    not like.
+    """
+    wanted = cookie_name(headers)
+    pairs = (part.partition("=") for part in headers.get("cookie", "").split(";"))
+    return [value.strip().strip('"') for name, _, value in pairs if name.strip() == wanted]
 
 
 def _digest(text: str) -> bytes:

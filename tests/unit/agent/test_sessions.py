@@ -6,6 +6,8 @@ from http.cookies import SimpleCookie
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from llmprobe.agent.door import Door, door_for
@@ -135,6 +137,37 @@ def test_another_cookie_opens_nothing(door: Door, browser: TestClient, token: To
     assert door.check("GET", "/api/captures", headers) is not None
 
 
+@pytest.mark.parametrize(
+    "cookie",
+    [
+        'a={{"x":1}}; {name}={value}',
+        "{name}={value}; a=[1, 2]; b=ü",
+        "a=b c; ;=;x;{name}={value}",
+        "  {name} = {value} ",
+        'a="; {name}={value}',
+        "{name}=of-another-path; {name}={value}",
+        "{name}={value}; {name}=of-another-path",
+        '{name}="{value}"',
+    ],
+)
+def test_what_else_is_in_the_header_does_not_shut_it_out(
+    door: Door, browser: TestClient, token: Token, cookie: str
+) -> None:
+    value = log_in(browser, token)
+    headers = {"host": "127.0.0.1:9480", "cookie": cookie.format(name=NAME, value=value)}
+    assert door.check("GET", "/api/captures", headers) is None
+    assert browser.get("/api/session", headers={"Cookie": headers["cookie"].encode()}).json()["open"] is True
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_a_header_of_any_sort_is_taken(before: str, after: str) -> None:
+    sessions = Sessions(Token(Path("/nonexistent")), clock=lambda: 0.0)
+    value = sessions.begin()
+    cookie = f"{before.replace(';', '')};{NAME}={value};{after}"
+    assert sessions.seconds_left({"host": "127.0.0.1:9480", "cookie": cookie}) == SECONDS
+    assert sessions.seconds_left({"host": "127.0.0.1:9480", "cookie": before}) is None
+
+
 def test_of_another_door_or_port_it_opens_nothing(door: Door, browser: TestClient, token: Token) -> None:
     value = log_in(browser, token)
     headers = {"host": "127.0.0.1:9480", "cookie": f"{NAME}={value}"}
@@ -153,6 +186,15 @@ def test_leaving_ends_it_also_for_who_kept_the_cookie(door: Door, browser: TestC
     assert door.check("POST", "/api/probe", headers) is not None
     bearer = {"Authorization": f"Bearer {token.value()}"}
     assert browser.delete("/api/session", headers=bearer).json()["ended"] is False
+
+
+def test_leaving_ends_every_one_that_was_sent(door: Door, browser: TestClient, token: Token) -> None:
+    first, second = log_in(browser, token), log_in(browser, token)
+    both = f"{NAME}={first}; {NAME}={second}"
+    assert browser.delete("/api/session", headers={"Cookie": both}).json()["ended"] is True
+    for value in (first, second):
+        headers = {"host": "127.0.0.1:9480", "cookie": f"{NAME}={value}"}
+        assert door.check("GET", "/api/captures", headers) is not None
 
 
 def test_a_cookie_is_not_exchanged_for_a_longer_one(browser: TestClient, token: Token) -> None:
