@@ -250,11 +250,14 @@ class Rank:
             steps = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
             self._waiting = []
             self._account(steps, pending, now_ns)
-        idle = self.running_since() is None and self.process.alive
+        load = self.process.load
+        off = load is not None and (not load.armed or bool(load.inert))
+        # Whoever would tell of the running step's end is silent then: it does not hold up the account.
+        idle = (off or self.running_since() is None) and self.process.alive
         if self.cursor_ns is not None and pending is not None and idle:
             until = now_ns - _SETTLE_NS
-            if self.process.load is not None and not self.process.load.armed and until > self.cursor_ns:
-                # Switched off: it may have worked all the time, and nobody measured.
+            if off and until > self.cursor_ns:
+                # Switched off, or given up: it may have worked all the time, and nobody measured.
                 pending = np.array([[self.cursor_ns, until]], dtype=np.int64)
             components, self.cursor_ns = accounting.idle(self.cursor_ns, until, pending, None)
             self._add("none", components)

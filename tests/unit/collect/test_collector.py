@@ -361,3 +361,23 @@ def test_time_in_which_the_probe_was_off_is_neither_a_wait_nor_no_work(
     assert view.ranks[0].device_time["none"]["no_work"] == pytest.approx(0.5 + 0.5 + 0.5)
     assert view.ranks[0].device_time["decode"]["host_gap"] == pytest.approx(19 * 0.04, abs=0.041)
     assert total(view) == pytest.approx((clock.now - start) / SECOND - 0.5 - 0.04, abs=1e-6)
+
+
+@pytest.mark.parametrize("status", [{"armed": False, "inert": False}, {"armed": True, "inert": True}])
+def test_a_step_in_which_the_probe_fell_silent_hides_no_time(
+    tmp_path: Path, clock: Clock, server: Server, status: dict[str, bool]
+) -> None:
+    found = collector(tmp_path, clock, server)
+    start = clock.now
+    busy_second(server, start)
+    server.worker.begin(Phase.DECODE, 1, start + SECOND)  # nobody will tell of its end
+    server.worker.publish()
+    clock.now = start + 2 * SECOND
+    only(found)
+    server.worker.status(**status)
+    for _ in range(6):
+        clock.now += SECOND
+        only(found)
+    times = only(found).ranks[0].device_time
+    assert times["none"]["unattributed"] == pytest.approx(6.5)
+    assert times["none"].get("no_work", 0.0) == 0
