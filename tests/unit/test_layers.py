@@ -73,16 +73,9 @@ def test_code_in_the_engine_needs_only_what_the_engine_has(layer: str, path: Pat
     assert outside <= ENGINE_HAS
 
 
-#: Imports that the test below does not follow. The package itself gives its version to everybody, and imports
-#: only where it is called. Of the step path: a name that moved, and an annotation.
-NOT_FOLLOWED = {
-    ("llmprobe.hooks.vllm.steps", "llmprobe.hooks.session"),
-    ("llmprobe.hooks.vllm.seams", "llmprobe.hooks.vllm.steps"),
-}
-
-
 def test_no_import_leads_back_to_where_it_came_from() -> None:
     """Also none inside a function, or for annotations alone."""
+    # The package itself gives its version to everybody, and imports only where it is called.
     paths = {
         ".".join(("llmprobe", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
         for path in ROOT.rglob("*.py")
@@ -90,8 +83,7 @@ def test_no_import_leads_back_to_where_it_came_from() -> None:
     del paths["llmprobe"]
     leads_to: dict[str, set[str]] = {}
     for name, path in paths.items():
-        found = {module for module in modules_named(path, set(paths)) if (name, module) not in NOT_FOLLOWED}
-        leads_to[name] = found - {name}
+        leads_to[name] = modules_named(path, set(paths)) - {name}
     while ends := [
         name
         for name, found in leads_to.items()

@@ -50,6 +50,10 @@ class Guard:
         """``function(*arguments)``, or None if it failed or the guard has given up."""
         if self.inert:
             return None
+        return self.call_even_inert(where, function, *arguments)
+
+    def call_even_inert(self, where: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """As `call`, also once the guard has given up: for what tells readers that it has."""
         try:
             return function(*arguments)
         except Exception as error:  # noqa: BLE001 - this is the guard

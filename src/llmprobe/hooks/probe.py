@@ -30,6 +30,8 @@ class Probe:
         self.on_armed: list[Callable[[Recorder], None]] = []
         #: Called a few times a second by the housekeeping thread: they write the steps that hooks have kept.
         self.writers: list[Callable[[], None]] = []
+        #: Called when the wrappers have been switched off, maybe in the middle of a step.
+        self.on_paused: list[Callable[[], None]] = []
         #: Called when the wrappers are switched on again, before they are.
         self.on_resumed: list[Callable[[], None]] = []
         #: Undo what is not a patch; called once by `llmprobe.disable`.
@@ -125,6 +127,8 @@ class Probe:
         """Silence every wrapper and take out those that are outermost; the latest goes first."""
         for patch in reversed(self.patches):
             patch.remove()
+        for paused in list(self.on_paused):
+            paused()
 
     def apply_patches(self) -> None:
         """Undo `remove_patches`."""

@@ -9,15 +9,12 @@ import threading
 import time
 from typing import Any
 
-from llmprobe.hooks.naming import GROUP_VARIABLE, server_name
+from llmprobe.hooks.naming import GROUP_VARIABLE
 from llmprobe.hooks.on_import import forget_all, when_imported
 from llmprobe.hooks.probe import Probe
 from llmprobe.record.asked_capture import AskedCaptures
-from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, SettingsError, logger
-
-__all__ = ["current", "disable", "enable", "install_transformers", "install_vllm", "server_name"]
 
 _POLL_SECONDS = 0.25
 _KEEPALIVE_SECONDS = 1.0
@@ -156,7 +153,7 @@ class _Housekeeping(threading.Thread):
             guard.call("housekeeping.control", self._follow_switch)
             if not guard.inert and self._probe.settings.agent == "auto":
                 guard.call("housekeeping.agent", self._keep_agent)
-            self._publish()
+            guard.call_even_inert("housekeeping.status", self._publish)
             for write in self._probe.writers:
                 guard.call("housekeeping.write", write)
             for recorder in self._probe.recorders():
@@ -241,9 +238,10 @@ class _Housekeeping(threading.Thread):
             return
         self._published = state
         for recorder in probe.recorders():
-            try:
-                recorder.status(armed=probe.enabled, inert=probe.guard.inert)
-                if probe.guard.errors and recorder is self._recorder:
-                    recorder.update_facts(errors=dict(probe.guard.errors))
-            except (OSError, JournalError) as error:
-                probe.guard.failed("housekeeping.publish", error)
+            probe.guard.call_even_inert("housekeeping.status", self._publish_to, recorder)
+
+    def _publish_to(self, recorder: Recorder) -> None:
+        probe = self._probe
+        recorder.status(armed=probe.enabled, inert=probe.guard.inert)
+        if probe.guard.errors and recorder is self._recorder:
+            recorder.update_facts(errors=dict(probe.guard.errors))

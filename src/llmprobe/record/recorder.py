@@ -138,7 +138,12 @@ class Recorder:
 
     def abandon(self, number: int) -> None:
         """A step that `begin` announced will never be recorded."""
-        self._ended = max(self._ended, number)
+        self._submit(self._end, (number,))
+
+    def _end(self, number: int) -> None:
+        # By whoever holds the writer, as all that is read and then written: it must not go back.
+        if number > self._ended:
+            self._ended = number
 
     def step(
         self,
@@ -260,8 +265,13 @@ class Recorder:
             self._flush()
 
     def publish(self) -> None:
-        """Publish the running step, the totals of steps, and what was left for later; off the step path."""
+        """Publish the running step, the totals of steps, and what was left for later; off the step path.
+
+        While the hooks are switched off, no step is running: nobody would tell of its end.
+        """
         begun, time_ns, phase, tokens = self.latest
+        if not self._status[0] and begun > self._ended:
+            self.abandon(begun)
         described = self._described
         if described[0] == begun:
             _, phase, tokens = described

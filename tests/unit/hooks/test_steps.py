@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,8 @@ import pytest
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm.batch import Noted
-from llmprobe.hooks.vllm.seams import Seam
-from llmprobe.hooks.vllm.steps import Running, WorkerSteps
+from llmprobe.hooks.vllm.seams import Running, Seam
+from llmprobe.hooks.vllm.steps import WorkerSteps
 from llmprobe.hooks.vllm.worker import _KEPT, _WRAPPERS
 from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock, Stamps, StepClock
 from llmprobe.record.journal_reader import JournalReader
@@ -173,6 +173,64 @@ def test_off_and_on_starts_with_no_request_known(rig: Rig) -> None:
     steps = rig.written()
     assert phases(steps) == [Phase.PREFILL, Phase.DECODE]
     assert steps["flags"][1] & int(Flag.RESTARTED)
+
+
+@pytest.mark.parametrize("off", ["before the forward", "in the forward", "before sampling", "in sampling"])
+@pytest.mark.parametrize("on", ["before the forward", "in the forward", "before sampling", "in sampling"])
+def test_the_time_off_is_no_part_of_any_step(rig: Rig, off: str, on: str) -> None:
+    """Off and on come in the middle of steps; calls that are wrapped already are told of their end."""
+
+    def step(scheduled: Scheduled, switched: str, switch: Callable[[], None], hooks: bool) -> None:
+        if hooks:
+            rig.begin(scheduled)
+        wrapped = hooks
+        for place, call, inside in (
+            ("before the forward", lambda: Runner().forward(), True),
+            ("in the forward", lambda: rig.steps.forward_end(None), True),
+            ("before sampling", lambda: rig.steps.sample_start(None), False),
+            ("in sampling", lambda: rig.steps.sample_end(object()), True),
+        ):
+            if place == switched:
+                switch()
+                hooks = not hooks
+            # The seam follows at once; a call of the worker's is wrapped to its end, or not at all.
+            wrapped = wrapped if inside else hooks
+            if wrapped or place == "before the forward":
+                call()
+
+    step(new("a", 10, scheduled=4), off, rig.probe.remove_patches, True)
+    step(cached(a=(4, 1)), on, rig.probe.apply_patches, False)
+    rig.run(cached(a=(5, 1)))
+    steps = rig.written()
+    assert list(steps["step"]) == [2]
+    assert steps["flags"][0] & int(Flag.RESTARTED)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["open before", "opened meanwhile"])
+def test_while_the_probe_is_off_no_step_is_running(rig: Rig, late: bool) -> None:
+    if not late:
+        rig.begin(new("a", 10, scheduled=4))
+        Runner().forward()
+    rig.probe.remove_patches()
+    rig.recorder.status(armed=False, inert=False)
+    rig.recorder.publish()
+    if late:  # the engine's thread had looked whether the probe is on, and went on
+        rig.begin(new("a", 10, scheduled=4))
+        rig.recorder.publish()
+    progress = rig.reader.progress()
+    assert progress is not None
+    assert progress.begun == progress.ended == 1
+    rig.probe.apply_patches()
+    rig.recorder.status(armed=True, inert=False)
+    rig.recorder.publish()
+    progress = rig.reader.progress()
+    assert progress is not None
+    assert progress.begun == progress.ended == 1
+    rig.begin(new("b", 10, scheduled=4))
+    rig.recorder.publish()
+    progress = rig.reader.progress()
+    assert progress is not None
+    assert (progress.begun, progress.ended) == (2, 1)
 
 
 @pytest.mark.swallows

@@ -7,12 +7,9 @@ busy. Each seam is a method that vLLM calls once a step right before the model r
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from llmprobe.hooks.patch import Patch
-
-if TYPE_CHECKING:
-    from llmprobe.hooks.vllm.steps import Running
 
 
 class Seam(NamedTuple):
@@ -21,6 +18,22 @@ class Seam(NamedTuple):
     owner: Any
     name: str
     runner: str  # "v1" or "v2"
+
+
+class Steps(Protocol):
+    """What a seam tells of its being called."""
+
+    def forward_start(self) -> None:
+        """The model is about to run. Guards itself: it is called on vLLM's own call path."""
+
+
+class Running:
+    """Whose step began last in this process: the seam is a method that all workers share."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self) -> None:
+        self.steps: Steps | None = None
 
 
 #: Releases whose seams were read, and run where docs/compatibility.md says so.

@@ -13,8 +13,8 @@ import threading
 import time
 from typing import Any
 
+from llmprobe.hooks.naming import server_name
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.session import server_name
 from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, note_drafts, note_new
@@ -49,19 +49,10 @@ class _Padding:
     num_scheduled_tokens = scheduled_spec_decode_tokens = _NO_DRAFTS
 
 
-class Running:
-    """Whose step began last in this process: the seam is a method that all workers share."""
-
-    __slots__ = ("steps",)
-
-    def __init__(self) -> None:
-        self.steps: WorkerSteps | None = None
-
-
 class WorkerSteps:
     """What llmprobe keeps about one worker: its clock, its requests, the step in progress."""
 
-    def __init__(self, probe: Probe, running: Running | None = None) -> None:
+    def __init__(self, probe: Probe, running: seams.Running | None = None) -> None:
         """
         Args:
             running: shared by all workers of the process.
@@ -81,7 +72,7 @@ class WorkerSteps:
         found = ranges(probe.settings.nvtx)
         self._nvtx = found if found.listening else None
         self._seam: seams.Seam | None = None
-        self._running = running or Running()
+        self._running = running or seams.Running()
         self._clock: StepClock | None = None
         self._recorder: Recorder | None = None
         self._unread = Unread(probe.guard.failed)
@@ -90,7 +81,8 @@ class WorkerSteps:
         self._kv_cache_config: Any = None
         self._harvesting = threading.Lock()  # only ever tried, never waited for
         self._last_number = 0
-        probe.on_resumed.append(self._resumed)
+        probe.on_paused.append(self._switched)
+        probe.on_resumed.append(self._switched)
 
     def kv_cache(self, config: Any) -> None:
         """The worker's KV cache has been laid out."""
@@ -148,7 +140,12 @@ class WorkerSteps:
         self.armed = False
         if self._running.steps is self:
             self._running.steps = None
-        for calls, mine in ((self._probe.writers, self.write), (self._probe.on_resumed, self._resumed)):
+        probe = self._probe
+        for calls, mine in (
+            (probe.writers, self.write),
+            (probe.on_paused, self._switched),
+            (probe.on_resumed, self._switched),
+        ):
             if mine in calls:
                 calls.remove(mine)
 
@@ -233,7 +230,7 @@ class WorkerSteps:
         """The model is about to run. Called by the seam, guarded here."""
         entered = _now()
         stamps = self._stamps
-        if stamps is None or self._marked:
+        if stamps is None or self._marked or self._stale:
             return
         try:
             self._marked = True
@@ -253,6 +250,9 @@ class WorkerSteps:
         entered = _now()
         stamps = self._stamps
         if stamps is None:
+            return
+        if self._stale:
+            self.abandon()
             return
         if self._immediate:
             stamps.ns[1] = entered
@@ -274,6 +274,9 @@ class WorkerSteps:
         stamps = self._stamps
         if stamps is None:
             return
+        if self._stale:
+            self.abandon()
+            return
         if self._nvtx is not None:
             self._nvtx.part(SAMPLE)
         if self._immediate:
@@ -294,7 +297,7 @@ class WorkerSteps:
         stamps, clock = self._stamps, self._clock
         if stamps is None or clock is None:
             return
-        if not self._marked:
+        if not self._marked or self._stale:
             self.abandon()
             return
         if self._immediate:
@@ -327,14 +330,18 @@ class WorkerSteps:
         if self._recorder is not None:
             self._recorder.abandon(self._row[0])
 
-    def _resumed(self) -> None:
-        """The probe was off and is on again. Called in another thread than the engine's."""
+    def _switched(self) -> None:
+        """The probe was switched off, or on again. Called in another thread than the engine's.
+
+        The open step is the engine's thread's: whichever hook is called next there gives it up. As long as the
+        probe is off, the recorder says that no step is running.
+        """
         self._stale = True
 
     def _start_again(self) -> None:
         """Off and on again: requests came and went unseen."""
         self._stale = False
-        self.abandon()  # the step in which it was switched off
+        self.abandon()  # the step in which it was switched off, if no hook was called since
         self._rows.append(FORGET)
         if self._clock is not None:
             self._clock.restart()

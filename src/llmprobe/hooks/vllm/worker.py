@@ -15,7 +15,7 @@ from typing import Any
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import seams
-from llmprobe.hooks.vllm.steps import STEP_METHODS, Running, WorkerSteps
+from llmprobe.hooks.vllm.steps import STEP_METHODS, WorkerSteps
 
 _LIFE_METHODS = ("initialize_from_config", "compile_or_warm_up_model")
 
@@ -27,7 +27,7 @@ _KEPT = "_llmprobe_steps"
 
 def install(probe: Probe, module: ModuleType) -> None:
     """Wrap ``WorkerBase.__init__``, where the classes of the actual worker become known."""
-    running = Running()
+    running = seams.Running()
 
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

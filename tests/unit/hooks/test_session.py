@@ -1,0 +1,73 @@
+"""The housekeeping thread: nothing that fails in it ends it, and readers learn that the probe gave up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmprobe.hooks import session
+from llmprobe.hooks.probe import Probe
+from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.recorder import Recorder
+from llmprobe.settings import Settings
+
+
+class Rounds:
+    """In the place of `time`: the thread goes round so many times, and its probe is gone."""
+
+    def __init__(self, probe: Probe, count: int) -> None:
+        self._probe, self._count = probe, count
+        self.monotonic = lambda: 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self._count -= 1
+        if not self._count:
+            self._probe._recorders, self._probe._adopted = {}, []
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Iterator[Probe]:
+    made = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path), "LLMPROBE_AGENT": "off"}))
+    assert made.arm("worker", lambda: {"role": "frontend"}) is not None  # of which no captures are asked
+    yield made
+    made.disarm()
+
+
+def run(probe: Probe, monkeypatch: pytest.MonkeyPatch, rounds: int) -> Recorder:
+    recorder = probe.recorder
+    assert recorder is not None
+    monkeypatch.setattr(session, "time", Rounds(probe, rounds))
+    session._Housekeeping(probe, recorder).run()
+    return recorder
+
+
+@pytest.mark.swallows
+def test_a_status_that_cannot_be_told_does_not_end_the_thread(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**status: bool) -> None:
+        raise ValueError("mmap closed or invalid")
+
+    written: list[int] = []
+    other = Recorder.open(probe.settings.directory, "frontend", {"role": "frontend"})
+    monkeypatch.setattr(other, "status", broken)
+    probe.adopt(other)
+    probe.writers.append(lambda: written.append(1))
+    recorder = run(probe, monkeypatch, 3)
+    assert len(written) == 3
+    assert probe.guard.errors["housekeeping.status"] >= 1
+    for opened in (recorder, other):
+        opened.close(remove=True)
+
+
+@pytest.mark.swallows
+def test_readers_learn_that_the_probe_gave_up(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe.guard.inert = True
+    recorder = run(probe, monkeypatch, 1)
+    reader = JournalReader(recorder.writer.path, recorder.writer)
+    load = reader.load()
+    assert load is not None and load.inert
+    reader.close()
+    recorder.close(remove=True)
