@@ -2,7 +2,8 @@
 
 The loopback interface is no user boundary, and a web page that a user visits can reach it too. So the
 Host header must name us (a page on another site that rebinds its name to 127.0.0.1 cannot fake that), a
-request from a page must come from our own, and switches and captures need the token, or the cookie that our
+request from a page must come from our own, also one that only reads (it need not read the answer to take a
+place among the listeners), and switches and captures need the token, or the cookie that our
 own page was given for it. On the Unix socket the file system has already checked the user.
 """
 
@@ -50,7 +51,7 @@ class Door:
             return None
         public = path in PUBLIC_PATHS and method in _READING
         if self.kind == "open" and public:
-            return None  # scrapers come by service names that we cannot know
+            return self._check_site(method, path, headers)  # scrapers' names for us we cannot know
         if self.token is None:
             return Problem(
                 403,
@@ -60,6 +61,7 @@ class Door:
         return (
             self._check_host(headers)
             or self._check_origin(headers)
+            or self._check_site(method, path, headers)
             or self._check_token(method, is_guarded(method, path), headers)
         )
 
@@ -84,6 +86,23 @@ class Door:
             return None
         return Problem(
             403, f"Origin {origin!r} is another site.", "Call the agent from its own page or a program."
+        )
+
+    def _check_site(self, method: str, path: str, headers: Mapping[str, str]) -> Problem | None:
+        """A browser tells from what site a request comes also where it sends no ``Origin``.
+
+        A link may lead from another site to a page of ours in a tab of its own, which that site cannot read.
+        """
+        site = headers.get("sec-fetch-site", "").lower()
+        if site not in ("cross-site", "same-site"):
+            return None
+        opened = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+        if opened and method == "GET" and not path.startswith("/api"):
+            return None
+        return Problem(
+            403,
+            f"A page of another site asks for {path} (Sec-Fetch-Site: {site}).",
+            "Call the agent from its own page or a program.",
         )
 
     def _has_token(self, headers: Mapping[str, str]) -> bool:

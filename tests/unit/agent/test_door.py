@@ -58,6 +58,44 @@ def test_pages_of_others_are_refused(token: Token, origin: str) -> None:
     assert status(door, "GET", "/api/status", {**HERE, "origin": origin}) == 403
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "Cross-Site"])
+@pytest.mark.parametrize("mode", [{}, {"sec-fetch-mode": "no-cors"}, {"sec-fetch-mode": "navigate"}])
+def test_what_a_page_of_others_asks_for_is_refused_also_where_it_only_reads(
+    token: Token, site: str, mode: dict[str, str]
+) -> None:
+    there = {**bearer(token), **mode, "sec-fetch-site": site, "sec-fetch-dest": "image"}
+    for door in (door_for("127.0.0.1", token, False), door_for("0.0.0.0", token, True)):
+        for path in ("/api/events", "/api/status", "/metrics", "/healthz", "/", "/openapi.json"):
+            assert status(door, "GET", path, there) == 403
+            assert status(door, "HEAD", path, there) == 403
+        assert status(door, "POST", "/api/probe", there) == 403
+    shut = door_for("0.0.0.0", token, False)
+    problem = shut.check("GET", "/metrics", there)
+    assert problem is not None
+    assert (problem.status, problem.next != "") == (403, True)
+
+
+@pytest.mark.parametrize("site", [None, "none", "same-origin"])
+def test_scrapers_programs_and_our_own_page_still_read(token: Token, site: str | None) -> None:
+    headers = HERE if site is None else {**HERE, "sec-fetch-site": site}
+    door = door_for("127.0.0.1", token, False)
+    for path in ("/", "/metrics", "/api/events", "/api/status"):
+        assert status(door, "GET", path, headers) == 200
+    assert status(door_for("0.0.0.0", token, False), "GET", "/metrics", headers) == 200
+
+
+def test_a_link_on_another_page_may_lead_to_a_page_but_to_nothing_else(token: Token) -> None:
+    link = {
+        **HERE, "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"
+    }  # fmt: skip
+    door = door_for("127.0.0.1", token, False)
+    assert status(door, "GET", "/", link) == 200
+    assert status(door, "GET", "/", {**link, "sec-fetch-dest": "iframe"}) == 403
+    assert status(door, "POST", "/", link) == 403
+    for path in ("/api/events", "/api/status", "/api/captures"):
+        assert status(door, "GET", path, link) == 403
+
+
 def test_our_own_page_is_not(token: Token) -> None:
     door = door_for("127.0.0.1", token, False)
     assert status(door, "POST", "/api/probe", {**bearer(token), "origin": "http://127.0.0.1:9480"}) == 200

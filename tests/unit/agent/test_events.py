@@ -252,6 +252,9 @@ def test_other_hosts_and_sites_are_refused(app: Any) -> None:
     client = TestClient(app, base_url="http://127.0.0.1:9480")
     assert client.get("/api/events", headers={"Host": "evil.example"}).status_code == 403
     assert client.get("/api/events", headers={"Origin": "http://evil.example"}).status_code == 403
+    image = client.get("/api/events", headers={"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "image"})
+    assert image.status_code == 403
+    assert image.headers["content-type"] == "application/problem+json"
 
 
 def test_beyond_loopback_it_needs_the_token(tmp_path: Path, log: EventLog) -> None:
