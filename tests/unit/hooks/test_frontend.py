@@ -197,6 +197,22 @@ def test_a_request_that_waits_long_is_not_taken_for_forgotten(
     assert engine.pending()
 
 
+def test_a_request_that_came_as_the_engine_said_its_last_is_not_taken_for_forgotten(
+    engine: Engine, clock: Clock
+) -> None:
+    """Its first step may take long, and until then no engine says anything."""
+    engine.arrive("a")
+    clock.after(0.2)
+    engine.say(1)
+    clock.after(0.2)
+    engine.arrive("b")
+    clock.after(0.05)
+    engine.say(0)  # said before "b" got there
+    engine.abort("a")
+    engine.look(100)
+    assert engine.pending()
+
+
 def test_a_request_taken_for_forgotten_counts_again_once_the_engine_has_something(
     engine: Engine, clock: Clock
 ) -> None:

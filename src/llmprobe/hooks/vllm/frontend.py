@@ -23,6 +23,8 @@ from llmprobe.settings import logger
 
 _now = time.monotonic_ns
 _JOURNAL_BYTES = 1024 * 1024  # one a front end and engine: histograms and about 1700 requests
+#: Statistics may be older than the arrival of a request that was on its way to the engine meanwhile.
+_ON_ITS_WAY_NS = 100_000_000
 #: An engine that said it has nothing, and then nothing for so long, does not work on what is unfinished here.
 _LEFT_BEHIND_NS = 2_000_000_000
 
@@ -119,8 +121,8 @@ class FrontEnd:
         Runs on the housekeeping thread, a few times a second.
 
         Requests come and go while the probe is switched off. And a request that vLLM forgot to abort would be
-        unfinished for ever, and all idle time after it a wait: it is left out once every engine has said,
-        after it came, that nothing runs or waits, and then nothing more.
+        unfinished for ever, and all idle time after it a wait: it is left out once every engine has said, a
+        moment after it came, that nothing runs or waits, and then nothing more.
 
         Args:
             active: whether the hooks are at work.
@@ -146,7 +148,11 @@ class FrontEnd:
             self._settle(processor)
         elif not self._pending:
             self._begin(_now(), unfinished)
-        elif heard > self._arrived_ns and not any(self._has.values()) and _now() - heard > _LEFT_BEHIND_NS:
+        elif (
+            heard - self._arrived_ns >= _ON_ITS_WAY_NS
+            and not any(self._has.values())
+            and _now() - heard > _LEFT_BEHIND_NS
+        ):
             self._left_behind = frozenset(processor.request_states)
             self._end(heard)
 
