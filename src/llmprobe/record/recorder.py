@@ -452,6 +452,14 @@ class Recorder:
         self.writer.counters[_INDEX["errors"]] += 1
         self.writer.flush_requests()
 
+    def lost(self, count: int) -> None:
+        """So many steps ran and cannot be recorded."""
+        self._submit(self._write_lost, (count,))
+
+    def _write_lost(self, count: int) -> None:
+        self.writer.counters[_INDEX["dropped"]] += count
+        self.writer.flush_requests()
+
     def _submit(self, write: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         if self.closed:
             return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,6 +288,85 @@ def test_a_clock_that_only_the_engine_may_ask_is_left_to_it(rig: Rig, elsewhere:
     Runner().forward()
     rig.end()
     assert phases(rig.written()) == [Phase.PREFILL]
+
+
+class Pooled(HostClock):
+    """A clock of few stamps that only the engine's thread may ask, as on a device without a CUDA driver."""
+
+    elsewhere = False
+    crowded = True  # type: ignore[assignment]
+
+    def __init__(self, pool: int) -> None:
+        super().__init__()
+        self._left = pool
+
+    def begin(self, payload: Any) -> Stamps | None:
+        if not self._left:
+            self.dropped += 1
+            return None
+        self._left -= 1
+        return super().begin(payload)
+
+    def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
+        done = super().harvest(most)
+        self._left += len(done)
+        return done
+
+
+def dummy(rig: Rig) -> None:
+    rig.steps.entered_dummy(None)
+    rig.steps.dummy_end(None)
+
+
+def test_dummy_batches_use_up_no_stamps_where_only_the_engine_harvests(rig: Rig) -> None:
+    clock = Pooled(8)
+    rig.use(clock)
+    for _ in range(100):
+        dummy(rig)
+    assert list(rig.reader.read().steps["step"]) == list(range(1, 101))
+    assert clock.dropped == 0
+
+
+def test_where_only_the_engine_harvests_steps_without_stamps_make_room(rig: Rig) -> None:
+    clock = Pooled(8)
+    clock.harvest, harvest = lambda most=0: [], clock.harvest  # type: ignore[assignment, method-assign]
+    rig.use(clock)
+    rig.run(new("a", 1))
+    for context in range(1, 10):  # nothing is complete on the device
+        rig.run(cached(a=(context, 1)))
+    assert clock.dropped == 2
+    clock.harvest = harvest  # type: ignore[method-assign]
+    rig.run(cached(a=(10, 1)))
+    for context in range(11, 20):
+        rig.run(cached(a=(context, 1)))
+    assert clock.dropped == 3
+    assert len(rig.reader.read().steps) >= 15
+
+
+def test_a_seam_that_is_never_called_is_given_up_and_said_once(rig: Rig) -> None:
+    """Steps are then recorded from their entry on."""
+    clock = HostClock()
+    rig.use(clock)
+    rig.run(new("a", 1), forward=False)
+    for context in range(1, 300):
+        rig.run(cached(a=(context, 1)), forward=False)
+        if context % 50 == 0:
+            rig.steps.write()
+    steps = rig.written()
+    assert list(steps["step"]) == list(range(201, 301))
+    assert [bool(flags & int(Flag.RESTARTED)) for flags in steps["flags"]] == [True] + [False] * 99
+    assert clock.dropped == 200
+    assert rig.reader.counters()["dropped"] == 200
+    (note,) = rig.recorder.facts["notes"]
+    assert "gaps are lower bounds" in note
+
+
+def test_a_seam_that_is_called_now_and_then_is_kept(rig: Rig) -> None:
+    rig.run(new("a", 1))
+    for context in range(1, 600):
+        rig.run(cached(a=(context, 1)), forward=context % 150 == 0)
+    assert len(rig.written()) == 4
+    assert "notes" not in rig.recorder.facts
 
 
 def test_two_workers_of_one_process_share_the_seam(tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ SECTIONS = (
                 "records",
                 (*RANK, "reason"),
                 ("measured",),
-                "Records that detail is missing from: queue (the process was too busy to write them) or "
-                "overwritten (the agent did not read them in time).",
+                "Records that detail is missing from: queue (the process was too busy to write them, or a "
+                "step could not be timed) or overwritten (the agent did not read them in time).",
             ),
             Family(
                 "llmprobe_errors_total",

@@ -38,6 +38,12 @@ _AT_ONCE = 4
 _PARTS_EVERY = 5
 _RESTARTED, _NO_SAMPLE, _NO_PARTS = int(Flag.RESTARTED), int(Flag.NO_SAMPLE), int(Flag.NO_PARTS)
 _NO_DRAFTS: dict[str, int] = {}
+#: A seam that was not called in so many steps in a row is given up.
+_SEAM_MISSED_AT_MOST = 200
+_SEAM_GIVEN_UP = (
+    f"the place where the forward pass begins was not passed in {_SEAM_MISSED_AT_MOST} steps: "
+    "gaps are lower bounds"
+)
 
 
 class _Padding:
@@ -81,6 +87,8 @@ class WorkerSteps:
         self._kv_cache_config: Any = None
         self._harvesting = threading.Lock()  # only ever tried, never waited for
         self._last_number = 0
+        self._seam_missed = (0, 0)  # in how many steps in a row; the last of them
+        self._dropped = 0  # steps that the clock has lost, as the recorder was told
         probe.on_paused.append(self._switched)
         probe.on_resumed.append(self._switched)
 
@@ -123,6 +131,7 @@ class WorkerSteps:
         self._clock, self._recorder, self._seam = clock, recorder, seam
         self._immediate = self._parts = clock.immediate
         self._unseen_most = _UNSEEN_AT_MOST if clock.elsewhere else 0
+        self._seam_missed, self._dropped = (0, 0), clock.dropped
         if seam is not None:
             running = self._running
             self._probe.patch(
@@ -206,6 +215,7 @@ class WorkerSteps:
         self._rows.append(row)
         if stamps is None:
             recorder.abandon(number)
+            self._lend_a_hand()
             return
         if self._nvtx is not None:
             batch = self._unread.batch(row) or DUMMY
@@ -298,6 +308,7 @@ class WorkerSteps:
         if stamps is None or clock is None:
             return
         if not self._marked or self._stale:
+            self._not_passed()
             self.abandon()
             return
         if self._immediate:
@@ -317,6 +328,12 @@ class WorkerSteps:
     def dummy_end(self, output: Any) -> None:
         """``execute_dummy_batch`` returned."""
         self.sample_end(None, _NO_SAMPLE)
+        # As `forward_end`, which it does not come by. This time is booked on the next step.
+        entered = _now()
+        self._unseen += 1
+        if self._unseen > self._unseen_most:
+            self._lend_a_hand()
+        self._own += _now() - entered
 
     def abandon(self) -> None:
         """The host's own call raised, or the model never ran: close the NVTX range and forget the step."""
@@ -330,11 +347,22 @@ class WorkerSteps:
         if self._recorder is not None:
             self._recorder.abandon(self._row[0])
 
+    def _not_passed(self) -> None:
+        """The open step is over, and the seam was not called in it: the model never ran, or ran elsewhere."""
+        if self._marked or self._stale or self._clock is None:
+            return
+        self._clock.dropped += 1
+        number, (missed, last) = self._row[0], self._seam_missed
+        missed = missed + 1 if number == last + 1 else 1
+        self._seam_missed = missed, number
+        if missed == _SEAM_MISSED_AT_MOST:
+            self._seam = None  # steps begin with their entry from here on; `write` says it
+
     def _switched(self) -> None:
         """The probe was switched off, or on again. Called in another thread than the engine's.
 
-        The open step is the engine's thread's: whichever hook is called next there gives it up. As long as the
-        probe is off, the recorder says that no step is running.
+        The open step belongs to the engine's thread: whichever hook is called next there gives it up. While
+        the probe is off, the recorder says that no step is running.
         """
         self._stale = True
 
@@ -363,6 +391,20 @@ class WorkerSteps:
         if clock.elsewhere or (self._stamps is None and _now() - self._row[1] > _IDLE_NS):
             self._harvest()
         self._describe()
+        self._tell(clock)
+
+    def _tell(self, clock: StepClock) -> None:
+        """Tell readers what the step path met with."""
+        recorder, dropped = self._recorder, clock.dropped
+        if recorder is None:
+            return
+        if dropped > self._dropped:
+            recorder.lost(dropped - self._dropped)
+            self._dropped = dropped
+        if self._seam_missed[0] >= _SEAM_MISSED_AT_MOST:
+            self._seam_missed = 0, 0
+            recorder.update_facts(notes=[*recorder.facts.get("notes", ()), _SEAM_GIVEN_UP])
+            logger().warning("%s", _SEAM_GIVEN_UP)
 
     def _harvest(self, most: int = sys.maxsize) -> None:
         """Write the steps that are complete on the device, the first ``most`` of them."""

@@ -52,9 +52,11 @@ class Unread:
                 self._failed("vllm.read", error)
             if earlier[0]:
                 read[earlier[0]] = batch
+                if len(read) > _AT_MOST:  # of steps that were given up; fewer wait for their times
+                    read.pop(next(iter(read)), None)
         return read.get(number)
 
     def recorded(self, number: int) -> None:
         """Batches up to that of this step are not needed any more."""
         for earlier in [known for known in list(self._read) if known <= number]:
-            del self._read[earlier]
+            self._read.pop(earlier, None)
