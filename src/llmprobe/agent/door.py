@@ -165,7 +165,10 @@ def _is_address(name: str) -> bool:
 
 
 class DoorKeeper:
-    """ASGI middleware that applies a door's checks before anything else runs."""
+    """ASGI middleware that applies a door's checks before anything else runs.
+
+    The request's state gets ``by_session``, and ``admitted``, which asks the door again.
+    """
 
     def __init__(self, app: ASGIApp, door: Door) -> None:
         self._app = app
@@ -179,5 +182,8 @@ class DoorKeeper:
             if problem is not None:
                 await problem.response()(scope, receive, send)
                 return
-            scope.setdefault("state", {})["by_session"] = self._door.by_session(headers)
+            state = scope.setdefault("state", {})
+            state["by_session"] = self._door.by_session(headers)
+            # For what lasts: a session ends, and a token is replaced, while it goes on.
+            state["admitted"] = lambda: self._door.check(scope["method"], scope["path"], headers) is None
         await self._app(scope, receive, send)

@@ -14,6 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from llmprobe.agent.event_log import EventLog, Listener, TooManyListeners
+from llmprobe.agent.limits import abort
 from llmprobe.agent.problems import Problem
 from llmprobe.capture.session import Capture
 from llmprobe.collect.views import ServerView
@@ -21,7 +22,7 @@ from llmprobe.export.changes import Changes
 
 #: A comment goes out after so long without an event: it shows both sides that the other is there.
 HEARTBEAT_SECONDS = 15.0
-#: Who takes nothing for so long is let go.
+#: Who takes nothing for so long, once all buffers are full, is let go.
 _SEND_SECONDS = 30.0
 _RETRY_MILLISECONDS = 2000
 _BATCH = 64
@@ -101,14 +102,21 @@ class _Stream(StreamingResponse):
         self._heartbeat_seconds = heartbeat_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the listener or the agent leaves."""
+        """Send events until the listener or the agent leaves, or the door no longer lets the listener in."""
+        stuck = False
+        admitted: Callable[[], bool] = scope.get("state", {}).get("admitted", lambda: True)
 
         async def in_time(message: Message) -> None:
-            await asyncio.wait_for(send(message), _SEND_SECONDS)
+            nonlocal stuck
+            try:
+                await asyncio.wait_for(send(message), _SEND_SECONDS)
+            except asyncio.TimeoutError:
+                stuck = True
+                raise
 
         try:
             with self._log.listening() as listener:
-                self.body_iterator = self._pieces(listener)
+                self.body_iterator = self._pieces(listener, admitted)
                 await super().__call__(scope, receive, in_time)
         except TooManyListeners:
             full = Problem(
@@ -118,12 +126,14 @@ class _Stream(StreamingResponse):
                 {"Retry-After": "30"},
             )
             await full.response()(scope, receive, send)
-        except asyncio.TimeoutError:
-            return  # it takes nothing: its connection is closed
+        except Exception:  # a timeout, which Starlette may have wrapped in a group
+            if not stuck:
+                raise
+            await abort(scope, receive)
 
-    async def _pieces(self, listener: Listener) -> AsyncIterator[str]:
+    async def _pieces(self, listener: Listener, admitted: Callable[[], bool]) -> AsyncIterator[str]:
         yield f": llmprobe events\nretry: {_RETRY_MILLISECONDS}\n\n"
-        while not self._log.closed:
+        while not self._log.closed and admitted():
             events, lost = self._log.after(self._position)
             if lost:
                 self._position = lost

@@ -6,7 +6,10 @@ The agent shares its machine with the server that it watches.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import struct
 import time
 from collections.abc import Callable
 
@@ -72,7 +75,41 @@ class Limits:
             return
         if body is None:
             return  # the caller has left
+        scope.setdefault("state", {})["abort"] = _abort_of(receive)
         await self._app(scope, _replay(body, receive), send)
+
+
+async def abort(scope: Scope, receive: Receive) -> None:
+    """End a request's connection now, with all that waits to be taken, and return once that is so.
+
+    To return from an application, or to raise, makes uvicorn close it only when what it has written is taken.
+    """
+    end = scope.get("state", {}).get("abort")
+    if end is None:
+        return
+    end()
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _abort_of(receive: Receive) -> Callable[[], None] | None:
+    """What ends the connection that uvicorn receives from; None where no uvicorn does.
+
+    ASGI has nothing for it: of its connection uvicorn gives the application this one method.
+    """
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    if not isinstance(transport, asyncio.WriteTransport):
+        return None
+
+    def end() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # closed already, or no socket
+            # Without lingering: else the kernel keeps what it holds until it is taken.
+            transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+        transport.abort()
+
+    return end
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from llmprobe.agent import events as served
-from llmprobe.agent.door import Door, door_for
+from llmprobe.agent.door import Door, DoorKeeper, door_for
 from llmprobe.agent.event_log import EventLog
 from llmprobe.agent.events import Watch
-from llmprobe.agent.files import Token
+from llmprobe.agent.files import Token, write_atomically
+from llmprobe.agent.listen import bind_unix
+from llmprobe.agent.server import _Server
 from llmprobe.agent.service import State, create_app
 from llmprobe.capture.session import Capture, Request
 from llmprobe.collect.collector import Collector
@@ -223,9 +229,88 @@ def test_one_that_takes_nothing_holds_up_nobody_and_loses_its_place(
     run(test)
 
 
-def test_a_quiet_stream_shows_that_it_lives(log: EventLog) -> None:
-    from fastapi import FastAPI
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_one_that_takes_nothing_loses_its_connection_too(
+    app: Any, log: EventLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, kind: str,
+) -> None:  # fmt: skip
+    """Behind the server of the agent itself, which would wait until its buffer is taken."""
+    monkeypatch.setattr(served, "_SEND_SECONDS", 0.1)
+    for _ in range(200):
+        log.add("verdict", "s", {"reason": "x" * 100_000})
+    listener = bind_unix(tmp_path) if kind == "unix" else socket.create_server(("127.0.0.1", 0))
+    client = socket.socket(listener.family)
 
+    async def test() -> None:
+        server = _Server(app, listener)
+        serving = asyncio.ensure_future(server.serve([listener]))
+        await asyncio.to_thread(client.connect, listener.getsockname())
+        client.sendall(b"GET /api/events?after=0 HTTP/1.1\r\nHost: 127.0.0.1:9480\r\n\r\n")
+        seen = False
+        while not seen or server.server_state.connections or server.server_state.tasks:
+            seen = seen or bool(server.server_state.connections)
+            await asyncio.sleep(0.01)
+        both = [Listening(app), Listening(app)]
+        for listening in both:
+            await listening.until(lambda listening=listening: bool(listening.text))  # type: ignore[misc]
+            assert listening.status == 200
+            await listening.leave()
+        server.leave()
+        await serving
+        taken = 0
+        client.settimeout(SECONDS)
+        with contextlib.suppress(ConnectionResetError):
+            while piece := client.recv(1 << 20):
+                taken += len(piece)
+        assert taken < 200 * 100_000  # what it did not take was thrown away
+
+    try:
+        run(test)
+    finally:
+        client.close()
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_a_stream_ends_once_the_door_would_no_longer_let_it_in(tmp_path: Path, log: EventLog) -> None:
+    door = door_for("0.0.0.0", Token.make(tmp_path), token_file_given=True)
+    assert door.token is not None
+    assert door.sessions is not None
+    app = FastAPI()
+    served.add_routes(app, log, heartbeat_seconds=0.01)
+    app.add_middleware(DoorKeeper, door=door)
+    bearer = {"authorization": f"Bearer {door.token.value()}"}
+    cookie, other = (
+        {"cookie": f"llmprobe_session_9480={door.sessions.begin()}", "host": "127.0.0.1:9480"}
+        for _ in range(2)
+    )
+
+    async def alive(listening: Listening) -> None:
+        count = listening.text.count("alive")
+        await listening.until(lambda: listening.text.count("alive") >= count + 2)
+
+    async def test() -> None:
+        left, stays = Listening(app, **cookie), Listening(app, **other)
+        for listening in (left, stays):
+            await alive(listening)
+            assert listening.status == 200
+        assert door.sessions is not None
+        assert door.sessions.end(cookie)
+        told = left.ids()
+        log.add("verdict", "s", {})  # before it is let go, but after its session
+        await asyncio.wait_for(left.task, SECONDS)
+        assert left.ids() == told
+        await alive(stays)
+        program = Listening(app, **bearer)
+        await alive(program)
+        assert door.token is not None
+        write_atomically(door.token.path, b"another\n")
+        for listening in (stays, program):
+            await asyncio.wait_for(listening.task, SECONDS)
+
+    run(test)
+
+
+def test_a_quiet_stream_shows_that_it_lives(log: EventLog) -> None:
     app = FastAPI()
     served.add_routes(app, log, heartbeat_seconds=0.01)
 
