@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -144,6 +145,10 @@ class _Agent:
         self._add_jobs()
         if self._state.captures is not None:
             self._jobs.attempt("captures", self._state.captures.resume)
+        # What is here now stays: searching tens of thousands of imported things for garbage again and again
+        # would cost as much as a tenth of all that the agent does.
+        gc.collect()
+        gc.freeze()
         thread = threading.Thread(target=self._collect, args=(loop, leaving), name="collect")
         thread.start()
         serving = [asyncio.ensure_future(server.serve([server.listener])) for server in servers]

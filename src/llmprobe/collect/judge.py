@@ -124,10 +124,10 @@ class Judge:
                 found = long.get(phase)
                 weight = found.seconds if found else 0.0
                 whole[phase].append((weight, classify(seen, self._limits, state.standing)))
-                observed[phase] = weight, dataclasses.replace(seen, counters=shown.counters_lately)
+                observed[phase] = weight, seen
                 if found and (phase not in largest or found.seconds > largest[phase].seconds):
                     largest[phase] = found
-            short.append(functools.partial(self._lately, key, observed, lately))
+            short.append(functools.partial(self._lately, key, shown, observed, lately))
         for phase in layout.PHASES:
             if phase in phases:
                 state = self._states.get((key, phase), Steady())
@@ -143,6 +143,7 @@ class Judge:
     def _lately(
         self,
         key: str,
+        shown: RankView,
         observed: Mapping[str, tuple[float, Observation]],
         figures: Callable[[], tuple[float, dict[str, PhaseFigures]]],
         phase: str,
@@ -150,7 +151,9 @@ class Judge:
         """The weight of a rank, and the verdict on its last seconds."""
         weight, seen = observed[phase]
         seconds, found = figures()
-        lately = dataclasses.replace(seen, window_seconds=seconds, figures=found.get(phase))
+        lately = dataclasses.replace(
+            seen, window_seconds=seconds, figures=found.get(phase), counters=shown.counters_lately
+        )
         standing = self._states.get((key, phase), Steady()).standing
         return weight, classify(lately, self._limits, standing, self._limits.idle_steps * _SHORT_STEPS)
 

@@ -60,6 +60,7 @@ class Process:
         self.facts: dict[str, Any] = reader.facts()
         self.counters = reader.counters()
         self.load = reader.load()
+        self.progress = reader.progress()
         self.alive = True
         self.died_ns = 0
         self.lost = 0
@@ -99,9 +100,10 @@ class Process:
         return records
 
     def refresh(self, facts: bool) -> None:
-        """Bring totals and load up to date; ``facts`` too, which change rarely."""
+        """Bring totals, load and progress up to date; ``facts`` too, which change rarely."""
         self.counters = self.reader.counters()
         self.load = self.reader.load() or self.load
+        self.progress = self.reader.progress()
         if facts:
             self.facts = self.reader.facts() or self.facts
 
@@ -263,8 +265,8 @@ class Rank:
             self._add("none", components)
 
     def running_since(self) -> int | None:
-        """When the running step began (CLOCK_MONOTONIC nanoseconds); None between steps."""
-        progress = self.process.reader.progress()
+        """When the running step began, as of the last look (CLOCK_MONOTONIC ns); None between steps."""
+        progress = self.process.progress
         if progress is None or progress.begun <= max(self.last_step or 0, progress.ended):
             return None
         return progress.time
@@ -292,7 +294,7 @@ class Rank:
         self.cursor_ns = rows.cursor_ns
         self.last_step = int(steps["step"][-1])
         found = columns(rows, self.peaks)
-        moved = {} if self.model is None else traffic.traffic_by_kind(steps, self.model)
+        moved = {} if self.model is None else traffic.traffic_by_kind(steps, self.model, rows.traffic_bytes)
         for phase in np.flatnonzero(np.bincount(rows.phase)).tolist():
             chosen = rows.phase == phase
             of_phase = found[chosen]

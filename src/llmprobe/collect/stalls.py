@@ -19,7 +19,7 @@ def find_stall(rank: Rank, pending: Intervals | None, now_ns: int) -> Stall | No
         pending: when its server had unfinished requests; None where nobody tells.
         now_ns: CLOCK_MONOTONIC.
     """
-    progress = rank.process.reader.progress() if rank.process.alive else None
+    progress = rank.process.progress if rank.process.alive else None
     if progress is None:
         return None
     running = rank.running_since()

@@ -6,6 +6,7 @@ Start points, most of them not calibrated; docs/verdicts.md shows the table and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,18 +178,7 @@ class Thresholds:
 
     def favouring(self, bottleneck: str | None) -> Thresholds:
         """Moved by ``band_ratio`` in favour of the class that stands: noise at an edge moves nothing."""
-        if bottleneck not in _EDGES:
-            return self
-        easier, harder = 1 - self.band_ratio, 1 + self.band_ratio
-        moved = {name: getattr(self, name) * easier for name in _EDGES[bottleneck]}
-        if bottleneck != "sync_bound":
-            moved["sync_gap_ratio"] = self.sync_gap_ratio * harder
-        if bottleneck == "balanced":
-            moved["balanced_intensity_ratio"] = self.balanced_intensity_ratio * harder
-        if bottleneck == "inefficient_kernels":
-            moved["memory_mbu_ratio"] = self.memory_mbu_ratio * harder
-            moved["compute_mfu_ratio"] = self.compute_mfu_ratio * harder
-        return dataclasses.replace(self, **moved)
+        return _moved(self, bottleneck) if bottleneck in _EDGES else self
 
 
 #: class → the thresholds that it is reached by
@@ -199,3 +189,17 @@ _EDGES: dict[str, tuple[str, ...]] = {
     "compute_bound": ("compute_mfu_ratio", "tensor_active_ratio"),
     "inefficient_kernels": (),
 }
+
+
+@functools.lru_cache(maxsize=64)  # the same few, for every phase of every rank
+def _moved(limits: Thresholds, bottleneck: str) -> Thresholds:
+    easier, harder = 1 - limits.band_ratio, 1 + limits.band_ratio
+    moved = {name: getattr(limits, name) * easier for name in _EDGES[bottleneck]}
+    if bottleneck != "sync_bound":
+        moved["sync_gap_ratio"] = limits.sync_gap_ratio * harder
+    if bottleneck == "balanced":
+        moved["balanced_intensity_ratio"] = limits.balanced_intensity_ratio * harder
+    if bottleneck == "inefficient_kernels":
+        moved["memory_mbu_ratio"] = limits.memory_mbu_ratio * harder
+        moved["compute_mfu_ratio"] = limits.compute_mfu_ratio * harder
+    return dataclasses.replace(limits, **moved)

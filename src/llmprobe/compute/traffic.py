@@ -29,10 +29,14 @@ def traffic(steps: np.ndarray, model: ModelFacts) -> Floats:
     return result
 
 
-def traffic_by_kind(steps: np.ndarray, model: ModelFacts) -> dict[str, Floats]:
-    """The same bytes by what is moved: ``weights``, ``kv_read`` and ``kv_write``, (N,) each."""
+def traffic_by_kind(steps: np.ndarray, model: ModelFacts, known: Floats | None = None) -> dict[str, Floats]:
+    """The same bytes by what is moved: ``weights``, ``kv_read`` and ``kv_write``, (N,) each.
+
+    ``known`` is what `traffic` gave for these steps, if it was asked already.
+    """
+    weights = _weights(steps, model) if known is None else known[:, [LINEAR, EXPERTS, HEAD]]
     read, written = _kv(steps, model)
-    return {"weights": _weights(steps, model).sum(axis=1), "kv_read": read, "kv_write": written}
+    return {"weights": weights.sum(axis=1), "kv_read": read, "kv_write": written}
 
 
 def work(steps: np.ndarray, model: ModelFacts) -> Floats:
