@@ -22,13 +22,16 @@ def compare(
 
     Returns:
         ``phases`` (phase → ``live``, ``capture``, ``difference``), ``same_seconds`` (whether the live ones
-        are of the recording's own), ``tolerance``, ``disagree``; if they do, ``trusted`` (``capture`` or
-        ``live``) and ``why``.
+        are of the recording's own, neither of 30 s nor of seconds known only roughly), ``tolerance``,
+        ``disagree``; if they do, ``trusted`` (``capture`` or ``live``) and ``why``.
     """
     ranks = (meanwhile or {}).get("ranks") or ()
     live = _live(ranks)
-    same_seconds = bool(live)
-    if not same_seconds:
+    same_seconds, seconds = False, "30 s"
+    if live:
+        same_seconds = not (meanwhile or {}).get("rough")
+        seconds = "the same seconds" if same_seconds else "about the same seconds"
+    else:
         ranks = (during.get("server") or {}).get("ranks") or ()
         live = _live(ranks)
     seen = _captured(report)
@@ -53,13 +56,13 @@ def compare(
         because = (
             "the capture's own checks say not to trust it"
             if trusted == "live"
-            else f"it saw the kernels; the live figure {_what_it_is(ranks, apart, same_seconds)}"
+            else f"it saw the kernels; the live figure {_what_it_is(ranks, apart, seconds)}"
         )
         result.update(trusted=trusted, why=f"sync gaps disagree: {said}. Trust the {trusted} one: {because}")
     return result
 
 
-def _what_it_is(ranks: Iterable[Mapping[str, Any]], phases: Collection[str], same_seconds: bool) -> str:
+def _what_it_is(ranks: Iterable[Mapping[str, Any]], phases: Collection[str], seconds: str) -> str:
     """Where the live figures of these phases fall short of a capture's."""
     bound = any(
         found.get("sync_gap_is_lower_bound", True)
@@ -68,7 +71,7 @@ def _what_it_is(ranks: Iterable[Mapping[str, Any]], phases: Collection[str], sam
         if phase in phases
     )
     inside = "has no bubbles inside steps" if bound else "takes bubbles inside steps from kernel windows"
-    return f"{inside} and is of {'the same seconds' if same_seconds else '30 s'}"
+    return f"{inside} and is of {seconds}"
 
 
 def _live(ranks: Iterable[Mapping[str, Any]]) -> dict[str, float]:

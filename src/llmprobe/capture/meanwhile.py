@@ -92,20 +92,26 @@ def figures_of(steps: np.ndarray, kernels: Mapping[str, KernelEvidence]) -> dict
     }
 
 
-def meanwhile(steps: Mapping[str, np.ndarray], before: Mapping[str, Any]) -> dict[str, Any]:
-    """What `llmprobe.capture.compare` takes: ``ranks``, each with ``name`` and ``figures`` by phase.
+def meanwhile(
+    steps: Mapping[str, np.ndarray], before: Mapping[str, Any], *, rough: bool = False
+) -> dict[str, Any]:
+    """What `llmprobe.capture.compare` takes.
+
+    ``rough``, and ``ranks``, each with ``name`` and ``figures`` by phase.
 
     Args:
         steps: as of `kept_steps` or `read_steps`.
         before: ``{"server": …}`` with the server's entry in ``/api/status`` when the recording began, which
             says what kernel windows had seen by then.
+        rough: the steps were chosen by when the tool was told to begin and to end, not by when it recorded.
     """
     seen = _windows(before.get("server") or {})
     return {
         "ranks": [
             {"name": name, "figures": figures_of(records, seen.get(name, {}))}
             for name, records in steps.items()
-        ]
+        ],
+        "rough": rough,
     }
 
 

@@ -191,7 +191,7 @@ class Run:
     def _import(self) -> None:
         for note in self._tool.collect():
             self.capture = self.capture.noting(note)
-        self._keep_meanwhile()
+        self._try("the live figures of the recorded steps", self._keep_meanwhile)
         self._enter("analysing")
 
     def _analyse(self) -> None:
@@ -212,7 +212,7 @@ class Run:
         if child.returncode != 0:
             raise Failed(f"the capture cannot be analysed: {said or f'exit status {child.returncode}'}")
         self._keep_live("after")
-        self._compare()
+        self._try("the comparison with the live figures", self._compare)
         self._enter("done")
         self._store.trim()
         log.info("capture %s of %s is done", self.capture.id, self.capture.server)
@@ -230,6 +230,15 @@ class Run:
             if time.monotonic() > until:
                 raise Failed(f"the analysis did not end within {_WORK_SECONDS:g} s")
             self._pause()
+
+    def _try(self, what: str, make: Callable[[], None]) -> None:
+        """Make what is good to have beside a recording; if it cannot be had, that is a note."""
+        try:
+            make()
+        except Exception as error:
+            log.warning("capture %s lacks %s", self.capture.id, what, exc_info=True)
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            self.capture = self.capture.noting(f"{what} could not be had ({why[:200]}); see agent.log")
 
     def _compare(self) -> None:
         live = _read_json(self._folder / LIVE)
@@ -265,15 +274,16 @@ class Run:
             write_json(path, live)
 
     def _keep_meanwhile(self) -> None:
-        """Keep the live figures of the very seconds that were recorded, by their step records."""
+        """Keep the live figures of the seconds that were recorded, by their step records."""
         path = self._folder / LIVE
         live = _read_json(path)
         steps = kept_steps(self._folder, RAW_PREFIX)
-        if not steps:  # the tool kept none beside what it recorded
+        rough = not steps  # the tool kept none beside what it recorded, and when that was it alone knows
+        if rough:
             begin_ns, end_ns = (self._monotonic(self.capture.times[at]) for at in ("recording", "importing"))
             workers = self._server.workers(self.capture.group)
             steps = read_steps({worker.name: worker.journal for worker in workers}, begin_ns, end_ns)
-        live["meanwhile"] = meanwhile(steps, live.get("before") or {})
+        live["meanwhile"] = meanwhile(steps, live.get("before") or {}, rough=rough)
         write_json(path, live)
 
     def _monotonic(self, wall_seconds: float) -> int:

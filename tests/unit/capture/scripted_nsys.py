@@ -5,6 +5,7 @@ The way that succeeds is tested with the real one, in tests/integration/test_cap
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from llmprobe.capture.condition import Live
@@ -25,7 +26,9 @@ case "$1" in
   sessions) echo "ID TIME STATE LAUNCH NAME"; [ -e gone ] || echo "1 00:01 $(cat state) 1 {name}";;
   start) echo Collection > state; echo "$out" > out;;
   stop) echo Launched > state; [ -e silent-stop ] || echo report > "$(cat out).nsys-rep";;
-  export) [ -e silent-export ] || echo "not a database" > "$out";;
+  export)
+    [ -e database ] && cp database "$out" && exit
+    [ -e silent-export ] || echo "not a database" > "$out";;
 esac
 """
 
@@ -56,6 +59,10 @@ class ScriptedNsys:
     def does(self, what: str, words: str = "") -> None:
         """Such as ``fail-start`` with its last words, ``silent-stop`` or ``gone``."""
         (self._folder / what).write_text(words)
+
+    def exports(self, database: Path) -> None:
+        """What it exports."""
+        shutil.copy(database, self._folder / "database")
 
     def record_into(self, folder: Path) -> None:
         """As if ``start`` had been called for this capture."""

@@ -228,10 +228,28 @@ def test_live_gaps_beside_it_are_those_of_the_recorded_steps(
     assert 0 < decode["sync_gap_ratio"] < 0.4  # half a millisecond of each before sampling
     found = live["comparison"]
     assert found["same_seconds"]
+    assert live["meanwhile"]["rough"] is False
     assert found["phases"]["decode"]["live"] == pytest.approx(decode["sync_gap_ratio"])
     # The device was idle inside the steps, which the step clock cannot see.
     assert (found["disagree"], found["trusted"]) == (True, "capture")
     assert done.notes == (found["why"],)
+
+
+@pytest.mark.parametrize("breaks", ["meanwhile", "kept_steps", "compare"])
+@pytest.mark.parametrize("error", [KeyError("kernels"), ValueError("x\ny"), OSError(5, "I/O error")])
+def test_live_figures_that_cannot_be_had_cost_no_capture(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store, monkeypatch: pytest.MonkeyPatch,
+    breaks: str, error: Exception,
+) -> None:  # fmt: skip
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, breaks, broken)
+    engines()
+    done = until(manager, manager.request("g", "s", ask()), "done")
+    assert {"report.json", "kernels-rank0.npz"} <= left(store, done)
+    (note,) = (note for note in done.notes if type(error).__name__ in note)
+    assert "\n" not in note
 
 
 def test_what_an_engine_refuses_is_the_reason(

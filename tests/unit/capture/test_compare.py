@@ -52,6 +52,12 @@ def test_the_live_figure_is_that_of_the_same_seconds_where_it_is_known() -> None
         assert found["why"].endswith("has no bubbles inside steps and is of 30 s")
 
 
+def test_seconds_that_are_known_only_roughly_are_not_called_the_same() -> None:
+    found = compare(report(0.30), live(0.40), {**own(0.11), "rough": True})
+    assert (found["same_seconds"], found["phases"]["decode"]["live"]) == (False, 0.11)
+    assert found["why"].endswith("is of about the same seconds")
+
+
 @pytest.mark.parametrize(
     ("bound", "words"), [(True, "has no bubbles inside steps"), (False, "from kernel windows")]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ from llmprobe.capture.store import RAW, Store
 from llmprobe.capture.tool import Worker
 from llmprobe.capture.tools import tools_of
 
+from .scripted_engine import ScriptedEngine
 from .scripted_nsys import PretendedServer, ScriptedNsys
 
+DATA = Path(__file__).parents[2] / "data"
 NEVER = "sync_gap_ratio > 9"
 
 
@@ -169,6 +172,29 @@ def test_a_file_that_is_no_database_is_one_line(manager: Manager, store: Store) 
     assert "\n" not in (failed.reason or "")
     assert "Traceback" not in (failed.reason or "")
     assert left(store, failed) == {"capture.json"}
+
+
+def test_the_seconds_of_nsys_are_known_only_roughly_and_it_is_said(
+    manager: Manager, nsys: ScriptedNsys, server: PretendedServer, store: Store, directory: Path
+) -> None:
+    nsys.exports(DATA / "nsys" / "transformers_cpu.sqlite")
+    engine = ScriptedEngine(directory)
+    server.processes.append(engine.worker)
+    try:
+        engine._step()  # long before
+        time.sleep(0.05)
+        capture = manager.request("g", "s", ask(seconds=0.5))
+        until(manager, capture, "recording")
+        for _ in range(3):
+            engine._step()
+        done = until(manager, capture, "done")
+    finally:
+        engine.close()
+    live = json.loads((store.folder(done.id) / "live.json").read_text())
+    assert live["meanwhile"]["rough"] is True
+    (rank,) = live["meanwhile"]["ranks"]
+    assert rank["figures"]["decode"]["steps"] == 3
+    assert live["comparison"]["same_seconds"] is False
 
 
 def test_nsys_that_is_not_there_is_said(manager: Manager, nsys: ScriptedNsys) -> None:

@@ -62,7 +62,8 @@ def test_kernel_windows_are_applied_as_they_are_live() -> None:
 def test_without_steps_there_is_nothing() -> None:
     assert figures_of(records(), {}) == {}
     assert figures_of(records((Phase.DECODE, 1, 2, Flag.EMPTY)), {}) == {}
-    assert meanwhile({}, {}) == {"ranks": []}
+    assert meanwhile({}, {}) == {"ranks": [], "rough": False}
+    assert meanwhile({}, {}, rough=True) == {"ranks": [], "rough": True}
 
 
 @pytest.mark.parametrize(
