@@ -342,6 +342,7 @@ class Collector:
         model = facts.get("model") or {}
         since = rank.running_since()
         armed = bool(process.load.armed) if process.load is not None else True
+        inert = bool(process.load.inert) if process.load is not None else False
         steps = {phase: counters[f"steps_{phase}"] for phase in layout.PHASES if counters[f"steps_{phase}"]}
         return RankView(
             engine=process.engine,
@@ -350,7 +351,7 @@ class Collector:
             clock=str(facts.get("clock", "")),
             runner=str(facts.get("runner", "")),
             armed=armed,
-            inert=bool(process.load.inert) if process.load is not None else False,
+            inert=inert,
             device_time={phase: dict(parts) for phase, parts in rank.device_time.items()},
             bytes={phase: dict(parts) for phase, parts in rank.bytes.items()},
             flops=dict(rank.flops),
@@ -382,7 +383,7 @@ class Collector:
             kernels=rank.windows.evidence(now),
             top_kernels=rank.windows.top(now),
             kernel_totals=rank.windows.totals(),
-            stall=find_stall(rank, self._pending_of(process.path), now) if armed else None,
+            stall=find_stall(rank, self._pending_of(process.path), now) if armed and not inert else None,
             journal=process.path,
         )
 

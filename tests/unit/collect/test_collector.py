@@ -378,6 +378,10 @@ def test_a_step_in_which_the_probe_fell_silent_hides_no_time(
     for _ in range(6):
         clock.now += SECOND
         only(found)
-    times = only(found).ranks[0].device_time
-    assert times["none"]["unattributed"] == pytest.approx(6.5)
-    assert times["none"].get("no_work", 0.0) == 0
+    (rank,) = only(found).ranks
+    assert rank.device_time["none"]["unattributed"] == pytest.approx(6.5)
+    assert rank.device_time["none"].get("no_work", 0.0) == 0
+    server.fronts[0].pending(clock.now, 1)
+    clock.now += 60 * SECOND
+    (rank,) = only(found).ranks
+    assert rank.stall is None
