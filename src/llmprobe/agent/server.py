@@ -146,7 +146,7 @@ class _Agent:
         if self._state.captures is not None:
             self._jobs.attempt("captures", self._state.captures.resume)
         # What is here now stays: searching tens of thousands of imported things for garbage again and again
-        # would cost as much as a tenth of all that the agent does.
+        # costs a twentieth of all that the agent does.
         gc.collect()
         gc.freeze()
         thread = threading.Thread(target=self._collect, args=(loop, leaving), name="collect")

@@ -32,7 +32,7 @@ from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.window_file import window_path
 
 WINDOW_NS = 30 * 10**9
-_VIEW_EVERY_NS, _VIEW_EVERY_NS_A_RANK, _VIEW_AT_LATEST_NS = 10**9, 250_000_000, 2 * 10**9
+_VIEW_EVERY_NS, _VIEW_EVERY_NS_A_RANK, _VIEW_AT_LATEST_NS = 10**9, 375_000_000, 3 * 10**9
 _FACTS_EVERY_NS = 2 * 10**9
 _DEAD_KEEP_NS = 30 * 10**9
 

@@ -40,7 +40,7 @@ _BOUNDS = layout.bucket_bounds_seconds()
 #: Requests whose arrival is in the journal only later: idle time younger than this is not yet booked.
 _SETTLE_NS = 500_000_000
 #: No process writes more records a second: its ring cannot come round between two reads.
-_MOST_RECORDS_PER_SECOND = 5000
+_MOST_RECORDS_PER_SECOND = 4000
 
 PeaksOf = Callable[[dict[str, Any]], "Peaks | None"]
 
