@@ -15,7 +15,7 @@ def load(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         saved = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return saved if isinstance(saved, dict) and saved.get("schema") == _SCHEMA else {}
 
