@@ -49,7 +49,8 @@ class _Series(Samples):
         self, family: Family, labels: Sequence[str], buckets: list[tuple[str, float]], total: float
     ) -> None:
         name = family.name
-        rows: list[Any] = [[f"{name}_bucket", le, count] for le, count in buckets]
+        bucket = f"{name}_bucket"
+        rows: list[Any] = [[bucket, le, count] for le, count in buckets]
         rows += [[f"{name}_count", None, buckets[-1][1]], [f"{name}_sum", None, float(total)]]
         self._add(family, labels, rows)
 
