@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import pytest
-
 from llmprobe.compute.advice import ENTRIES, ncu_metrics
 
-#: What ``ncu --query-metrics --chips gh100`` prints, one name a line.
+#: Of what ``ncu --query-metrics --chips gh100`` prints, one name a line; see tests/data/PROVENANCE.md.
 KNOWN = Path(__file__).resolve().parents[2] / "data/ncu/gh100_metrics.txt"
 
 
@@ -23,9 +21,14 @@ def test_names_are_found_in_every_text_of_an_entry() -> None:
     assert ncu_metrics([entry]) == ["dram__bytes_read", "lts__t_sectors", "sm__throughput"]
 
 
+def known() -> set[str]:
+    return set(KNOWN.read_text().split())
+
+
+def test_the_list_tells_names_that_exist_from_one_that_does_not() -> None:
+    assert {"dram__bytes_read", "smsp__warp_issue_stalled_long_scoreboard_per_warp_active"} <= known()
+    assert "smsp__warp_stall_memory_dependency_per_warp_active" not in known()  # of an older chip
+
+
 def test_every_metric_in_advice_exists() -> None:
-    named = ncu_metrics()
-    if not named and not KNOWN.exists():
-        pytest.skip("advice names no metric of ncu, and there is no list to hold it against")
-    known = {line.split()[0].partition(".")[0] for line in KNOWN.read_text().splitlines() if line.strip()}
-    assert set(named) <= known
+    assert set(ncu_metrics()) <= known()  # none is named today
