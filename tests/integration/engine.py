@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import PATIENCE_SECONDS, until
 
 from llmprobe.demo.server import VllmServer
 from llmprobe.record.journal import JournalError
@@ -22,14 +23,13 @@ from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import PHASES
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-SECONDS = 30.0
 
 
 def post(server: VllmServer, body: dict[str, Any], path: str = "/v1/completions") -> Any:
     request = urllib.request.Request(
         server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    return _OPENER.open(request, timeout=120)
+    return _OPENER.open(request, timeout=PATIENCE_SECONDS)
 
 
 def complete(server: VllmServer, prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def tokens(seed: int, count: int) -> list[int]:
 
 
 def get(url: str) -> str:
-    with _OPENER.open(url, timeout=20) as response:
+    with _OPENER.open(url, timeout=PATIENCE_SECONDS) as response:
         text: str = response.read().decode()
         return text
 
@@ -81,16 +81,6 @@ def value(samples: dict[Any, float], name: str, **labels: str) -> float:
     ]
     assert found, f"no sample {name} with {labels}"
     return sum(found)
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
-    """The first true result of ``condition``."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        time.sleep(0.1)
-    raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
 
 
 class Load(threading.Thread):
@@ -210,7 +200,7 @@ class Steps:
             rows.append(self.reader.read().steps)
             return enough(np.concatenate(rows))
 
-        until(ready, "the expected steps", 15)
+        until(ready, "the expected steps")
         return np.concatenate(rows)
 
 

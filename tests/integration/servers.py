@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import psutil
+from waiting import PATIENCE_SECONDS
 
 from llmprobe.demo.server import VllmServer, answers
 
@@ -148,9 +149,9 @@ class Servers:
         """The server, once it and its agent answer. Raises `ServerFailed`."""
         name = FIXTURES[fixture]
         server = self._start(name)
-        server.wait_ready()
+        server.wait_ready(2 * PATIENCE_SECONDS)
         if RECIPES[name].beside is None:
-            server.wait_agent()
+            server.wait_agent(PATIENCE_SECONDS)
         return server
 
     def look(self, fixtures: Sequence[str]) -> None:

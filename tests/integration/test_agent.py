@@ -11,32 +11,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import pytest
+from waiting import PATIENCE_SECONDS, until
 
-from llmprobe.agent.client import AgentError, request
+from llmprobe.agent.client import request
 from llmprobe.record import agent_launch
 from llmprobe.record.agent_launch import agent_info, agent_running, ensure_agent, exposition_path
 from llmprobe.settings import Settings
 
 pytestmark = pytest.mark.integration
-
-_T = TypeVar("_T")
-DEADLINE_SECONDS = 60.0
-
-
-def wait_for(what: str, ready: Callable[[], _T | None]) -> _T:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(AgentError, OSError):
-            if value := ready():
-                return value
-        time.sleep(0.1)
-    pytest.fail(f"no {what} after {DEADLINE_SECONDS:g} s")
 
 
 def free_port() -> int:
@@ -54,7 +42,7 @@ def settings() -> Iterator[Settings]:
     yield made
     if info := agent_info(path):
         os.kill(info["pid"], signal.SIGKILL)
-        wait_for("end of the agent", lambda: not agent_running(path))
+        until(lambda: not agent_running(path), "end of the agent")
     shutil.rmtree(path)
 
 
@@ -98,7 +86,7 @@ def test_an_engine_starts_one_agent_outside_its_tree_and_environment(
     monkeypatch.setenv("LLMPROBE", "1")
     with engine(settings.directory, "worker"):
         ensure_agent(settings)
-        info = wait_for("agent", lambda: agent_info(settings.directory))
+        info = until(lambda: agent_info(settings.directory), "agent")
         assert info["pid"] not in descendants(os.getpid())
         assert os.getsid(info["pid"]) != os.getsid(0)
         environment = Path(f"/proc/{info['pid']}/environ").read_bytes()
@@ -107,7 +95,9 @@ def test_an_engine_starts_one_agent_outside_its_tree_and_environment(
         ensure_agent(settings)
         assert agent_info(settings.directory)["pid"] == info["pid"]  # type: ignore[index]
         command = agent_launch.agent_command(settings)
-        second = subprocess.run([*command, "--foreground"], capture_output=True, text=True, timeout=60)
+        second = subprocess.run(
+            [*command, "--foreground"], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
         assert second.returncode == 0
         assert "already serves" in second.stderr
 
@@ -116,12 +106,12 @@ def test_two_that_start_together_leave_one(settings: Settings) -> None:
     with engine(settings.directory, "worker"):
         command = [*agent_launch.agent_command(settings), "--foreground"]
         both = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
-        wait_for("loser", lambda: [child for child in both if child.poll() is not None])
+        until(lambda: [child for child in both if child.poll() is not None], "loser")
         assert sorted(str(child.poll()) for child in both) == ["0", "None"]
         winner = next(child for child in both if child.poll() is None)
-        assert wait_for("agent", lambda: agent_info(settings.directory))["pid"] == winner.pid
+        assert until(lambda: agent_info(settings.directory), "agent")["pid"] == winner.pid
         winner.send_signal(signal.SIGTERM)
-        assert winner.wait(30) == 0
+        assert winner.wait(PATIENCE_SECONDS) == 0
 
 
 def test_counters_go_on_after_the_agent_was_killed(settings: Settings) -> None:
@@ -130,21 +120,19 @@ def test_counters_go_on_after_the_agent_was_killed(settings: Settings) -> None:
     seconds = r"llmprobe_device_time_seconds_total\{"
     with engine(directory, "frontend", "worker"):
         ensure_agent(settings)
-        first = wait_for("agent", lambda: agent_info(directory))
-        wait_for(
-            "checkpoint", lambda: (directory / "checkpoint.json").read_text().count("device_time") or None
-        )
-        before = [wait_for("figures", lambda p=p: metric(directory, p)) for p in (tokens, seconds)]  # type: ignore[misc]
+        first = until(lambda: agent_info(directory), "agent")
+        until(lambda: (directory / "checkpoint.json").read_text().count("device_time") or None, "checkpoint")
+        before = [until(lambda p=p: metric(directory, p), "figures") for p in (tokens, seconds)]  # type: ignore[misc]
         os.kill(first["pid"], signal.SIGKILL)
-        wait_for("end of the agent", lambda: not agent_running(directory))
+        until(lambda: not agent_running(directory), "end of the agent")
 
         def another() -> dict[str, Any] | None:
             ensure_agent(settings)
             return agent_info(directory)
 
-        assert wait_for("new agent", another)["pid"] != first["pid"]
-        wait_for("figures", lambda: metric(directory, tokens))
-        after = [wait_for("figures", lambda p=p: metric(directory, p)) for p in (tokens, seconds)]  # type: ignore[misc]
+        assert until(another, "new agent")["pid"] != first["pid"]
+        until(lambda: metric(directory, tokens), "figures")
+        after = [until(lambda p=p: metric(directory, p), "figures") for p in (tokens, seconds)]  # type: ignore[misc]
         assert all(new >= old for new, old in zip(after, before, strict=True)), (before, after)
 
 
@@ -163,14 +151,14 @@ def test_a_dead_engines_series_go_and_another_server_stays(settings: Settings) -
             stdout=subprocess.DEVNULL,
         )
         ensure_agent(settings)
-        wait_for("two servers", lambda: len(servers(directory)) == 2)
+        until(lambda: len(servers(directory)) == 2, "two servers")
         text = exposition_path(directory, "a", "fed-a")
-        wait_for("text for vLLM's own /metrics", text.exists)
+        until(text.exists, "text for vLLM's own /metrics")
         assert '"server":"fed-a"' in text.read_text()
         for child in dying:
             child.kill()
-        wait_for("one server", lambda: [view["server"] for view in servers(directory)] == ["fed-b"])
-        wait_for("end of that text", lambda: not text.exists())
+        until(lambda: [view["server"] for view in servers(directory)] == ["fed-b"], "one server")
+        until(lambda: not text.exists(), "end of that text")
         assert metric(directory, r'llmprobe_.*server="fed-a"') == 0
         assert other.stdin is not None
         other.stdin.close()
@@ -182,7 +170,7 @@ def test_a_taken_port_is_left_alone_and_the_next_one_published(settings: Setting
         taken.bind(settings.listen)
         taken.listen()
         ensure_agent(settings)
-        info = wait_for("agent", lambda: agent_info(settings.directory))
+        info = until(lambda: agent_info(settings.directory), "agent")
         assert info["port"] > settings.listen[1]
         assert info["requested"] == "{}:{}".format(*settings.listen)
         log = (settings.directory / "agent.log").read_text()
@@ -194,10 +182,10 @@ def test_it_leaves_after_the_last_engine_and_takes_its_files_along(settings: Set
     command = [*agent_launch.agent_command(settings), "--foreground", "--linger-seconds", "1"]
     with engine(directory, "worker"):
         agent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        wait_for("server", lambda: servers(directory))
+        until(lambda: servers(directory), "server")
         assert request(directory, "POST", "/api/probe", {"armed": False})[0] == 200
         assert agent.poll() is None
-    assert "no engine for 1 s" in agent.communicate(timeout=60)[1]
+    assert "no engine for 1 s" in agent.communicate(timeout=PATIENCE_SECONDS)[1]
     assert agent.returncode == 0
     left = {path.name for path in directory.iterdir()}
     assert not left & {"agent.json", "agent.sock", "exposition", "control.json"}, left
@@ -207,26 +195,26 @@ def test_an_external_agent_stays_without_engines(settings: Settings) -> None:
     command = [*agent_launch.agent_command(settings), "--foreground", "--external", "--linger-seconds", "0"]
     agent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        wait_for("agent", lambda: request(settings.directory, "GET", "/healthz")[0] == 200)
+        until(lambda: request(settings.directory, "GET", "/healthz")[0] == 200, "agent")
         time.sleep(2.5)  # two looks at whether anything is left to do
         assert agent.poll() is None
     finally:
         agent.terminate()
-        assert agent.wait(30) == 0
+        assert agent.wait(PATIENCE_SECONDS) == 0
 
 
 def test_a_removed_directory_ends_its_agent(settings: Settings) -> None:
     with engine(settings.directory, "worker"):
         command = [*agent_launch.agent_command(settings), "--foreground"]
         agent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        wait_for("agent", lambda: agent_info(settings.directory))
+        until(lambda: agent_info(settings.directory), "agent")
         shutil.rmtree(settings.directory)
-        assert "was removed" in agent.communicate(timeout=60)[1]
+        assert "was removed" in agent.communicate(timeout=PATIENCE_SECONDS)[1]
     settings.directory.mkdir()
 
 
 def test_its_memory_stays_small(settings: Settings) -> None:
     with engine(settings.directory, "frontend", "worker"):
         ensure_agent(settings)
-        wait_for("server", lambda: servers(settings.directory))
+        until(lambda: servers(settings.directory), "server")
         assert metric(settings.directory, "process_resident_memory_bytes") < 100 << 20

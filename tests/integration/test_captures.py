@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
@@ -16,32 +15,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import pytest
+from waiting import PATIENCE_SECONDS, until
 
-from llmprobe.agent.client import AgentError, LocalAgent
+from llmprobe.agent.client import LocalAgent
 from llmprobe.capture.nsys import Nsys, Session
 from llmprobe.record.agent_launch import agent_info, agent_running
 
 pytestmark = pytest.mark.integration
 
-_T = TypeVar("_T")
-DEADLINE_SECONDS = 60.0
 SECRET = "planted-5ecret-never-to-be-seen"
 BIN = Path(sys.executable).parent
 FINAL = ("done", "failed", "cancelled")
-
-
-def wait_for(what: str, ready: Callable[[], _T | None]) -> _T:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(AgentError, OSError):
-            if value := ready():
-                return value
-        time.sleep(0.05)
-    pytest.fail(f"no {what} after {DEADLINE_SECONDS:g} s")
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +59,8 @@ class Wrapped:
     def target(self) -> psutil.Process:
         """The program itself, as it called itself when it began to serve."""
         return psutil.Process(
-            wait_for(
-                "program", lambda: int(m[1]) if (m := re.search(r"serving as (\d+)", self.said())) else None
+            until(
+                lambda: int(m[1]) if (m := re.search(r"serving as (\d+)", self.said())) else None, "program"
             )
         )
 
@@ -80,11 +68,11 @@ class Wrapped:
         return self.output.read_text()
 
     def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        return self.agent.request(method, path, body, timeout=30)
+        return self.agent.request(method, path, body, timeout=PATIENCE_SECONDS)
 
     def begin(self, **wanted: Any) -> str:
         """Begin a capture; returns its URL."""
-        wait_for("server", lambda: self.ask("GET", "/api/status")[1]["servers"])
+        until(lambda: self.ask("GET", "/api/status")[1]["servers"], "server")
         status, answer = self.ask("POST", "/api/captures", wanted)
         assert status == 202, answer
         return str(answer["url"])
@@ -97,11 +85,11 @@ class Wrapped:
             assert answer["state"] in states or answer["state"] not in FINAL, answer
             return answer if answer["state"] in states else None
 
-        return dict(wait_for(f"state {states}", ready))
+        return dict(until(ready, f"state {states}"))
 
     def recording(self, url: str) -> None:
         """Return once nsys records: only then there is progress."""
-        wait_for("recording", lambda: self.state(url, "recording")["progress"] is not None)
+        until(lambda: self.state(url, "recording")["progress"] is not None, "recording")
 
     def session(self) -> dict[str, Any]:
         (note,) = (self.directory / "nsys").glob("*.json")
@@ -165,13 +153,13 @@ def wrapped(nsys: str, tmp_path: Path) -> Iterator[Callable[..., Wrapped]]:
     for one in started:
         if one.process.poll() is None:
             one.process.terminate()
-            one.process.wait(60)
+            one.process.wait(PATIENCE_SECONDS)
         print(one.said())
     if (directory / "agent.log").exists():
         print((directory / "agent.log").read_text())
     if info := agent_info(directory):
         os.kill(info["pid"], signal.SIGKILL)
-        wait_for("end of the agent", lambda: not agent_running(directory))
+        until(lambda: not agent_running(directory), "end of the agent")
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -179,7 +167,7 @@ def call(one: Wrapped, method: str, path: str, token: str | None, body: Any = No
     """Over TCP, as curl would."""
     info = agent_info(one.directory)
     assert info is not None
-    connection = http.client.HTTPConnection(info["address"], info["port"], timeout=30)
+    connection = http.client.HTTPConnection(info["address"], info["port"], timeout=PATIENCE_SECONDS)
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     try:
         connection.request(method, path, None if body is None else json.dumps(body), headers)
@@ -195,7 +183,7 @@ def capture_verb(one: Wrapped, tmp_path: Path, *options: str) -> subprocess.Comp
         env={**os.environ, "LLMPROBE_DIR": str(one.directory)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -203,7 +191,7 @@ def test_a_capture_from_http_to_files_without_secrets(
     wrapped: Callable[..., Wrapped], tmp_path: Path
 ) -> None:
     one = wrapped()
-    wait_for("server", lambda: one.ask("GET", "/api/status")[1]["servers"])
+    until(lambda: one.ask("GET", "/api/status")[1]["servers"], "server")
     token = (one.directory / "token").read_text().strip()
     wanted = {"tool": "nsys", "seconds": 0.5, "label": "whole path", "when": "next decode"}
     assert call(one, "POST", "/api/captures", None, wanted)[0] == 401
@@ -254,14 +242,14 @@ def test_a_capture_from_http_to_files_without_secrets(
     url = one.begin(seconds=30)
     one.recording(url)
     assert one.ask("DELETE", url)[0] in (200, 202)
-    wait_for("end of it", lambda: one.ask("GET", url)[0] == 404)
+    until(lambda: one.ask("GET", url)[0] == 404, "end of it")
     assert not (one.captures / url.rpartition("/")[2]).exists()
     assert one.ask("GET", "/api/captures")[1]["tools"][fetched["capture"]["server"]]["nsys"] is None
 
     temporary = Path(one.session()["temporary"])
     assert SECRET not in "".join(path.read_text(errors="replace") for path in temporary.rglob("*.log"))
     one.process.terminate()
-    assert one.process.wait(60) == 7
+    assert one.process.wait(PATIENCE_SECONDS) == 7
     assert not temporary.exists()
     assert not list((one.directory / "nsys").iterdir())
     assert not [found for found in one.nsys_processes() if found.status() != psutil.STATUS_ZOMBIE]
@@ -294,13 +282,13 @@ def test_a_killed_nsys_fails_the_capture_with_its_words_and_leaves_the_server(
     assert target.is_running()
     assert one.ask("GET", f"{url}/report")[0] == 409
     steps = one.ask("GET", "/api/status")[1]["servers"][0]["ranks"][0]["steps"]["decode"]
-    wait_for(
-        "further steps",
+    until(
         lambda: one.ask("GET", "/api/status")[1]["servers"][0]["ranks"][0]["steps"]["decode"] > steps,
+        "further steps",
     )
     assert one.process.poll() is None
     one.process.terminate()
-    assert one.process.wait(60) == 1
+    assert one.process.wait(PATIENCE_SECONDS) == 1
     assert "its exit status is not known" in one.said()
     assert not target.is_running()
 
@@ -310,7 +298,7 @@ def test_a_server_that_dies_fails_its_capture(wrapped: Callable[..., Wrapped]) -
     url = one.begin(seconds=60)
     one.recording(url)
     one.target.kill()
-    assert one.process.wait(60) == 137
+    assert one.process.wait(PATIENCE_SECONDS) == 137
     failed = one.state(url, "failed")
     assert "gone" in failed["reason"]
     assert {path.name for path in (one.captures / failed["id"]).iterdir()} == {"capture.json"}
@@ -323,17 +311,15 @@ def test_a_killed_wrapper_leaves_the_server_serving_and_capturable(
     target = one.target
     session = one.session()
     one.process.kill()
-    one.process.wait(10)
-    wait_for("server", lambda: one.ask("GET", "/api/status")[1]["servers"])
+    one.process.wait(PATIENCE_SECONDS)
+    until(lambda: one.ask("GET", "/api/status")[1]["servers"], "server")
     shell = capture_verb(one, tmp_path, "--seconds", "0.5")
     assert shell.returncode == 0, shell.stderr
     assert json.loads(shell.stdout)[0]["capture"]["state"] == "done"
     assert target.is_running()
     assert one.nsys_processes()
     target.terminate()
-    wait_for(
-        "end of nsys", lambda: not [p for p in one.nsys_processes() if p.status() != psutil.STATUS_ZOMBIE]
-    )
+    until(lambda: not [p for p in one.nsys_processes() if p.status() != psutil.STATUS_ZOMBIE], "end of nsys")
     assert Path(session["temporary"]).exists()
     shutil.rmtree(session["temporary"])
 
@@ -357,7 +343,7 @@ sys.exit({expected})
     target = one.target
     time.sleep(0.3)  # the wrapper looks for the program twenty times a second
     one.process.send_signal(number)
-    assert one.process.wait(60) == expected
+    assert one.process.wait(PATIENCE_SECONDS) == expected
     assert "seen 1" in one.said()
     assert not target.is_running()
     assert not [p for p in one.nsys_processes() if p.status() != psutil.STATUS_ZOMBIE]
@@ -372,7 +358,7 @@ def test_a_program_under_nsys_knows_that_cupti_is_held(wrapped: Callable[..., Wr
         "print(torch_trace.unavailable(cuda=True))\n"
         "print(injected(), injected({}), sep=chr(10))",
     )
-    assert one.process.wait(60) == 0
+    assert one.process.wait(PATIENCE_SECONDS) == 0
     lines = [line for line in one.said().splitlines() if not line.startswith("llmprobe:")]
     assert "a profiler was injected into this process (NSYS_PROFILING_SESSION_ID is set)" in lines[0]
     assert lines[1:] == ["NSYS_PROFILING_SESSION_ID is set", "libToolsInjection64.so is loaded"]
@@ -384,7 +370,7 @@ def test_what_the_program_prints_and_inherits_is_as_without_nsys(
     umask = os.umask(0o022)
     os.umask(umask)
     one = wrapped("/bin/sh", "-c", 'echo "$TMPDIR"; umask; echo last >&2; exit 5')
-    assert one.process.wait(60) == 5
+    assert one.process.wait(PATIENCE_SECONDS) == 5
     lines = [line for line in one.said().splitlines() if not line.startswith("llmprobe:")]
     assert lines == [str(tmp_path / "tmp"), f"{umask:04o}", "last"]
 
@@ -400,13 +386,13 @@ def test_a_recording_that_no_agent_ends_is_ended_by_the_wrapper(
     Nsys(session).start(tmp_path)
     assert Nsys(session).recording()
     session.dead_man(one.directory).write_text('{"until": 1}')
-    wait_for("end of the recording", lambda: Nsys(session).state() == "Launched")
+    until(lambda: Nsys(session).state() == "Launched", "end of the recording")
     assert one.target.is_running()
 
 
 def test_a_server_without_nsys_is_told_how(wrapped: Callable[..., Wrapped]) -> None:
     one = wrapped()
-    wait_for("server", lambda: one.ask("GET", "/api/status")[1]["servers"])
+    until(lambda: one.ask("GET", "/api/status")[1]["servers"], "server")
     for note in (one.directory / "nsys").glob("*.json"):
         note.rename(note.with_suffix(".away"))
     status, answer = one.ask("POST", "/api/captures", {"tool": "nsys"})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from waiting import PATIENCE_SECONDS
 
 from llmprobe.settings import default_directory
 
@@ -80,13 +81,13 @@ def test_demo_that_is_interrupted_while_it_starts_leaves_nothing(tmp_path):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not any("VLLM::EngineCore" in line or "vllm serve" in line for line in processes_in(mark)):
         assert demo.poll() is None, demo.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.5)
     demo.send_signal(signal.SIGINT)
-    _, said = demo.communicate(timeout=120)
+    _, said = demo.communicate(timeout=PATIENCE_SECONDS)
     assert demo.returncode == 130, said
     assert "stopped" in said
     assert folders() == before

@@ -10,12 +10,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from engine import Load, get_json, post, tokens
-from test_agent import engine, settings, wait_for
+from test_agent import engine, settings
+from waiting import PATIENCE_SECONDS, until
 
 from llmprobe.demo.server import VllmServer
 from llmprobe.record.agent_launch import agent_info, agent_running, ensure_agent
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.integration
 
 __all__ = ["settings"]  # a fixture
 
-SECONDS = 90.0
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -36,7 +36,7 @@ class Listener(threading.Thread):
         super().__init__(daemon=True)
         headers = {} if last_event_id is None else {"Last-Event-ID": str(last_event_id)}
         self._answer = _OPENER.open(
-            urllib.request.Request(f"{url}/api/events", headers=headers), timeout=SECONDS
+            urllib.request.Request(f"{url}/api/events", headers=headers), timeout=PATIENCE_SECONDS
         )
         assert self._answer.headers["content-type"].startswith("text/event-stream")
         assert self._answer.readline() == b": llmprobe events\n"
@@ -70,23 +70,12 @@ class Listener(threading.Thread):
         self._answer.close()
 
 
-def until(
-    ready: Callable[[], dict[str, Any] | None], what: str, had: Callable[[], str] = lambda: ""
-) -> dict[str, Any]:
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        if found := ready():
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"no {what} within {SECONDS:.0f} s; {had()}")
-
-
 def agent_url(settings: Settings) -> str:
     def listening() -> dict[str, Any] | None:
         ensure_agent(settings)
         return agent_info(settings.directory)
 
-    return f"http://127.0.0.1:{wait_for('agent', listening)['port']}"
+    return f"http://127.0.0.1:{until(listening, 'agent')['port']}"
 
 
 def order(child: subprocess.Popen[bytes], line: str) -> None:
@@ -132,7 +121,7 @@ def test_what_an_engine_goes_through_is_told_and_taken_up_by_the_next_agent(
         time.sleep(1.5)  # events are on disk after a second
         last = first.events[-1]["id"]
         os.kill(int(killed["pid"]), signal.SIGKILL)
-        wait_for("end of the agent", lambda: not agent_running(directory))
+        until(lambda: not agent_running(directory), "end of the agent")
         order(worker, "go")
         second = Listener(agent_url(settings), stall["id"])
         listener.append(second)
@@ -176,7 +165,7 @@ def test_only_so_many_may_listen_and_one_that_leaves_makes_room(
         info = agent_info(settings.directory)
         assert info is not None
         os.kill(info["pid"], signal.SIGTERM)
-        wait_for("end of the agent", lambda: not agent_running(settings.directory))
+        until(lambda: not agent_running(settings.directory), "end of the agent")
 
 
 def test_a_vllm_that_is_stopped_under_load_is_a_stall_until_it_goes_on(

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine import complete, get_json, until
+from engine import complete, get_json
 from servers import break_hook
+from waiting import until
 
 from llmprobe.demo.server import VllmServer
 from llmprobe.record import layout

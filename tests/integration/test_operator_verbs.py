@@ -21,12 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_SECONDS, until
 
 from llmprobe.agent.client import AgentError, request
 
 pytestmark = pytest.mark.integration
 
-DEADLINE_SECONDS = 60.0
 FEEDER = Path(__file__).with_name("journal_feeder.py")
 COMMAND = [
     sys.executable,
@@ -81,7 +81,7 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Until ``text`` stands in what came since the last call."""
-        deadline, seen = time.monotonic() + DEADLINE_SECONDS, b""
+        deadline, seen = time.monotonic() + PATIENCE_SECONDS, b""
         while text not in re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", seen).decode(errors="replace"):
             assert time.monotonic() < deadline, seen
             seen += self._read()
@@ -97,7 +97,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def _read(self) -> bytes:
-        if not select.select([self.fd], [], [], DEADLINE_SECONDS)[0]:
+        if not select.select([self.fd], [], [], PATIENCE_SECONDS)[0]:
             return b""
         try:
             data = os.read(self.fd, 65536)
@@ -120,7 +120,7 @@ def test_operators_watch_servers_live_and_take_a_snapshot_also_when_the_agent_is
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=DEADLINE_SECONDS,
+            timeout=PATIENCE_SECONDS,
         )
 
     def decoding() -> bool:
@@ -130,10 +130,7 @@ def test_operators_watch_servers_live_and_take_a_snapshot_also_when_the_agent_is
         return False
 
     with fed(directory) as agent:
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not decoding():
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        until(decoding, "decode figures")
 
         rows = json.loads(llmprobe("top", "--json").stdout)["rows"]
         (decode,) = (row for row in rows if row["phase"] == "decode")

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from engine import complete
+from waiting import until
 
 from llmprobe.demo.server import VllmServer
 from llmprobe.export.catalogue import SECTIONS
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "integrations/grafana/dashboards/llmprobe.json"
 PROMETHEUS_CONFIG = ROOT / "integrations/prometheus/prometheus.yml"
-DEADLINE_SECONDS = 90.0
 #: Families that only a rank on a GPU has.
 ON_GPU = {
     family.name for section in SECTIONS if section.title in ("GPU", "Kernels") for family in section.families
@@ -45,17 +44,6 @@ def free_port() -> int:
 def get_json(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=10) as answer:
         return json.load(answer)
-
-
-def wait_for(what: str, ready: Any, seconds: float = DEADLINE_SECONDS) -> Any:
-    """The first true value of ``ready()``; fails once the deadline has passed."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            if value := ready():
-                return value
-        time.sleep(0.2)
-    pytest.fail(f"no {what} after {seconds:g} s")
 
 
 @contextlib.contextmanager
@@ -125,7 +113,7 @@ def prometheus(target: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ]
     with process(command):
         base = f"http://127.0.0.1:{port}"
-        wait_for("Prometheus", lambda: urllib.request.urlopen(f"{base}/-/ready", timeout=5))
+        until(lambda: urllib.request.urlopen(f"{base}/-/ready", timeout=5), "Prometheus")
         yield base
 
 
@@ -161,13 +149,13 @@ def test_prometheus_scrapes_the_agent_without_complaint(prometheus: str) -> None
         targets = get_json(f"{prometheus}/api/v1/targets")["data"]["activeTargets"]
         return next((target for target in targets if target["health"] != "unknown"), None)
 
-    assert wait_for("scrape", scraped)["lastError"] == ""
+    assert until(scraped, "scrape")["lastError"] == ""
 
 
 def test_every_panel_has_data(prometheus: str, engine: str) -> None:
     queries = panel_queries(engine)
     assert len(queries) > 30
-    (found, *_) = wait_for("engine", lambda: query(prometheus, "llmprobe_hook_info"))
+    (found, *_) = until(lambda: query(prometheus, "llmprobe_hook_info"), "engine")
     if found["metric"]["clock"] != "cuda":
         queries = [item for item in queries if not asks_for_a_gpu(item[1])]
     waiting = dict.fromkeys(queries)
@@ -179,13 +167,13 @@ def test_every_panel_has_data(prometheus: str, engine: str) -> None:
         return not waiting
 
     try:
-        wait_for("data behind every panel", all_answered)
+        until(all_answered, "data behind every panel")
     except pytest.fail.Exception:
         pytest.fail("no data behind: " + "; ".join(f"{title}: {expr}" for title, expr in waiting))
 
 
 def test_on_a_cpu_nothing_is_said_about_a_gpu(prometheus: str, engine: str) -> None:
-    (found, *_) = wait_for("engine", lambda: query(prometheus, "llmprobe_hook_info"))
+    (found, *_) = until(lambda: query(prometheus, "llmprobe_hook_info"), "engine")
     if found["metric"]["clock"] == "cuda":
         pytest.skip("this engine runs on a GPU")
     assert any(asks_for_a_gpu(expression) for _, expression in panel_queries(engine))
@@ -197,7 +185,7 @@ def test_template_variables_find_the_server(prometheus: str, engine: str) -> Non
         url = f"{prometheus}/api/v1/label/server/values?match[]=llmprobe_figure_available"
         return list(get_json(url)["data"])
 
-    assert engine in wait_for("server label", values)
+    assert engine in until(values, "server label")
 
 
 def test_components_add_up_to_wall_time(prometheus: str, engine: str) -> None:
@@ -207,4 +195,4 @@ def test_components_add_up_to_wall_time(prometheus: str, engine: str) -> None:
         rows = query(prometheus, expression)
         return bool(rows) and float(rows[0]["value"][1]) == pytest.approx(1, abs=0.1)
 
-    wait_for("whole second accounted for in every second", share)
+    until(share, "whole second accounted for in every second")

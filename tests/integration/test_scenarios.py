@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engine import complete, get_json, until
+from engine import complete, get_json
 from servers import tell_delay
+from waiting import until
 
 from llmprobe.demo.server import VllmServer
 
@@ -51,7 +52,7 @@ def test_a_host_that_sleeps_between_steps_is_what_the_verdict_names(
         # A figure of a window that the load fills.
         return entry if named and decode["share_ratio"] > 0.9 and decode["held_seconds"] > 0 else None
 
-    entry = until(host_bound, "the verdict on a slow host", 60)
+    entry = until(host_bound, "the verdict on a slow host")
     decode = entry["verdicts"]["decode"]
     assert decode["confidence"] > 0.5
     waited = {item["quantity"]: item["value"] for item in decode["evidence"]}["sync_gap_ratio"]

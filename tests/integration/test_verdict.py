@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from engine import complete, get_json, metrics
+from waiting import PATIENCE_SECONDS
 
-from llmprobe.compute.verdict import BOTTLENECKS
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import BOTTLENECKS, IDLE, SYNC, UNKNOWN
 from llmprobe.demo.server import VllmServer
 
 pytestmark = pytest.mark.integration
-
-DEADLINE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def judged(server: VllmServer) -> Iterator[dict[str, Any]]:
     for thread in threads:
         thread.start()
     entry: dict[str, Any] = {}
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         (entry,) = get_json(f"{server.agent_url}/api/status")["servers"]
-        if entry["verdicts"].get("decode", {}).get("bottleneck", "idle") not in ("idle", "unknown"):
+        if entry["verdicts"].get("decode", {}).get("bottleneck", IDLE) not in (IDLE, UNKNOWN):
             break
         time.sleep(0.5)
     yield entry
@@ -50,7 +50,7 @@ def judged(server: VllmServer) -> Iterator[dict[str, Any]]:
 def test_decoding_gets_a_class_with_evidence_and_confidence(judged: dict[str, Any]) -> None:
     decode = judged["verdicts"]["decode"]
     # Which one depends on the machine: the host between steps of a tiny model, or its operators.
-    assert decode["bottleneck"] in ("sync_bound", "memory_bound", "compute_bound", "inefficient_kernels")
+    assert decode["bottleneck"] in set(BOTTLENECKS) - {IDLE, UNKNOWN}, decode
     assert decode["clock"] == "host"
     assert 0 < decode["confidence"] <= 0.6
     quantities = {item["quantity"]: item for item in decode["evidence"]}
@@ -61,7 +61,11 @@ def test_decoding_gets_a_class_with_evidence_and_confidence(judged: dict[str, An
 def test_its_figures_bear_the_class_out(judged: dict[str, Any]) -> None:
     decode = judged["verdicts"]["decode"]
     seen = {item["quantity"]: item["value"] for item in decode["evidence"]}
-    assert (decode["bottleneck"] == "sync_bound") == (seen["sync_gap_ratio"] >= 0.18)
+    edge, band = Thresholds().sync_gap_ratio, Thresholds().band_ratio  # what stands is favoured
+    if decode["bottleneck"] == SYNC:
+        assert seen["sync_gap_ratio"] >= edge * (1 - band)
+    else:
+        assert seen["sync_gap_ratio"] < edge * (1 + band)
     parts = judged["ranks"][0]["attribution"]["decode"]
     assert sum(parts["seconds"].values()) == pytest.approx(parts["total_seconds"])
     assert parts["seconds"]["memory.linear"] + parts["seconds"]["compute.linear"] > 0
@@ -104,6 +108,7 @@ def test_status_shows_the_headline_first(server: VllmServer, judged: dict[str, A
         text=True,
         check=True,
     )
-    assert done.stdout.partition(" ")[0] in ("Decode", "Mixed", "Prefill", "SLOW:")
+    # With a colon where nothing can be said at this moment.
+    assert done.stdout.partition(" ")[0].rstrip(":") in ("Decode", "Mixed", "Prefill", "SLOW")
     assert "decode " in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80

@@ -27,6 +27,7 @@ from engine import (
     until,
     value,
 )
+from waiting import PATIENCE_SECONDS
 
 from llmprobe.demo.server import VllmServer
 from llmprobe.record.agent_launch import agent_info, agent_running
@@ -48,7 +49,7 @@ def settled(worker: JournalReader) -> dict[str, int]:
     seen: list[dict[str, int]] = []
 
     def same() -> bool:
-        time.sleep(0.6)  # more than twice as long as steps wait to be written
+        time.sleep(1.5)  # six times as long as steps wait to be written
         worker.read()
         seen.append(worker.counters())
         return seen[-2:-1] == seen[-1:]
@@ -60,7 +61,9 @@ def settled(worker: JournalReader) -> dict[str, int]:
 def cli(server: VllmServer, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LLMPROBE_DIR": str(server.directory)}
     command = [str(Path(sys.executable).with_name("llmprobe")), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
 
 
 def killed_crowd_leaves_nothing_pending(server: VllmServer, directory: Path | None = None) -> None:
@@ -138,9 +141,7 @@ def test_an_agent_killed_under_load_is_replaced_and_counters_go_on(mortal: VllmS
         done = load.done
         assert "vllm:" in get(f"{mortal.url}/metrics")  # at once, with the agent dead
         until(lambda: load.done > done + 2, "requests after the agent's death")
-        until(
-            lambda: (info := agent_info(mortal.directory)) and info["pid"] != killed["pid"], "a new agent", 30
-        )
+        until(lambda: (info := agent_info(mortal.directory)) and info["pid"] != killed["pid"], "a new agent")
         mortal.wait_agent()
         until(lambda: "llmprobe_tokens_total" in get(f"{mortal.agent_url}/metrics"), "metrics again")
         assert generated(mortal.agent_url) >= tokens_before

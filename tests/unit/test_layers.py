@@ -14,13 +14,14 @@ ROOT = Path(llmprobe.__file__).parent
 #: layer → the layers it may import, besides itself
 ALLOWED = {
     "settings": set(),
+    "own_group": set(),
     "compute": set(),
     "record": {"settings"},
     "hooks": {"record", "settings"},
     "collect": {"record", "compute", "settings"},
     "export": {"collect", "compute", "record"},
     "analysis": {"compute"},
-    "capture": {"analysis", "compute", "record", "settings"},
+    "capture": {"analysis", "compute", "record", "own_group", "settings"},
     "agent": {"capture", "analysis", "export", "collect", "compute", "record", "settings"},
 }
 #: What runs inside the engine may need only what the engine has, and these.

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -17,7 +18,9 @@ _LOCK_TRIES = 10
 
 
 def detach(log_path: Path) -> bool:
-    """Fork twice, so that the caller's process tree does not contain the daemon.
+    """Fork twice, so that the caller's process tree does not contain the daemon, nor its process group.
+
+    It stays in the caller's session: see `llmprobe.own_group`.
 
     Returns:
         True in the daemon, whose output goes to ``log_path``; False in the caller.
@@ -26,9 +29,10 @@ def detach(log_path: Path) -> bool:
     if child:
         os.waitpid(child, 0)
         return False
-    os.setsid()
+    os.setpgrp()
     if os.fork():
         os._exit(0)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that closes is no reason to leave
     os.chdir("/")
     _redirect(log_path)
     return True

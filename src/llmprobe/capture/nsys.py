@@ -24,6 +24,7 @@ from urllib.parse import quote, unquote
 from llmprobe.capture.store import RAW, write_json
 from llmprobe.capture.tool import Interrupted, ToolError
 from llmprobe.capture.words import last_words
+from llmprobe.own_group import own_group
 from llmprobe.record.agent_launch import agent_environment
 
 #: States of a session, as ``nsys sessions list`` shows them.
@@ -217,7 +218,7 @@ def run_nsys(
                 stderr=subprocess.STDOUT,
                 env=environment,
                 cwd="/",
-                start_new_session=True,
+                **own_group(),
             )
         except OSError as error:
             raise NsysError(f"{command[0]} cannot be started: {os.strerror(error.errno or 0)}") from None

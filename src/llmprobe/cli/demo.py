@@ -28,6 +28,7 @@ from llmprobe.demo.client import BenchClient, ClientFailed, ClientResult, Load, 
 from llmprobe.demo.model import is_made
 from llmprobe.demo.server import ServerFailed, VllmServer
 from llmprobe.export.report import report, text
+from llmprobe.own_group import own_group
 from llmprobe.settings import default_directory
 
 _NAME = "tiny-llama"
@@ -132,7 +133,7 @@ def _program(model: Path, seconds: float, as_json: bool) -> int:
         command += ["--", sys.executable, str(program), str(model), "--seconds", str(seconds / 2)]
         err.print(f"$ llmprobe run -- python examples/generate.py {model}", style="dim", soft_wrap=True)
         environment = {**client_environment(os.environ), "LLMPROBE_AGENT": "off"}
-        with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        with subprocess.Popen(command, env=environment, **own_group()) as process:
             try:
                 code = process.wait()
             except KeyboardInterrupt:

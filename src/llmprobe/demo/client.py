@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from llmprobe.demo.server import VllmServer, vllm_command
+from llmprobe.own_group import own_group
 
 
 class ClientFailed(Exception):
@@ -72,7 +73,7 @@ class BenchClient:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            **own_group(),
         )
         return cls(process, log, folder, load)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from llmprobe.own_group import own_group
 from llmprobe.record.agent_launch import agent_info, agent_running
 
 _STOP_SECONDS = 15.0
@@ -85,7 +86,7 @@ class VllmServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches us alone: we stop it in order
+                **own_group(),  # a Ctrl-C in the terminal reaches us alone: we stop it in order
             )
         return cls(process, port, directory, log)
 
@@ -171,7 +172,7 @@ class VllmServer:
                 self.process.wait(_STOP_SECONDS if self._ready else _GRACE_SECONDS)
         # vLLM's helpers free shared memory when their turn comes to end; only then by force.
         psutil.wait_procs(self._children, timeout=_GRACE_SECONDS)
-        # Whatever is left of the session, and those of its processes that made a session of their own.
+        # Whatever is left of the group, and those of its processes that left it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for child in self._children:
@@ -198,7 +199,7 @@ def _start_guard(group: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        **own_group(),
     )
 
 

@@ -119,7 +119,6 @@ def ensure_agent(settings: Settings) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             close_fds=True,
-            start_new_session=True,
         )
         with contextlib.suppress(subprocess.TimeoutExpired):
             started.wait(_PARENT_SECONDS)

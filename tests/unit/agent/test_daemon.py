@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from llmprobe.agent.daemon import cap_log, resident_bytes, take_lock
+from llmprobe.own_group import own_group
 from llmprobe.record.agent_launch import agent_running
 
 _HOLD = """
@@ -29,6 +31,17 @@ _WORKER = """
 import os, subprocess, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 subprocess.run([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+"""
+_DETACHES = """
+import os, signal, sys
+from pathlib import Path
+from llmprobe.agent.daemon import detach
+path = Path(sys.argv[1])
+starter = os.getpid()
+if detach(path):
+    os.write(1, f"{starter} {os.getpid()} {os.getpgrp()} {os.getsid(0)}\\n".encode())
+    os.killpg(os.getpgrp(), signal.SIGHUP)
+    os.write(1, b"stays\\n")
 """
 _DAEMON = """
 import os
@@ -112,3 +125,28 @@ def test_started_by_a_pinned_worker_it_runs_where_the_program_may() -> None:
     before, *after = map(int, program.stdout.split())
     assert before == 1
     assert set(after) == os.sched_getaffinity(0)
+
+
+def test_a_daemon_leaves_the_process_group_but_shares_processors_with_those_who_started_it(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", _DETACHES, str(log)], timeout=60, check=True)
+    deadline = time.monotonic() + 60
+    while "stays" not in (said := log.read_text() if log.exists() else ""):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+    starter, pid, group, session = map(int, said.split()[:4])
+    assert group not in (starter, os.getpgrp())
+    assert pid not in (starter, os.getpid())
+    assert session == os.getsid(0), "in a session of its own it would take a core of its own (autogroup)"
+
+
+def test_a_child_of_its_own_group_is_not_reached_by_signals_to_ours() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **own_group())
+    try:
+        assert os.getpgid(child.pid) == child.pid
+        assert os.getsid(child.pid) == os.getsid(0)
+    finally:
+        child.kill()
+        child.wait()
