@@ -88,7 +88,8 @@ def test_an_engine_starts_one_agent_outside_its_tree_and_environment(
         ensure_agent(settings)
         info = until(lambda: agent_info(settings.directory), "agent")
         assert info["pid"] not in descendants(os.getpid())
-        assert os.getsid(info["pid"]) != os.getsid(0)
+        assert os.getpgid(info["pid"]) != os.getpgrp()
+        assert os.getsid(info["pid"]) == os.getsid(0), "priorities count within a session alone"
         environment = Path(f"/proc/{info['pid']}/environ").read_bytes()
         assert b"CUDA_VISIBLE_DEVICES" not in environment
         assert b"LLMPROBE" not in environment

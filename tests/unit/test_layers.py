@@ -14,18 +14,18 @@ ROOT = Path(llmprobe.__file__).parent
 #: layer → the layers it may import, besides itself
 ALLOWED = {
     "settings": set(),
-    "own_group": set(),
+    "processors": set(),
     "compute": set(),
     "record": {"settings"},
-    "hooks": {"record", "settings"},
+    "hooks": {"record", "processors", "settings"},
     "collect": {"record", "compute", "settings"},
     "export": {"collect", "compute", "record"},
     "analysis": {"compute"},
-    "capture": {"analysis", "compute", "record", "own_group", "settings"},
-    "agent": {"capture", "analysis", "export", "collect", "compute", "record", "settings"},
+    "capture": {"analysis", "compute", "record", "processors", "settings"},
+    "agent": {"capture", "analysis", "export", "collect", "compute", "record", "processors", "settings"},
 }
 #: What runs inside the engine may need only what the engine has, and these.
-IN_ENGINE = {"settings", "record", "hooks", "compute"}
+IN_ENGINE = {"settings", "processors", "record", "hooks", "compute"}
 ENGINE_HAS = {"numpy", "nvtx", "torch", "vllm", "transformers", "prometheus_client"}
 
 

@@ -20,7 +20,7 @@ _LOCK_TRIES = 10
 def detach(log_path: Path) -> bool:
     """Fork twice, so that the caller's process tree does not contain the daemon, nor its process group.
 
-    It stays in the caller's session: see `llmprobe.own_group`.
+    It stays in the caller's session: see `llmprobe.processors.own_group`.
 
     Returns:
         True in the daemon, whose output goes to ``log_path``; False in the caller.
@@ -36,18 +36,6 @@ def detach(log_path: Path) -> bool:
     os.chdir("/")
     _redirect(log_path)
     return True
-
-
-def take_programs_cpus() -> None:
-    """Run where the program may that started us, not only where the one process of it does.
-
-    Engines pin workers to processors that their threads then fill, and what a worker starts inherits that: a
-    daemon there answers no one for minutes. The leader of a worker's process group is the program as its
-    operator started it, with the processors that it was given. To be called before `detach`.
-    """
-    with contextlib.suppress(OSError):
-        program = os.sched_getaffinity(os.getpgid(os.getppid()))
-        os.sched_setaffinity(0, program | os.sched_getaffinity(0))
 
 
 def _redirect(log_path: Path) -> None:

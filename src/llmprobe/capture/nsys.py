@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 from llmprobe.capture.store import RAW, write_json
 from llmprobe.capture.tool import Interrupted, ToolError
 from llmprobe.capture.words import last_words
-from llmprobe.own_group import own_group
+from llmprobe.processors import own_group
 from llmprobe.record.agent_launch import agent_environment
 
 #: States of a session, as ``nsys sessions list`` shows them.

@@ -28,7 +28,7 @@ from llmprobe.demo.client import BenchClient, ClientFailed, ClientResult, Load, 
 from llmprobe.demo.model import is_made
 from llmprobe.demo.server import ServerFailed, VllmServer
 from llmprobe.export.report import report, text
-from llmprobe.own_group import own_group
+from llmprobe.processors import own_group
 from llmprobe.settings import default_directory
 
 _NAME = "tiny-llama"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from llmprobe.demo.server import VllmServer, vllm_command
-from llmprobe.own_group import own_group
+from llmprobe.processors import own_group
 
 
 class ClientFailed(Exception):

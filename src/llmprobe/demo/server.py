@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from llmprobe.own_group import own_group
+from llmprobe.processors import own_group
 from llmprobe.record.agent_launch import agent_info, agent_running
 
 _STOP_SECONDS = 15.0

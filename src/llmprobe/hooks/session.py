@@ -12,6 +12,7 @@ from typing import Any
 from llmprobe.hooks.naming import GROUP_VARIABLE
 from llmprobe.hooks.on_import import forget_all, when_imported
 from llmprobe.hooks.probe import Probe
+from llmprobe.processors import take_programs_cpus
 from llmprobe.record.asked_capture import AskedCaptures
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, SettingsError, logger
@@ -149,6 +150,7 @@ class _Housekeeping(threading.Thread):
 
     def run(self) -> None:
         guard = self._probe.guard
+        take_programs_cpus()
         while self._probe.recorder is self._recorder:
             guard.call("housekeeping.control", self._follow_switch)
             if not guard.inert and self._probe.settings.agent == "auto":

@@ -8,10 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from llmprobe.agent.daemon import cap_log, resident_bytes, take_lock
-from llmprobe.own_group import own_group
 from llmprobe.record.agent_launch import agent_running
 
 _HOLD = """
@@ -22,16 +19,6 @@ print("held" if lock else "refused", flush=True); sys.stdin.read()
 """
 
 
-# A program, a worker of it that is pinned to one processor, and the daemon which that starts.
-_PROGRAM = """
-import subprocess, sys
-subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2]])
-"""
-_WORKER = """
-import os, subprocess, sys
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-subprocess.run([sys.executable, "-c", sys.argv[1]], start_new_session=True)
-"""
 _DETACHES = """
 import os, signal, sys
 from pathlib import Path
@@ -42,13 +29,6 @@ if detach(path):
     os.write(1, f"{starter} {os.getpid()} {os.getpgrp()} {os.getsid(0)}\\n".encode())
     os.killpg(os.getpgrp(), signal.SIGHUP)
     os.write(1, b"stays\\n")
-"""
-_DAEMON = """
-import os
-from llmprobe.agent.daemon import take_programs_cpus
-before = os.sched_getaffinity(0)
-take_programs_cpus()
-print(len(before), *os.sched_getaffinity(0))
 """
 
 
@@ -112,21 +92,6 @@ def test_resident_memory_is_in_bytes() -> None:
     assert 5 << 20 < resident_bytes() < 10 << 30
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor alone leaves nothing to take")
-def test_started_by_a_pinned_worker_it_runs_where_the_program_may() -> None:
-    program = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, _WORKER, _DAEMON],
-        start_new_session=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    before, *after = map(int, program.stdout.split())
-    assert before == 1
-    assert set(after) == os.sched_getaffinity(0)
-
-
 def test_a_daemon_leaves_the_process_group_but_shares_processors_with_those_who_started_it(
     tmp_path: Path,
 ) -> None:
@@ -140,13 +105,3 @@ def test_a_daemon_leaves_the_process_group_but_shares_processors_with_those_who_
     assert group not in (starter, os.getpgrp())
     assert pid not in (starter, os.getpid())
     assert session == os.getsid(0), "in a session of its own it would take a core of its own (autogroup)"
-
-
-def test_a_child_of_its_own_group_is_not_reached_by_signals_to_ours() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **own_group())
-    try:
-        assert os.getpgid(child.pid) == child.pid
-        assert os.getsid(child.pid) == os.getsid(0)
-    finally:
-        child.kill()
-        child.wait()
