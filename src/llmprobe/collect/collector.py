@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 import time
@@ -17,21 +16,20 @@ from llmprobe.collect import checkpoint as checkpoints
 from llmprobe.collect.front_ends import FrontEnds
 from llmprobe.collect.grouping import Grouping
 from llmprobe.collect.judge import Judge
+from llmprobe.collect.missing import what_is_missing
 from llmprobe.collect.process import PeaksOf, Pending, Process, Rank, no_peaks
-from llmprobe.collect.stalls import find_stall
+from llmprobe.collect.rank_view import WINDOW_NS, rank_view, without_gaps
 from llmprobe.collect.step_json import step_json
 from llmprobe.collect.telemetry import Telemetry
-from llmprobe.collect.views import EngineView, RankView, ServerView
+from llmprobe.collect.views import RankView, ServerView
 from llmprobe.collect.watches import Watches
 from llmprobe.compute import intervals
 from llmprobe.compute.thresholds import Thresholds
-from llmprobe.record import layout
 from llmprobe.record.asked import Paths
 from llmprobe.record.journal import JournalError, JournalWriter
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.window_file import window_path
 
-WINDOW_NS = 30 * 10**9
 _VIEW_EVERY_NS, _VIEW_EVERY_NS_A_RANK, _VIEW_AT_LATEST_NS = 10**9, 375_000_000, 3 * 10**9
 _FACTS_EVERY_NS = 2 * 10**9
 _DEAD_KEEP_NS = 30 * 10**9
@@ -295,9 +293,9 @@ class Collector:
             processes, key=lambda process: (process.role == "worker", process.facts.get("started", 0))
         )
         facts = first.facts
-        ranks = [
-            self._rank(self._ranks[process.path], now) for process in processes if process.path in self._ranks
-        ]
+        found = [self._ranks[process.path] for process in processes if process.path in self._ranks]
+        pending = self._pending_of(first.path)
+        ranks = [rank_view(rank, now, self._watches, self._telemetry, pending) for rank in found]
         capacity: dict[int, int] = {}
         for rank in ranks:
             if rank.kv_capacity_bytes is not None:
@@ -310,8 +308,8 @@ class Collector:
         ]
         engines = self._front_ends.engines(key, fronts, dead, capacity, now, self._program_kv)
         if not engines:
-            ranks = [_without_gaps(rank) for rank in ranks]
-        missing = self._missing(processes, ranks, engines)
+            ranks = [without_gaps(rank) for rank in ranks]
+        missing = what_is_missing(list(zip(ranks, found, strict=True)), engines, self._telemetry)
         notes = sorted({note for process in processes for note in process.facts.get("notes", ())})
         notes += [f"rank {rank.rank}: {note}" for rank in ranks if rank.gpu for note in rank.gpu.notes]
         notes += self._notes
@@ -334,116 +332,9 @@ class Collector:
             thresholds=self._thresholds,
         )
 
-    def _rank(self, rank: Rank, now: int) -> RankView:
-        process = rank.process
-        facts, counters = process.facts, process.counters
-        # A rate over time in which nobody looked would be too low.
-        since_ns = min(max(now - WINDOW_NS, rank.first_ns or 0), now - 1)
-        model = facts.get("model") or {}
-        since = rank.running_since()
-        armed = bool(process.load.armed) if process.load is not None else True
-        inert = bool(process.load.inert) if process.load is not None else False
-        steps = {phase: counters[f"steps_{phase}"] for phase in layout.PHASES if counters[f"steps_{phase}"]}
-        return RankView(
-            engine=process.engine,
-            rank=int(facts.get("rank", 0)),
-            facts=facts,
-            clock=str(facts.get("clock", "")),
-            runner=str(facts.get("runner", "")),
-            armed=armed,
-            inert=inert,
-            device_time={phase: dict(parts) for phase, parts in rank.device_time.items()},
-            bytes={phase: dict(parts) for phase, parts in rank.bytes.items()},
-            flops=dict(rank.flops),
-            steps=steps,
-            figures=rank.figures(since_ns, now),
-            step_duration={
-                phase: process.histogram(f"step_{phase}")
-                for phase in steps
-                if f"step_{phase}" in layout.HISTOGRAM_INDEX
-            },
-            peaks=rank.peaks,
-            weights_bytes=model.get("weights_bytes"),
-            kv_capacity_bytes=(model.get("kv") or {}).get("capacity_bytes"),
-            step_running_seconds=None if since is None else max(now - since, 0) / 1e9,
-            own_seconds=counters["own_ns_step"] / 1e9,
-            errors=counters["errors"],
-            dropped=counters["dropped"],
-            lost=process.lost,
-            attainable=rank.attainable,
-            operator_floors={
-                phase: {name: list(sums) for name, sums in of_phase.items()}
-                for phase, of_phase in rank.operator_floors.items()
-            },
-            counters=self._telemetry.counters(facts) if self._telemetry else None,
-            counters_lately=self._telemetry.counters_lately(facts) if self._telemetry else None,
-            gpu=self._telemetry.gpu(facts) if self._telemetry else None,
-            host=self._watches.signals(process),
-            host_totals=self._watches.totals(process),
-            kernels=rank.windows.evidence(now),
-            top_kernels=rank.windows.top(now),
-            kernel_totals=rank.windows.totals(),
-            stall=find_stall(rank, self._pending_of(process.path), now) if armed and not inert else None,
-            journal=process.path,
-        )
-
     def _program_kv(self, process: Process) -> int | None:
         """A program's cache as of its last step; nothing while nothing runs."""
         newest = self._ranks[process.path].newest() if process.path in self._ranks else None
         if newest is None or (process.load is not None and not process.load.running):
             return None
         return int(newest["kv_used_bytes"]) or None
-
-    def _missing(
-        self, processes: list[Process], ranks: list[RankView], engines: list[EngineView]
-    ) -> dict[str, str]:
-        missing: dict[str, str] = {}
-        if not engines:
-            missing["time_to_first_token_seconds"] = "no front end of this server is being recorded"
-            missing["sync_gap_ratio"] = missing["no_work"] = (
-                "without a front end, waiting for the host cannot be told from having no work"
-            )
-        if not ranks:
-            missing["device_time_seconds"] = "no worker of this server is being recorded"
-        for view in ranks:
-            rank = next(r for r in self._ranks.values() if r.process.facts is view.facts)
-            if rank.model is None:
-                missing["mbu_ratio"] = missing["mfu_ratio"] = f"no model of the work: {rank.model_problem}"
-            elif rank.peaks is None:
-                device = view.facts.get("device") or {}
-                name = device.get("name", "this device")
-                if view.gpu is not None and view.gpu.mig:
-                    name = f"a MIG slice of {name}"
-                missing["mbu_ratio"] = missing["mfu_ratio"] = (
-                    f"no peak rates for {name}: run `llmprobe calibrate`"
-                )
-            if self._telemetry is not None:
-                missing |= self._telemetry.missing(view.facts)
-            if not view.kernels:
-                missing["launch_gap"] = _no_windows(view)
-        return missing
-
-
-def _no_windows(rank: RankView) -> str:
-    """Why nobody has seen the kernels of a rank."""
-    if rank.clock != "cuda":
-        return "gaps inside a step need kernel windows, and those a CUDA device"
-    said = rank.facts.get("kernel_windows") or {}
-    why = str(said.get("reason") or "none was opened yet") if said else "LLMPROBE_KERNEL_WINDOWS is off"
-    return f"gaps inside a step need kernel windows: {why}"
-
-
-def _without_gaps(rank: RankView) -> RankView:
-    """``rank`` without what only a front end can tell: which idle time was a wait for the host."""
-
-    def known(parts: dict[str, float]) -> dict[str, float]:
-        return {name: seconds for name, seconds in parts.items() if name != "host_gap" or seconds}
-
-    return dataclasses.replace(
-        rank,
-        device_time={phase: known(parts) for phase, parts in rank.device_time.items()},
-        figures={
-            phase: dataclasses.replace(found, sync_gap_ratio=None, components=known(found.components))
-            for phase, found in rank.figures.items()
-        },
-    )

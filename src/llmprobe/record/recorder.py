@@ -16,43 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from llmprobe.record import layout
+from llmprobe.record.events import JournalEvents
 from llmprobe.record.journal import JournalWriter
 
 _QUEUE_LIMIT = 4096
-_INDEX = layout.COUNTER_INDEX
-_SPAN = _INDEX["span_ns_prefill"]  # steps_* come first, each family in the order of the phases
-_GAP = _INDEX["gap_ns_prefill"]
-_FIRST_STEP_HISTOGRAM = layout.HISTOGRAM_INDEX["step_prefill"]
-_STEP_HISTOGRAMS = sum(name.startswith("step_") for name in layout.HISTOGRAMS)
-_FLUSH_AT_LATEST = 1024  # steps: well before the ring comes round, should nobody call publish()
-_STEP_PACK = layout.STEP_PACK
+_GIVEN_UP_KEPT = 64  # the last ones are the highest
 _LOAD_EVERY_NS = 50_000_000  # twice between two looks of the agent
-_TTFT = layout.HISTOGRAM_INDEX["time_to_first_token"]
-_TPOT = layout.HISTOGRAM_INDEX["time_per_output_token"]
-_ITL = layout.HISTOGRAM_INDEX["inter_token_latency"]
-_DURATION = layout.HISTOGRAM_INDEX["request_duration"]
-_QUEUE = layout.HISTOGRAM_INDEX["request_queue"]
-_STEP_PROMPT = _INDEX["step_prompt_tokens"]
-_STEP_DECODE = _INDEX["step_decode_tokens"]
-_OWN_STEP = _INDEX["own_ns_step"]
-_OWN_REQUEST = _INDEX["own_ns_request"]
-_PROMPT = _INDEX["prompt_tokens"]
-_GENERATED = _INDEX["generated_tokens"]
-_CACHED = _INDEX["cached_tokens"]
-_PREEMPTIONS = _INDEX["preemptions"]
-_REQUESTS = _INDEX["requests"]
-_ABORTED = _INDEX["requests_aborted"]
-_SUM_TTFT = _INDEX["sum_ns_time_to_first_token"]
-_SUM_TPOT = _INDEX["sum_ns_time_per_output_token"]
-_SUM_ITL = _INDEX["sum_ns_inter_token_latency"]
-_SUM_DURATION = _INDEX["sum_ns_request_duration"]
-_SUM_QUEUE = _INDEX["sum_ns_request_queue"]
 # Plain integers: enum members cost a microsecond a step.
-_KIND_STEP = int(layout.Kind.STEP)
 _KIND_REQUEST = int(layout.Kind.REQUEST)
 _KIND_PENDING = int(layout.Kind.PENDING)
 _HOST = int(layout.Clock.HOST)
-_RESTARTED = int(layout.Flag.RESTARTED)
 _NONE = (0,) * layout.KV_GROUPS
 
 
@@ -61,6 +34,7 @@ class Recorder:
 
     def __init__(self, writer: JournalWriter, facts: Mapping[str, Any]) -> None:
         self.writer = writer
+        self._events = JournalEvents(writer)
         self.pid = os.getpid()
         self._facts = dict(facts)
         self._busy = threading.Lock()  # only ever tried, never waited for
@@ -69,16 +43,13 @@ class Recorder:
         #: Number, time, phase and tokens of the step that began last. An engine's hook may set it instead of
         #: calling `begin`, with the next number.
         self.latest = (0, 0, 0, 0)
-        self._ended = 0
+        self._given_up: deque[int] = deque(maxlen=_GIVEN_UP_KEPT)
         self._described = (0, 0, 0)
         self._published = (0, 0, 0)
-        self._last_end = 0
-        self._unflushed = 0
         #: When, then what `load` was told.
         self._load: tuple[int, int, int, float, int] = (0, 0, 0, float("nan"), 0)
         self._load_due = False
         self._load_written_ns = 0
-        self._tokens_due = False
         self._status = (True, False)
 
     @classmethod
@@ -137,13 +108,8 @@ class Recorder:
         self._described = (number, phase, tokens)
 
     def abandon(self, number: int) -> None:
-        """A step that `begin` announced will never be recorded."""
-        self._submit(self._end, (number,))
-
-    def _end(self, number: int) -> None:
-        # By whoever holds the writer, as all that is read and then written: it must not go back.
-        if number > self._ended:
-            self._ended = number
+        """A step that `begin` announced will never be recorded. Costs no write either: `publish` tells it."""
+        self._given_up.append(number)
 
     def step(
         self,
@@ -212,83 +178,38 @@ class Recorder:
         )  # fmt: skip
         if not self.closed and not self._queue and self._busy.acquire(False):
             try:
-                self._write_step(*arguments)
+                self._events.step(*arguments)
             finally:
                 self._busy.release()
             if self._queue:
                 self._drain()
         else:
-            self._submit(self._write_step, arguments)
-
-    def _write_step(
-        self,
-        number: int,
-        time_ns: int,
-        phase: int,
-        clock: int,
-        flags: int,
-        times: tuple[int, int, int, int],
-        counts: tuple[int, ...],
-        attention: tuple[int, ...],
-        own_ns: int,
-        new_tokens: int,
-        kv_used_bytes: int,
-        encode_ns: int,
-    ) -> None:
-        writer = self.writer
-        e0, _, _, e3 = times
-        if own_ns > 0xFFFFFFFF:
-            own_ns = 0xFFFFFFFF
-        writer.append(
-            _STEP_PACK, time_ns, _KIND_STEP, phase, clock, flags, number, *times, *counts, new_tokens, own_ns,
-            kv_used_bytes, encode_ns, *attention,
-        )  # fmt: skip
-        counters = writer.counters
-        counters[phase] += 1
-        span = e3 - e0
-        if span > 0:
-            counters[_SPAN + phase] += span
-        last = self._last_end
-        if e0 > last and last and not flags & _RESTARTED:
-            counters[_GAP + phase] += e0 - last
-        if e3 > last:
-            self._last_end = e3
-        counters[_STEP_PROMPT] += counts[2]
-        counters[_STEP_DECODE] += counts[3]
-        counters[_OWN_STEP] += own_ns
-        if number > self._ended:
-            self._ended = number
-        if phase < _STEP_HISTOGRAMS:
-            writer.observe(_FIRST_STEP_HISTOGRAM + phase, span)
-        self._unflushed += 1
-        if self._unflushed >= _FLUSH_AT_LATEST:
-            self._flush()
+            self._submit(self._events.step, arguments)
 
     def publish(self) -> None:
         """Publish the running step, the totals of steps, and what was left for later; off the step path.
 
         While the hooks are switched off, no step is running: nobody would tell of its end.
         """
+        given_up = [self._given_up.popleft() for _ in range(len(self._given_up))]
         begun, time_ns, phase, tokens = self.latest
-        if not self._status[0] and begun > self._ended:
-            self.abandon(begun)
+        if not self._status[0] and begun > self._events.ended:
+            given_up.append(begun)
+        if given_up:
+            self._submit(self._events.end, (max(given_up),))
         described = self._described
         if described[0] == begun:
             _, phase, tokens = described
-        state = (begun, self._ended, phase)
+        state = (begun, self._events.ended, phase)
         if state != self._published:
             self._published = state
-            self._submit(self.writer.progress, (begun, time_ns, self._ended, phase, tokens))
-        if self._unflushed:
-            self._submit(self._flush, ())
+            self._submit(self.writer.progress, (begun, time_ns, self._events.ended, phase, tokens))
+        if self._events.unflushed:
+            self._submit(self._events.flush_steps, ())
         if self._load_due:
             self._submit(self._write_load, ())
-        if self._tokens_due:
-            self._submit(self._flush_requests, ())
-
-    def _flush(self) -> None:
-        self._unflushed = 0
-        self.writer.flush_steps()
+        if self._events.tokens_due:
+            self._submit(self._events.flush_requests, ())
 
     def pending(self, time_ns: int, unfinished: int, engine: int = 0) -> None:
         """Work became pending at ``time_ns`` (``unfinished`` > 0), or nothing is pending from then on."""
@@ -347,42 +268,9 @@ class Recorder:
             later: publish them with the next `publish`, or with the next `request` that ends.
         """
         self._submit(
-            self._count_tokens,
+            self._events.tokens,
             (prompt, generated, cached, preemptions, first_token_ns, inter_token_ns or {}, own_ns, later),
         )
-
-    def _count_tokens(
-        self,
-        prompt: int,
-        generated: int,
-        cached: int,
-        preemptions: int,
-        first_token_ns: tuple[int, ...],
-        inter_token_ns: Mapping[int, int],
-        own_ns: int,
-        later: bool,
-    ) -> None:
-        writer = self.writer
-        counters = writer.counters
-        counters[_PROMPT] += prompt
-        counters[_GENERATED] += generated
-        counters[_CACHED] += cached
-        counters[_PREEMPTIONS] += preemptions
-        counters[_OWN_REQUEST] += own_ns
-        counters[_SUM_TTFT] += sum(first_token_ns)
-        counters[_SUM_ITL] += sum(duration * times for duration, times in inter_token_ns.items())
-        for duration in first_token_ns:
-            writer.observe(_TTFT, duration)
-        for duration, times in inter_token_ns.items():
-            writer.observe(_ITL, duration, times)
-        if later:
-            self._tokens_due = True
-        else:
-            self._flush_requests()
-
-    def _flush_requests(self) -> None:
-        self._tokens_due = False
-        self.writer.flush_requests()
 
     def request(
         self,
@@ -423,42 +311,15 @@ class Recorder:
             engine,
             finish,
         )
-        self._submit(self._write_request, (fields, duration_ns if known else -1, tpot_ns, queue_ns, aborted))
-
-    def _write_request(
-        self, fields: tuple[Any, ...], duration_ns: int, tpot_ns: int, queue_ns: int, aborted: bool
-    ) -> None:
-        writer = self.writer
-        writer.append(layout.REQUEST_PACK, *fields)
-        counters = writer.counters
-        counters[_REQUESTS] += 1
-        counters[_ABORTED] += aborted
-        counters[_SUM_DURATION] += max(duration_ns, 0)
-        counters[_SUM_TPOT] += max(tpot_ns, 0)
-        counters[_SUM_QUEUE] += max(queue_ns, 0)
-        if duration_ns >= 0:
-            writer.observe(_DURATION, duration_ns)
-        if tpot_ns >= 0:
-            writer.observe(_TPOT, tpot_ns)
-        if queue_ns >= 0:
-            writer.observe(_QUEUE, queue_ns)
-        self._flush_requests()
+        self._submit(self._events.request, (fields, duration_ns if known else -1, tpot_ns, queue_ns, aborted))
 
     def error(self) -> None:
         """llmprobe itself failed somewhere in this process."""
-        self._submit(self._write_error, ())
-
-    def _write_error(self) -> None:
-        self.writer.counters[_INDEX["errors"]] += 1
-        self.writer.flush_requests()
+        self._submit(self._events.error, ())
 
     def lost(self, count: int) -> None:
         """So many steps ran and cannot be recorded."""
-        self._submit(self._write_lost, (count,))
-
-    def _write_lost(self, count: int) -> None:
-        self.writer.counters[_INDEX["dropped"]] += count
-        self.writer.flush_requests()
+        self._submit(self._events.lost, (count,))
 
     def _submit(self, write: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         if self.closed:
@@ -470,7 +331,7 @@ class Recorder:
                 self._busy.release()
         else:
             if len(self._queue) == _QUEUE_LIMIT:
-                self.writer.counters[_INDEX["dropped"]] += 1
+                self._events.overrun()
             self._queue.append((write, arguments))
         self._drain()
 

@@ -1,4 +1,4 @@
-"""The steps of one vLLM worker: stamped while they run, read and written when they are over.
+"""The steps of one vLLM worker, stamped while they run. What they become once they are over: `StepRecords`.
 
 What runs on the engine's step path only stamps times and notes references. Everything there costs ten times
 what it costs elsewhere, because the model has just emptied the caches: each function called and each object
@@ -8,8 +8,6 @@ docs/decisions/what-the-step-path-writes.md.
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
 from typing import Any
 
@@ -18,7 +16,8 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, note_drafts, note_new
-from llmprobe.hooks.vllm.unread import FORGET, NO_ROW, Unread
+from llmprobe.hooks.vllm.records import StepRecords
+from llmprobe.hooks.vllm.unread import FORGET, NO_ROW
 from llmprobe.record.clock import Stamps, StepClock, step_clock
 from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
@@ -36,7 +35,7 @@ _AT_ONCE = 4
 #: On a device's clock a stamp is a CUDA event, which costs the engine some 4 us: where the forward ends and
 #: sampling begins is stamped in every fifth step only (no multiple of two: steps may alternate).
 _PARTS_EVERY = 5
-_RESTARTED, _NO_SAMPLE, _NO_PARTS = int(Flag.RESTARTED), int(Flag.NO_SAMPLE), int(Flag.NO_PARTS)
+_NO_SAMPLE, _NO_PARTS = int(Flag.NO_SAMPLE), int(Flag.NO_PARTS)
 _NO_DRAFTS: dict[str, int] = {}
 #: A seam that was not called in so many steps in a row is given up.
 _SEAM_MISSED_AT_MOST = 200
@@ -81,14 +80,12 @@ class WorkerSteps:
         self._running = running or seams.Running()
         self._clock: StepClock | None = None
         self._recorder: Recorder | None = None
-        self._unread = Unread(probe.guard.failed)
+        self._records = StepRecords(probe.guard)
+        self._unread = self._records.unread
         self._rows = self._unread.rows
         self._probe = probe
         self._kv_cache_config: Any = None
-        self._harvesting = threading.Lock()  # only ever tried, never waited for
-        self._last_number = 0
         self._seam_missed = (0, 0)  # in how many steps in a row; the last of them
-        self._dropped = 0  # steps that the clock has lost, as the recorder was told
         probe.on_paused.append(self._switched)
         probe.on_resumed.append(self._switched)
 
@@ -131,7 +128,8 @@ class WorkerSteps:
         self._clock, self._recorder, self._seam = clock, recorder, seam
         self._immediate = self._parts = clock.immediate
         self._unseen_most = _UNSEEN_AT_MOST if clock.elsewhere else 0
-        self._seam_missed, self._dropped = (0, 0), clock.dropped
+        self._seam_missed = 0, 0
+        self._records.use(clock, recorder)
         if seam is not None:
             running = self._running
             self._probe.patch(
@@ -377,7 +375,7 @@ class WorkerSteps:
     def _lend_a_hand(self) -> None:
         """The housekeeping thread has not come for long: see that nothing is lost."""
         if self._clock is not None and self._clock.crowded:
-            self._harvest(_AT_ONCE)
+            self._records.write(_AT_ONCE)
 
     def write(self) -> None:
         """Write the steps that are complete. Runs in the housekeeping thread, a few times a second.
@@ -389,73 +387,12 @@ class WorkerSteps:
             return
         self._unseen = 0
         if clock.elsewhere or (self._stamps is None and _now() - self._row[1] > _IDLE_NS):
-            self._harvest()
-        self._describe()
-        self._tell(clock)
-
-    def _tell(self, clock: StepClock) -> None:
-        """Tell readers what the step path met with."""
-        recorder, dropped = self._recorder, clock.dropped
-        if recorder is None:
-            return
-        if dropped > self._dropped:
-            recorder.lost(dropped - self._dropped)
-            self._dropped = dropped
-        if self._seam_missed[0] >= _SEAM_MISSED_AT_MOST:
+            self._records.write()
+        if self._stamps is not None and self._nvtx is None:  # else the step path has read and told
+            self._records.describe(self._row)
+        self._records.tell_lost()
+        if self._seam_missed[0] >= _SEAM_MISSED_AT_MOST and self._recorder is not None:
             self._seam_missed = 0, 0
-            recorder.update_facts(notes=[*recorder.facts.get("notes", ()), _SEAM_GIVEN_UP])
+            notes = self._recorder.facts.get("notes", ())
+            self._recorder.update_facts(notes=[*notes, _SEAM_GIVEN_UP])
             logger().warning("%s", _SEAM_GIVEN_UP)
-
-    def _harvest(self, most: int = sys.maxsize) -> None:
-        """Write the steps that are complete on the device, the first ``most`` of them."""
-        recorder, clock = self._recorder, self._clock
-        if recorder is None or clock is None or not self._harvesting.acquire(False):
-            return
-        try:
-            for stamps in clock.harvest(most):
-                if self._probe.guard.inert:
-                    break
-                try:
-                    self._record(recorder, clock, stamps)
-                except Exception as error:  # noqa: BLE001 - the others are good
-                    clock.dropped += 1
-                    self._probe.guard.failed("vllm.harvest", error)
-        finally:
-            self._harvesting.release()
-
-    def _describe(self) -> None:
-        """Tell readers what the running step works on. Not on the step path."""
-        recorder, stamps, row = self._recorder, self._stamps, self._row
-        if self._nvtx is not None:
-            return  # the step path reads, and has told
-        if recorder is None or stamps is None or not self._harvesting.acquire(False):
-            return
-        try:
-            batch = self._unread.batch(row)
-            if batch is not None:
-                recorder.describe(row[0], batch.phase, batch.tokens)
-        finally:
-            self._harvesting.release()
-
-    def _record(self, recorder: Recorder, clock: StepClock, stamps: Stamps) -> None:
-        row, flags, own_ns = stamps.payload
-        number, time_ns = row[:2]
-        batch = self._unread.batch(row)
-        self._unread.recorded(number)
-        if batch is None:
-            clock.dropped += 1
-            return
-        if stamps.restarted or number != self._last_number + 1:
-            flags |= _RESTARTED
-        self._last_number = number
-        recorder.step_counted(
-            number,
-            time_ns,
-            batch.phase,
-            clock.kind,
-            flags,
-            stamps.times,
-            batch.counts,
-            batch.attention,
-            own_ns,
-        )
