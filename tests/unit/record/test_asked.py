@@ -75,6 +75,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     scripted = Scripted()
     monkeypatch.setattr(asked_capture._CaptureThread, "_trace", lambda self: scripted)
     monkeypatch.setattr(asked_capture, "available", lambda recorder: {"torch": None, "kernels": "no GPU"})
+    monkeypatch.setattr(asked_capture, "unsafe", lambda recorder: {})  # it would ask torch
     return scripted
 
 
