@@ -5,7 +5,7 @@ Kernels are profiled from ``cudaProfilerStart`` to ``cudaProfilerStop``, which n
 returns. Before each such step lies one kernel of another kind, `MARK`, so that steps are told apart.
 
 Takes a model directory, a folder for what llmprobe recorded, and as JSON: ``batches``, ``context`` in tokens,
-``engine``, arguments of ``vllm.LLM``.
+``engine``, arguments of ``vllm.LLM``. What was recorded is saved after each batch.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def main() -> None:
         prompts = [[ids.randint(_LOWEST_ID, _HIGHEST_ID) for _ in range(length)] for _ in range(batch)]
         window.expect(batch)
         llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-    time.sleep(_WRITTEN_SECONDS)
-    _save(folder, window.profiled)
+        time.sleep(_WRITTEN_SECONDS)
+        _save(folder, window.profiled)  # at once: what comes may fail
     llm.llm_engine.engine_core.shutdown()
 
 
