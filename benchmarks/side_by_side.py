@@ -17,10 +17,11 @@ import json
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from llmprobe.demo.server import ServerFailed
 
 _PLAIN = "vLLM alone"
 _HEADER = ("", "starts", "TPOT", "to vLLM alone", "throughput", "to vLLM alone", "TTFT", "seconds")
+#: One of these ends the measurement of one server, and the next begins.
+_FAILURES = (ServerFailed, LoadFailed, AlternativeFailed, OSError, subprocess.SubprocessError)
 _SHAPE = ("model", "concurrency", "prompt_tokens", "output_tokens", "flags")
 
 
@@ -58,14 +61,24 @@ def main() -> int:
     saved = _saved(options)
     failed: list[str] = []
     try:
-        for name in options.only:
-            _measure(name, options, saved, failed)
+        with tempfile.TemporaryDirectory(prefix="llmprobe-side-by-side-") as folder:
+            # One directory for all starts: vLLM keeps what it compiled for a model by its path.
+            model, flags = served(options.model, Path(folder)) if options.model else (None, [])
+            for name in options.only:
+                _measure(name, model, [*flags, *options.flags], options, saved, failed)
     finally:
         _table(saved, options, failed).show(options.markdown)
     return int(bool(failed))
 
 
-def _measure(name: str, options: argparse.Namespace, saved: dict[str, Any], failed: list[str]) -> None:
+def _measure(
+    name: str,
+    model: Path | None,
+    flags: Sequence[str],
+    options: argparse.Namespace,
+    saved: dict[str, Any],
+    failed: list[str],
+) -> None:
     """Start one server and measure it; every stretch is saved at once."""
     print(
         f"{name}: up to {options.warm_up_seconds + options.seconds + 15:.0f} s once it is up",
@@ -73,14 +86,13 @@ def _measure(name: str, options: argparse.Namespace, saved: dict[str, Any], fail
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="llmprobe-side-by-side-") as folder:
-        model, flags = served(options.model, Path(folder)) if options.model else (None, [])
         try:
-            with ALTERNATIVES[name](model, [*flags, *options.flags], Path(folder)) as found:
+            with ALTERNATIVES[name](model, flags, Path(folder)) as found:
                 for run in _runs(found, options):
                     saved["runs"].append(asdict(run))
                     _save(saved, options.json)
                     print(run, file=sys.stderr, flush=True)
-        except (ServerFailed, LoadFailed, AlternativeFailed) as error:
+        except _FAILURES as error:
             failed.append(f"{name}: {error}"[:2000])
             print(failed[-1], file=sys.stderr, flush=True)
 
@@ -97,9 +109,10 @@ def _runs(found: Served, options: argparse.Namespace) -> Iterator[Run]:
                 end = time.monotonic_ns()
                 load.wait(load.longest_seconds())  # the last requests
                 seen = load.seen(begin, end)
-            yield Run(
-                name, seconds, seen.requests, seen.tpot_seconds, seen.ttft_seconds, seen.tokens_per_second
-            )
+                # Before the profiler is stopped, which may fail.
+                yield Run(
+                    name, seconds, seen.requests, seen.tpot_seconds, seen.ttft_seconds, seen.tokens_per_second
+                )
 
 
 def _saved(options: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +124,13 @@ def _saved(options: argparse.Namespace) -> dict[str, Any]:
     old: dict[str, Any] = json.loads(options.json.read_text())
     if old.get("shape") != shape:
         raise SystemExit(f"{options.json} holds other settings ({old.get('shape')}): choose another file")
+    if _without_load(old["machine"]) != _without_load(new["machine"]):
+        raise SystemExit(f"{options.json} comes from another machine ({old['machine']}): choose another file")
     return old
+
+
+def _without_load(machine: str) -> str:
+    return machine.rpartition("; load before")[0]
 
 
 def _save(saved: dict[str, Any], path: Path | None) -> None:

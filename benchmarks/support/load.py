@@ -100,7 +100,7 @@ class Load:
         rows = self.requests()
         whole = rows[(rows["sent"] >= begin_ns) & (rows["last"] <= end_ns)]
         if not len(whole):
-            raise LoadFailed("no request began and ended within a block: make --block-seconds longer")
+            raise LoadFailed("no request began and ended within the time measured: make that longer")
         gaps = self._output_tokens - 1
         # A request's tokens lie evenly between its first and last.
         length = np.maximum(rows["last"] - rows["first"], 1)
