@@ -31,7 +31,7 @@ import numpy as np
 from support import profiled_steps
 from support.gpu_models import CONFIGURATIONS, make_configuration
 from support.machine import machine_line
-from support.ncu_output import METRICS, Kernel, NcuFailed, complaints, read_kernels, steps_of
+from support.ncu_output import METRICS, Kernel, NcuFailed, complaints, most_passes, read_kernels, steps_of
 from support.table import Results, command
 
 from llmprobe.compute.facts import ModelFacts
@@ -102,10 +102,13 @@ def _show(recorded: dict[str, Any], folder: Path, options: argparse.Namespace) -
         failed.append(f"asked for steps of {options.batch} requests, got them of {measured}")
     for one in failed:
         print(one, file=sys.stderr, flush=True)
-    _table(steps, options, recorded, failed).show(options.markdown)
+    log = folder / _LOG
+    passes = most_passes(log.read_text(errors="replace")) if log.exists() else None
+    _table(steps, options, recorded, passes, failed).show(options.markdown)
     if options.json:
         saved = {
             "machine": recorded["machine"],
+            "passes": passes,
             "command": command("traffic_ncu.py"),
             "steps": [asdict(s) for s in steps],
             "failed": failed,
@@ -222,12 +225,17 @@ def _model(options: argparse.Namespace, folder: Path) -> tuple[Path, int]:
 
 
 def _table(
-    steps: Sequence[Step], options: argparse.Namespace, recorded: dict[str, Any], failed: Sequence[str]
+    steps: Sequence[Step],
+    options: argparse.Namespace,
+    recorded: dict[str, Any],
+    passes: int | None,
+    failed: Sequence[str],
 ) -> Results:
     layers = options.layers or CONFIGURATIONS[options.model]["num_hidden_layers"]
     notes = [
         f"{options.model}, {layers} layers, bfloat16, eager; --cache-control {options.cache_control}.",
         f"llmprobe: weights once, keys and values read and written. Took {recorded['seconds']:.0f} s.",
+        f"ncu ran a kernel {passes or '?'} times at most.",
         *(f"FAILED: {' '.join(one.splitlines()[:2])}" for one in failed),
     ]
     return Results(

@@ -20,6 +20,7 @@ METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 _UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}  # ``--print-units base``: byte
 _PUSHED = "Push/Pop_Range"
 _MESSAGE = re.compile(r"==(ERROR|WARNING)== .*")
+_PASSES = re.compile(r"^==PROF== Profiling .* - (\d+) pass(?:es)?$", re.MULTILINE)
 _SHOWN = 20
 
 
@@ -75,6 +76,14 @@ def steps_of(kernels: Sequence[Kernel], mark: str) -> list[list[Kernel]]:
         elif steps:
             steps[-1].append(kernel)
     return steps
+
+
+def most_passes(text: str) -> int | None:
+    """How often ncu ran the launch that it ran most often. None where it does not say.
+
+    More than once means that later passes found in the GPU's caches what the first had left there.
+    """
+    return max((int(found) for found in _PASSES.findall(text)), default=None)
 
 
 def complaints(text: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from support.ncu_output import Kernel, NcuFailed, read_kernels, steps_of  # noqa: E402
+from support.ncu_output import Kernel, NcuFailed, most_passes, read_kernels, steps_of  # noqa: E402
 
 #: Printed by ncu itself; see tests/data/PROVENANCE.md.
 PRINTED = (ROOT / "tests/data/ncu/raw_page.csv").read_text()
@@ -91,6 +91,13 @@ def test_why_nothing_was_profiled_is_said() -> None:
         read_kernels(said + "==WARNING== No kernels were profiled.\n", RANGE)
     assert "No kernels were profiled" in str(error.value)
     assert "Connected" not in str(error.value)
+
+
+def test_passes_are_those_of_the_launch_with_most() -> None:
+    said = '==PROF== Profiling "gemm" - 0: 0%....50%....100% - 1 pass\n'
+    said += '==PROF== Profiling "void Sobel<float>(uchar4 *)" - 1: 0%....50%....100% - 12 passes\n'
+    assert most_passes(said + PRINTED) == 12
+    assert most_passes(PRINTED) is None
 
 
 def test_steps_lie_between_marks() -> None:
