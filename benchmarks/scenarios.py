@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from support import labels
 from support.labels import Client, Facts, Machine
 from support.load import Load
 from support.machine import machine_line
-from support.outcomes import HEADER, Outcome, bars, json_of, status, table_rows
+from support.outcomes import HEADER, Outcome, Run, append, bars, line, status, table_rows
 from support.scenario_servers import CHUNK_TOKENS, KINDS, Workshop
 from support.serving import NAME
 from support.switch import wait_known
@@ -62,6 +61,7 @@ class Scenario:
         load: None for none.
         alone: a load that goes before, without what this one adds, and is timed.
         slow_steps: the host sleeps for so many steps' time between two steps.
+        clock_ratio: the step clock tells that share of every span; 0: the truth.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Scenario:
     load: Requests | None
     alone: Requests | None = None
     slow_steps: float = 0.0
+    clock_ratio: float = 0.0
 
 
 _DECODE = Requests(1, 32, 96)
@@ -84,6 +85,7 @@ SCENARIOS = (
     Scenario(
         "host between steps", "large", labels.waits_for_host, "decode", _DECODE, _DECODE, slow_steps=1.5
     ),
+    Scenario("a clock that lies", "large", labels.is_lied_to, "decode", _DECODE, clock_ratio=0.5),
     Scenario("tiny model", "small", labels.by_client_alone, "decode", Requests(1, 32, 96)),
     Scenario(
         "KV cache too small",
@@ -110,19 +112,19 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         workshop = Workshop(folder)
         peaks = workshop.calibrate()
-        outcomes: list[Outcome] = []
+        runs: list[Run] = []
         for kind in dict.fromkeys(item.kind for item in chosen):
             with workshop.server(KINDS[kind]) as server:
                 wait_known(server.directory)
                 before: dict[str, str] = {}
                 for scenario in (item for item in chosen if item.kind == kind):
                     outcome = _run(scenario, server, workshop, peaks, before, options.seconds)
-                    outcomes.append(outcome)
+                    runs.append(outcome.as_run(machine))
+                    append(options.json, runs[-1])
+                    print(line(runs[-1]), file=sys.stderr, flush=True)
                     before = classes(outcome.trace)
-    _table(outcomes, machine, peaks, options.seconds, time.monotonic() - begin).show(options.markdown)
-    if options.json:
-        options.json.write_text(json.dumps(json_of(outcomes, machine), indent=1))
-    return status(outcomes)
+    _table(runs, machine, peaks, options.seconds, time.monotonic() - begin).show(options.markdown)
+    return status(runs)
 
 
 def _run(
@@ -142,6 +144,7 @@ def _run(
         before = {**before, **classes(watching.trace)}
     if scenario.slow_steps and alone is not None and alone.tpot_seconds:
         workshop.slow(scenario.slow_steps * alone.tpot_seconds)
+    workshop.lie(scenario.clock_ratio)
     time.sleep(_BETWEEN_SECONDS)
     rows, tokens = None, 0
     try:
@@ -155,6 +158,7 @@ def _run(
                 rows = load.requests()
     finally:
         workshop.slow(0)
+        workshop.lie(0)
     if scenario.load is not None:
         tokens = scenario.load.prompt_tokens
     client = Client(0, None, None)
@@ -170,12 +174,13 @@ def _run(
         CHUNK_TOKENS,
         trace.engine_figures(),
         trace.tokens(),
+        scenario.clock_ratio or 1.0,
     )
     label = scenario.rule(facts)
     return Outcome(scenario.name, facts, label, score(trace, label, scenario.phase, before), trace)
 
 
-def _table(outcomes: list[Outcome], machine: str, peaks: Machine, seconds: float, took: float) -> Results:
+def _table(runs: list[Run], machine: str, peaks: Machine, seconds: float, took: float) -> Results:
     notes = [
         f"Peaks: {peaks.bandwidth_bytes_per_second / 1e9:.1f} GB/s, "
         f"{peaks.flops_per_second / 1e9:.0f} GFLOP/s in float32, threads: {peaks.threads}.",
@@ -187,7 +192,7 @@ def _table(outcomes: list[Outcome], machine: str, peaks: Machine, seconds: float
         command("scenarios.py"),
         machine,
         HEADER,
-        table_rows(outcomes),
+        table_rows(runs),
         notes,
     )
 
@@ -198,7 +203,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=names, help="this scenario; may be repeated")
     parser.add_argument("--seconds", type=float, default=35.0, help="of each scenario [35]")
     parser.add_argument("--folder", type=Path, help="keep models (0.8 GB) and peaks there [a temporary one]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add every figure to it, a line a run")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/verdicts.md")
     return parser.parse_args()
 

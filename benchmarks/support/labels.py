@@ -56,6 +56,7 @@ class Facts:
         chunk_tokens: most tokens of a step.
         engine: of vLLM's own ``/metrics``, the mean over the scenario by name, and ``kv_most``.
         tokens: generated in the scenario, by the same.
+        clock_ratio: the share of every span that the step clock was made to tell.
     """
 
     machine: Machine
@@ -66,6 +67,7 @@ class Facts:
     chunk_tokens: int
     engine: dict[str, float]
     tokens: float
+    clock_ratio: float = 1.0
 
     @property
     def memory_share(self) -> float:
@@ -111,6 +113,8 @@ class Label:
         headline: words that it has to contain.
         rule: what decided, with its figures.
         holds: False where the rule cannot tell; nothing is scored then.
+        evidence: quantities, one of which the verdict has to show; none where any evidence will do.
+        advice: a finding that has to be among the advice for the phase.
     """
 
     classes: tuple[str, ...]
@@ -118,6 +122,8 @@ class Label:
     holds: bool
     cause: str | None = None
     headline: str | None = None
+    evidence: tuple[str, ...] = ()
+    advice: str | None = None
 
 
 Rule = Callable[[Facts], Label]
@@ -184,6 +190,13 @@ def waits_for_cache(facts: Facts) -> Label:
     holds = share >= 0.6 and waiting >= 1 and used >= 0.9
     # The class of the device's work is another scenario's.
     return Label((), rule, holds, headline="SLOW:")
+
+
+def is_lied_to(facts: Facts) -> Label:
+    """unknown: the benchmark makes spans so short that weights would be read beyond the peak."""
+    share = facts.memory_share / facts.clock_ratio
+    rule = f"weights ÷ TPOT ÷ peak ÷ the clock's ratio = {share:.2f} (≥ 1.20)"
+    return Label(("unknown",), rule, share >= 1.2, "contradiction")
 
 
 def knows_no_peaks(facts: Facts) -> Label:

@@ -1,15 +1,32 @@
-"""Scenarios that ran: their table, and all that was seen of them."""
+"""Scenarios that ran: saved one a line as they end, and their table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from llmprobe.export.summary import plain
 from support.labels import Label
 from support.watching import RIGHT_SECONDS, SURE, Score, Trace, as_json
 
-HEADER = ("scenario", "label", "its rule", "verdict", "confidence", "headline", "right after", "flips", "")
+HEADER = (
+    "scenario",
+    "label",
+    "its rule",
+    "holds",
+    "verdict",
+    "confidence",
+    "headline",
+    "right after",
+    "flips",
+    "",
+)
+
+#: All that is known of a scenario that ran, or failed (``error``), JSON-ready.
+Run = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,10 +39,53 @@ class Outcome:
     score: Score
     trace: Trace
 
+    def as_run(self, machine: str) -> Run:
+        """Every figure."""
+        return {
+            "name": self.name,
+            "machine": machine,
+            "facts": plain(asdict(self.facts)),
+            "label": asdict(self.label),
+            "score": plain(asdict(self.score)),
+            "trace": plain(as_json(self.trace)),
+        }
 
-def table_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
+
+def append(path: Path | None, run: Run) -> None:
+    """Add a line to a file of runs, so that what comes after cannot lose it."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+
+
+def read(paths: Iterable[Path]) -> list[Run]:
+    """Runs that were saved; of those with one name the last. A last line that was cut off is left out."""
+    found: dict[str, Run] = {}
+    for path in paths:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                run = json.loads(line)
+            except ValueError:
+                continue
+            found.pop(run["name"], None)
+            found[run["name"]] = run
+    return list(found.values())
+
+
+def table_rows(runs: Sequence[Run]) -> list[list[str]]:
     """By `HEADER`."""
-    return [_row(outcome) for outcome in outcomes]
+    return [_row(run) for run in runs]
+
+
+def line(run: Run) -> str:
+    """One run in a line, for whoever waits for the others."""
+    name, truth, _, holds, verdict, confidence, _, after, flips, result = _row(run)
+    if "error" in run:
+        return f"{name}: {result}"
+    return (
+        f"{name}: label {truth} ({'holds' if holds == 'yes' else 'does not hold'}), verdict {verdict}, "
+        f"confidence {confidence}, right after {after}, flips {flips}: {result}"
+    )
 
 
 def bars(seconds: float) -> str:
@@ -37,44 +97,34 @@ def bars(seconds: float) -> str:
     )
 
 
-def json_of(outcomes: Sequence[Outcome], machine: str) -> dict[str, Any]:
-    """Every figure, JSON-ready."""
-    return {"machine": machine, "runs": [_json(outcome) for outcome in outcomes]}
-
-
-def status(outcomes: Sequence[Outcome]) -> int:
-    """An exit status: 1 if a verdict is wrong, late or wavers, 2 if a label did not hold, else 0."""
-    if any(outcome.label.holds and outcome.score.faults for outcome in outcomes):
+def status(runs: Sequence[Run]) -> int:
+    """An exit status: 1 if a verdict is wrong, late or wavers, or a run failed; 2 if a label did not hold."""
+    if any("error" in run or (run["label"]["holds"] and run["score"]["faults"]) for run in runs):
         return 1
-    return 0 if all(outcome.label.holds for outcome in outcomes) else 2
+    return 0 if all(run["label"]["holds"] for run in runs) else 2
 
 
-def _row(outcome: Outcome) -> list[str]:
-    label, found = outcome.label, outcome.score
-    truth = " or ".join(label.classes) + (f": {label.cause}" if label.cause else "")
-    truth = truth or f"“{label.headline} …”"
-    said = str(found.last.get("bottleneck", "none"))
-    cause = found.last.get("cause")
-    result = "; ".join(found.faults) if found.faults else "right"
-    after = "never" if found.right_after is None else f"{found.right_after:.0f} s"
+def _row(run: Run) -> list[str]:
+    if "error" in run:
+        return [run["name"], *[""] * (len(HEADER) - 2), f"failed: {run['error']}"]
+    label, found = run["label"], run["score"]
+    truth = " or ".join(label["classes"]) + (f": {label['cause']}" if label["cause"] else "")
+    truth = truth or f"“{label['headline']} …”"
+    truth += f", showing {' or '.join(label['evidence'])}" if label["evidence"] else ""
+    truth += f", advice {label['advice']}" if label["advice"] else ""
+    said = str(found["last"].get("bottleneck", "none"))
+    cause = found["last"].get("cause")
+    result = "; ".join(found["faults"]) if found["faults"] else "right"
+    after = "never" if found["right_after"] is None else f"{found['right_after']:.0f} s"
     return [
-        outcome.name,
+        run["name"],
         truth,
-        label.rule,
+        label["rule"],
+        "yes" if label["holds"] else "no",
         f"{said}: {cause}" if cause else said,
-        f"{found.last.get('confidence') or 0:.2f}",
-        found.headline,
+        f"{found['last'].get('confidence') or 0:.2f}",
+        found["headline"],
         after,
-        str(found.flips),
-        result if label.holds else "label does not hold",
+        f"{found['flips']} in {found['steady_seconds']:.0f} s",
+        result if label["holds"] else "not scored",
     ]
-
-
-def _json(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "name": outcome.name,
-        "facts": asdict(outcome.facts),
-        "label": asdict(outcome.label),
-        "score": asdict(outcome.score),
-        "trace": as_json(outcome.trace),
-    }

@@ -38,7 +38,9 @@ class Kind:
 
 
 KINDS = {
-    "large": Kind(True, ("--max-model-len", "2048")),
+    "large": Kind(
+        True, ("--max-model-len", "2048", "--worker-extension-cls", "support.lying_clock.Extension")
+    ),
     "small": Kind(False, tuple(_SMALL_CACHE)),
     "blind": Kind(True, ("--max-model-len", "2048"), calibrated=False),
 }
@@ -56,7 +58,7 @@ class Workshop:
         self._cpus = sorted(os.sched_getaffinity(0))
         # One core is left to the front end, the client and the agent.
         self._threads = max(len(self._cpus) - 1, 1)
-        self._slow = folder / "slow"
+        self._slow, self._clock = folder / "slow", folder / "clock"
         (folder / "empty").mkdir(exist_ok=True)
 
     def calibrate(self) -> Machine:
@@ -84,16 +86,22 @@ class Workshop:
         """Make the host sleep that long before each step."""
         slow_host.tell(self._slow, seconds)
 
+    def lie(self, ratio: float) -> None:
+        """Make the step clock tell that share of every span; 0: the truth."""
+        slow_host.tell(self._clock, ratio)
+
     @contextlib.contextmanager
     def server(self, kind: Kind) -> Iterator[VllmServer]:
         """Start one."""
         self.slow(0)
+        self.lie(0)
         before = os.environ.get("PYTHONPATH", "")
         env = {
             "PYTHONPATH": f"{_BENCHMARKS}:{before}" if before else str(_BENCHMARKS),
             "XDG_CACHE_HOME": str(self._folder / ("cache" if kind.calibrated else "empty")),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, self._cpus[: self._threads])),
             slow_host.VARIABLE: str(self._slow),
+            slow_host.CLOCK_VARIABLE: str(self._clock),
         }
         with running_server(self.model(kind), [*_COMMON, *kind.flags], env) as server:
             yield server

@@ -2,13 +2,11 @@
 
 Given to the engine with ``--scheduler-cls support.slow_scheduler.SlowScheduler`` and this folder's parent on
 PYTHONPATH. The device has nothing to do meanwhile, and the engine uses no processor: time between steps that
-nothing but the injection explains. With ``SCENARIO_CLOCK_RATIO`` set, llmprobe's clock of this process is
-made to lie too: every span is that share of what it is.
+nothing but the injection explains.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -16,8 +14,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from support import slow_host
-
-CLOCK_VARIABLE = "SCENARIO_CLOCK_RATIO"
 
 
 class SlowScheduler(Scheduler):
@@ -36,20 +32,3 @@ class SlowAsyncScheduler(AsyncScheduler):
         if seconds := slow_host.told():
             time.sleep(seconds)
         return super().schedule(*args, **kwargs)
-
-
-def _make_the_clock_lie(ratio: float) -> None:
-    from llmprobe.record.clock import CudaClock
-
-    place = CudaClock._place
-
-    def lying(self: CudaClock, stamps: Any) -> None:
-        place(self, stamps)
-        start = stamps.ns[0]
-        stamps.ns = [start + round((at - start) * ratio) if at else 0 for at in stamps.ns]
-
-    CudaClock._place = lying  # type: ignore[method-assign]
-
-
-if os.environ.get(CLOCK_VARIABLE):
-    _make_the_clock_lie(float(os.environ[CLOCK_VARIABLE]))

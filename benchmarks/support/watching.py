@@ -25,7 +25,7 @@ _GAUGES = {
     "vllm:num_requests_waiting": "waiting",
     "vllm:kv_cache_usage_perc": "kv",
 }
-_TOKENS = "vllm:generation_tokens_total"
+_COUNTERS = {"vllm:generation_tokens_total": "tokens", "vllm:prompt_tokens_total": "prompts"}
 #: Within which every verdict has to be right, and above which a wrong one is a failure.
 RIGHT_SECONDS, SURE = 15.0, 0.5
 #: What a phase may be said to be while its load changes, besides the old and the new class.
@@ -34,12 +34,14 @@ _NO_CLAIM = ("unknown", "idle")
 
 @dataclass(frozen=True)
 class Said:
-    """One look at ``/api/status``: seconds into the scenario, verdicts by phase, headline."""
+    """One look at ``/api/status``: seconds into the scenario, verdicts by phase, headline, and what is
+    advised for each phase, by name."""
 
     at: float
     verdicts: dict[str, dict[str, Any]]
     headline: str
     pressure: dict[str, Any]
+    advice: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Trace:
         """Mean of vLLM's gauges, and the most of its cache that was in use (``kv_most``)."""
         if not self.engine:
             return {}
-        names = {name for sample in self.engine for name in sample}
+        names = {*_GAUGES.values()} & {name for sample in self.engine for name in sample}
         figures = {
             name: sum(sample.get(name, 0.0) for sample in self.engine) / len(self.engine) for name in names
         }
@@ -62,6 +64,13 @@ class Trace:
     def tokens(self) -> float:
         """Generated between the first look and the last, by vLLM's counter."""
         return self.engine[-1]["tokens"] - self.engine[0]["tokens"] if self.engine else 0.0
+
+    def prompt_tokens_per_second(self, after: float) -> float:
+        """Of the looks later than ``after`` seconds, by vLLM's counter; 0 where these are fewer than two."""
+        late = [sample for sample in self.engine if sample["at"] >= after]
+        if len(late) < 2:
+            return 0.0
+        return (late[-1]["prompts"] - late[0]["prompts"]) / (late[-1]["at"] - late[0]["at"])
 
 
 class Watching(threading.Thread):
@@ -107,23 +116,29 @@ class Watching(threading.Thread):
                 phase: {name: verdict.get(name) for name in keep}
                 for phase, verdict in entry["verdicts"].items()
             }
+            advice = {
+                about: tuple(found["finding"] for found in findings)
+                for about, findings in (entry.get("advice") or {}).items()
+            }
             at = time.monotonic() - self._begin
-            self.trace.said.append(Said(at, verdicts, entry["headline"], entry.get("pressure") or {}))
+            pressure = entry.get("pressure") or {}
+            self.trace.said.append(Said(at, verdicts, entry["headline"], pressure, advice))
         if engine:
-            self.trace.engine.append(engine_figures(self._server))
+            figures = engine_figures(self._server)
+            self.trace.engine.append({"at": time.monotonic() - self._begin, **figures})
 
 
 def engine_figures(server: VllmServer) -> dict[str, float]:
-    """vLLM's own gauges and count of tokens."""
+    """vLLM's own gauges and counts of tokens."""
     with _OPENER.open(f"{server.url}/metrics", timeout=10) as response:
         text = response.read().decode()
-    found = {"tokens": 0.0}
+    found = dict.fromkeys(_COUNTERS.values(), 0.0)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name in _GAUGES:
                 found[_GAUGES[sample.name]] = sample.value
-            elif sample.name == _TOKENS:
-                found["tokens"] += sample.value
+            elif sample.name in _COUNTERS:
+                found[_COUNTERS[sample.name]] += sample.value
     return found
 
 
@@ -133,7 +148,7 @@ class Score:
 
     Attributes:
         right_after: seconds from the start of the load to the first right verdict; None: never.
-        flips: changes of class or cause after that.
+        flips: changes of class or cause after that, in ``steady_seconds``.
         third: classes that were neither the old nor the new one of their phase.
         wrong: the wrong verdict with the most confidence later than `RIGHT_SECONDS`, if above `SURE`.
         last: what was said at the end, of the phase that was judged.
@@ -146,6 +161,7 @@ class Score:
     last: dict[str, Any]
     headline: str
     faults: tuple[str, ...]
+    steady_seconds: float
 
 
 def score(trace: Trace, label: Label, phase: str | None, before: dict[str, str]) -> Score:
@@ -178,7 +194,8 @@ def score(trace: Trace, label: Label, phase: str | None, before: dict[str, str])
     faults += [f"wrong: {wrong}"] if wrong else []
     faults += [f"third class: {', '.join(third)}"] if third else []
     faults += [f"{flips} flips"] if flips else []
-    return Score(after, flips, third, wrong, judged, last.headline, tuple(faults))
+    steady = 0.0 if after is None else last.at - after
+    return Score(after, flips, third, wrong, judged, last.headline, tuple(faults), steady)
 
 
 def classes(trace: Trace) -> dict[str, str]:
@@ -207,11 +224,21 @@ def _right(said: Said, label: Label, phase: str | None) -> bool:
     if not label.classes:
         return True
     found = _judged(said, phase)
-    return bool(found) and all(_agrees(item, label) for _, item in found)
+    return bool(found) and all(
+        _agrees(item, label)
+        and _shows(item, label)
+        and (label.advice is None or label.advice in said.advice.get(name, ()))
+        for name, item in found
+    )
 
 
 def _agrees(item: dict[str, Any], label: Label) -> bool:
     return item["bottleneck"] in label.classes and label.cause in (None, item["cause"])
+
+
+def _shows(item: dict[str, Any], label: Label) -> bool:
+    shown = {evidence["quantity"] for evidence in item.get("evidence") or ()}
+    return not label.evidence or not shown.isdisjoint(label.evidence)
 
 
 def _key(said: Said, phase: str | None) -> list[tuple[str, str, str | None]]:
