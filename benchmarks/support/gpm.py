@@ -7,6 +7,8 @@ from typing import Any
 
 import pynvml
 
+from support.machine import has_gpu
+
 _METRICS = {"graphics": 1, "sm": 2, "tensor": 5, "dram": 10}  # NVML_GPM_METRIC_*
 
 
@@ -14,11 +16,14 @@ class Counters:
     """Means over the time from entering the ``with`` block to leaving it, of the first GPU.
 
     ``ratios`` has ``graphics``, ``sm``, ``tensor`` and ``dram`` (0 to 1) afterwards; empty where this GPU has
-    no counters.
+    no counters, or there is none.
     """
 
     def __enter__(self) -> Counters:
         self.ratios: dict[str, float] = {}
+        self._samples: list[Any] = []
+        if not has_gpu():
+            return self
         pynvml.nvmlInit()
         self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
         self._samples = [pynvml.nvmlGpmSampleAlloc() for _ in range(2)]
@@ -26,6 +31,8 @@ class Counters:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._samples:
+            return
         pynvml.nvmlGpmSampleGet(self._gpu, self._samples[1])
         asked: Any = pynvml.c_nvmlGpmMetricsGet_t()
         asked.version = pynvml.NVML_GPM_METRICS_GET_VERSION
@@ -51,6 +58,14 @@ def bandwidth() -> float:
     clock = pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_MEM)
     pynvml.nvmlShutdown()
     return float(width / 8 * clock * 1e6 * 2)
+
+
+def name() -> str:
+    """Of the first GPU, as NVML says it."""
+    pynvml.nvmlInit()
+    found = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+    pynvml.nvmlShutdown()
+    return found.decode() if isinstance(found, bytes) else str(found)
 
 
 def device_memory(pid: int) -> int:

@@ -14,8 +14,9 @@ from llmprobe.demo.model import make_model
 
 _COMMON = {"torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
-#: By name: dense models of 8 and of 2 billion parameters, a mixture of experts, and one whose layers mostly
-#: see a window.
+#: By name: dense models of 8 and of 2 billion parameters, a mixture of experts, one whose layers mostly see a
+#: window, and one of 8 billion parameters whose rows start at odd addresses: no kernel can load them by the
+#: vector, and tensor cores of today want them aligned to 16 bytes.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dense": {
         "architectures": ["Qwen3ForCausalLM"],
@@ -87,6 +88,22 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
+    },
+    "odd": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 4095,
+        "intermediate_size": 12287,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
     },
 }
 

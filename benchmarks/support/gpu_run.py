@@ -1,0 +1,152 @@
+"""One scenario on a server: its load, what goes on meanwhile, what is seen, and its label."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from llmprobe.compute.hardware import lookup
+from support import gpm
+from support.gpu_labels import Facts
+from support.gpu_scenario_list import Requests, Scenario
+from support.gpu_scenario_servers import Kind, Served, Workshop
+from support.gpu_timing import BEFORE_SECONDS
+from support.labels import Client, Label
+from support.load import Load
+from support.machine import has_gpu
+from support.nsys_idle import Idle, idle
+from support.nsys_server import NsysFailed
+from support.nsys_truth import read_truth
+from support.outcomes import Outcome
+from support.serving import NAME
+from support.switch import until
+from support.watching import Watching, classes, score
+
+_BETWEEN_SECONDS = 1.0
+_STEADY_AFTER_SECONDS = 5.0
+_WARM_TOKENS = 4
+_WARM_SECONDS = 120.0
+_TRACED_SECONDS = 0.6
+_NO_CLAIM = ("unknown", "idle")
+
+
+class Measuring:
+    """Runs scenarios on one server, one after another.
+
+    Args:
+        seconds: of each scenario, from its first request on.
+    """
+
+    def __init__(self, served: Served, workshop: Workshop, kind: Kind, seconds: float) -> None:
+        self._served, self._server = served, served.server
+        self._workshop, self._kind, self._seconds = workshop, kind, seconds
+        self._before: dict[str, str] = {}
+        self._recordings = 0
+        self._bandwidth = gpm.bandwidth() if has_gpu() else float("inf")
+        peaks = lookup(gpm.name(), kind.dtype) if has_gpu() else None
+        self._flops = peaks.flops_per_second if peaks is not None else float("inf")
+
+    def warm_up(self, loads: Iterable[Requests]) -> None:
+        """Send requests of every shape once: what is compiled for them is no part of a steady load."""
+        with Watching(self._server) as watching:
+            for load in dict.fromkeys(replace(load, output_tokens=1, pause_seconds=0.0) for load in loads):
+                short = Load(self._server.port, NAME, load.concurrency, load.prompt_tokens, _WARM_TOKENS)
+                with short:
+                    until(lambda: len(short.requests()) >= load.concurrency, _WARM_SECONDS)  # noqa: B023
+                    short.wait(0)
+            time.sleep(_BETWEEN_SECONDS)
+        self._before = classes(watching.trace)
+
+    def run(self, scenario: Scenario, clients: Mapping[str, Client]) -> Outcome:
+        """One scenario. Raises LoadFailed and whatever a server that ends leads to.
+
+        Args:
+            clients: what those of earlier scenarios timed, by name.
+        """
+        reference = clients.get(scenario.reference or "")
+        try:
+            return self._run(scenario, reference)
+        finally:
+            self._workshop.slow(0)
+            self._workshop.lie(0)
+
+    def _run(self, scenario: Scenario, reference: Client | None) -> Outcome:
+        server, workshop = self._server, self._workshop
+        seconds = max(self._seconds, scenario.least_seconds)
+        with contextlib.ExitStack() as stack:
+            old, before, unfit = None, self._before, ""
+            if scenario.before is None:
+                time.sleep(_BETWEEN_SECONDS)
+            else:
+                workshop.slow(_sleep(scenario.before.slow_steps, 0.0, reference))
+                old = stack.enter_context(scenario.before.load.on(server))
+                with Watching(server) as earlier:
+                    old.wait(BEFORE_SECONDS)
+                before = {**before, **classes(earlier.trace)}
+                unfit = before.get(scenario.before.phase, "unknown")
+                unfit = f"; no verdict stood before the change ({unfit})" if unfit in _NO_CLAIM else ""
+            if scenario.disturb is not None:
+                stack.enter_context(scenario.disturb(server))
+            workshop.lie(scenario.clock_ratio)
+            workshop.slow(_sleep(scenario.slow_steps, scenario.slow_seconds, reference))
+            begin_ns = time.monotonic_ns()
+            goes_on = scenario.before is not None and scenario.before.load == scenario.load
+            load: Load | None = old
+            if not goes_on:
+                load = stack.enter_context(scenario.load.on(server)) if scenario.load else None
+                if old is not None:
+                    old.__exit__(None, None, None)
+            wait = load.wait if load else time.sleep
+            steady = min(_STEADY_AFTER_SECONDS, seconds / 2)
+            counters = gpm.Counters()
+            with Watching(server) as watching:
+                wait(steady)
+                with counters:
+                    wait(seconds - steady)
+            traced = self._traced() if load is not None else None
+            rows = load.requests() if load is not None else None
+        requests, client = scenario.load or Requests(0, 0, 0), Client(0, None, None)
+        if rows is not None:
+            client = Client.of(rows[rows["sent"] >= begin_ns], requests.output_tokens)
+        trace = watching.trace
+        facts = Facts(
+            workshop.sizes(self._kind),
+            self._bandwidth,
+            self._flops,
+            counters.ratios,
+            client,
+            reference,
+            requests.concurrency,
+            requests.prompt_tokens,
+            requests.output_tokens,
+            trace.engine_figures(),
+            trace.tokens(),
+            trace.prompt_tokens_per_second(steady),
+            scenario.clock_ratio or 1.0,
+            traced,
+        )
+        label = scenario.rule(facts)
+        if unfit:
+            label = Label(**{**vars(label), "rule": label.rule + unfit, "holds": False})
+        self._before = classes(trace)
+        return Outcome(scenario.name, facts, label, score(trace, label, scenario.phase, before), trace)
+
+    def _traced(self) -> Idle | None:
+        """What nsys says while the load goes on, after the verdicts were taken down."""
+        if self._served.record is None:
+            return None
+        self._recordings += 1
+        try:
+            return idle(read_truth(self._served.record(f"scenario-{self._recordings}", _TRACED_SECONDS)))
+        except (NsysFailed, ValueError) as error:
+            print(f"no trace: {error}", file=sys.stderr, flush=True)
+            return None
+
+
+def _sleep(steps: float, seconds: float, reference: Client | None) -> float:
+    if steps and reference is not None and reference.tpot_seconds:
+        return steps * reference.tpot_seconds
+    return seconds
