@@ -86,8 +86,8 @@ class _Series:
 
     def run(self, kind: str, scenarios: list[Scenario], workshop: Workshop) -> None:
         """All of one server. What fails is told, and the end of as little as can be."""
-        deadline, seconds = self._deadline, self._options.seconds
-        if not deadline.reaches(deadline.start_seconds + gpu_timing.needed(scenarios[0], seconds)):
+        deadline, seconds, nsys = self._deadline, self._options.seconds, self._options.nsys
+        if not deadline.reaches(deadline.start_seconds + gpu_timing.needed(scenarios[0], seconds, nsys)):
             self.skipped += [item.name for item in scenarios]
             return
         left = list(scenarios)
@@ -100,7 +100,7 @@ class _Series:
                     measuring.warm_up([item.load for item in scenarios if item.load])
                 while left:
                     scenario = left[0]
-                    if not deadline.reaches(gpu_timing.needed(scenario, seconds)):
+                    if not deadline.reaches(gpu_timing.needed(scenario, seconds, nsys)):
                         self.skipped.append(left.pop(0).name)
                         continue
                     self._one(left.pop(0), measuring)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from llmprobe.compute.hardware import lookup
 from support import gpm
 from support.gpu_labels import Facts
@@ -110,7 +112,8 @@ class Measuring:
             rows = load.requests() if load is not None else None
         requests, client = scenario.load or Requests(0, 0, 0), Client(0, None, None)
         if rows is not None:
-            client = Client.of(rows[rows["sent"] >= begin_ns], requests.output_tokens)
+            rows = rows[rows["sent"] >= begin_ns]
+            client = Client.of(rows, requests.output_tokens)
         trace = watching.trace
         facts = Facts(
             workshop.sizes(self._kind),
@@ -132,7 +135,9 @@ class Measuring:
         if unfit:
             label = Label(**{**vars(label), "rule": label.rule + unfit, "holds": False})
         self._before = classes(trace)
-        return Outcome(scenario.name, facts, label, score(trace, label, scenario.phase, before), trace)
+        steady_at = _steady_at(rows, begin_ns, requests.concurrency)
+        scored = score(trace, label, scenario.phase, before, steady_at)
+        return Outcome(scenario.name, facts, label, scored, trace)
 
     def _traced(self) -> Idle | None:
         """What nsys says while the load goes on, after the verdicts were taken down."""
@@ -144,6 +149,17 @@ class Measuring:
         except (NsysFailed, ValueError) as error:
             print(f"no trace: {error}", file=sys.stderr, flush=True)
             return None
+
+
+def _steady_at(rows: np.ndarray | None, begin_ns: int, concurrency: int) -> float:
+    """Seconds until each of the first requests had its first token, at most until counters are read.
+
+    While long prompts are read at the start, a load that decodes has not begun.
+    """
+    if rows is None or not len(rows):
+        return 0.0
+    first = np.sort(rows["first"])[:concurrency]
+    return min((int(first[-1]) - begin_ns) / 1e9, _STEADY_AFTER_SECONDS)
 
 
 def _sleep(steps: float, seconds: float, reference: Client | None) -> float:

@@ -158,7 +158,7 @@ SCENARIOS = (
         disturb=one_busy_core,
     ),
     Scenario(
-        "another model, a clock that lies", "other", gpu_labels.is_lied_to, "decode", _ONE, clock_ratio=0.5
+        "another model, a clock that lies", "other", gpu_labels.is_lied_to, "decode", _ONE, clock_ratio=0.3
     ),
 )  # fmt: skip
 

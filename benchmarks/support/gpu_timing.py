@@ -11,16 +11,17 @@ from support.gpu_scenario_list import SCENARIOS, Scenario
 #: A start of vLLM on an H100 took 60 to 140 s; requests of every shape that go before the first scenario.
 START_SECONDS = (60.0, 140.0)
 WARM_SECONDS = 20.0
-#: Of a scenario besides its load: what comes before, nsys, sums.
-_AROUND_SECONDS = 3.0
+#: Of a scenario besides its load: what comes before, and sums; and a recording of nsys.
+_AROUND_SECONDS, _NSYS_SECONDS = 3.0, 8.0
 #: That the load before a change of load runs.
 BEFORE_SECONDS = 20.0
 
 
-def needed(scenario: Scenario, seconds: float) -> float:
+def needed(scenario: Scenario, seconds: float, nsys: bool = False) -> float:
     """Seconds of one scenario."""
     before = BEFORE_SECONDS if scenario.before else 0.0
-    return max(seconds, scenario.least_seconds) + before + _AROUND_SECONDS
+    around = _AROUND_SECONDS + (_NSYS_SECONDS if nsys else 0.0)
+    return max(seconds, scenario.least_seconds) + before + around
 
 
 class Deadline:

@@ -91,7 +91,7 @@ def line(run: Run) -> str:
 def bars(seconds: float) -> str:
     """What a scenario that ran for so long has to hold."""
     return (
-        f"Bars: right within {RIGHT_SECONDS:.0f} s of the first request, no flip until the end of the "
+        f"Bars: right within {RIGHT_SECONDS:.0f} s of a steady load, no flip until the end of the "
         f"{seconds:.0f} s that each ran, no third class, and after {RIGHT_SECONDS:.0f} s none that is wrong "
         f"above confidence {SURE:g}."
     )

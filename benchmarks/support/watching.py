@@ -147,10 +147,11 @@ class Score:
     """A label held against a trace.
 
     Attributes:
-        right_after: seconds from the start of the load to the first right verdict; None: never.
+        right_after: seconds from when the load was steady to the first right verdict; None: never.
         flips: changes of class or cause after that, in ``steady_seconds``.
         third: classes that were neither the old nor the new one of their phase.
-        wrong: the wrong verdict with the most confidence later than `RIGHT_SECONDS`, if above `SURE`.
+        wrong: the wrong verdict with the most confidence later than `RIGHT_SECONDS` after that, if above
+            `SURE`.
         last: what was said at the end, of the phase that was judged.
     """
 
@@ -164,7 +165,9 @@ class Score:
     steady_seconds: float
 
 
-def score(trace: Trace, label: Label, phase: str | None, before: dict[str, str]) -> Score:
+def score(
+    trace: Trace, label: Label, phase: str | None, before: dict[str, str], steady_at: float = 0.0
+) -> Score:
     """Hold a label against what was said.
 
     Args:
@@ -172,6 +175,7 @@ def score(trace: Trace, label: Label, phase: str | None, before: dict[str, str])
         label: its truth.
         phase: the one judged; None for all of them.
         before: the class of each phase when the load changed to this one.
+        steady_at: when the load was steady; seconds from its start.
     """
     right = [_right(said, label, phase) for said in trace.said]
     first = right.index(True) if True in right else None
@@ -180,10 +184,10 @@ def score(trace: Trace, label: Label, phase: str | None, before: dict[str, str])
     shown = [] if first is None else shown[first:]
     flips = sum(old != new for old, new in itertools.pairwise(shown))
     third = _third(trace.said, label, phase, before)
-    wrong = _wrong(trace.said, label, phase)
+    wrong = _wrong(trace.said, label, phase, steady_at + RIGHT_SECONDS)
     last = trace.said[-1] if trace.said else Said(0.0, {}, "", {})
     judged = last.verdicts.get(phase or "", {}) or next(iter(last.verdicts.values()), {})
-    after = None if first is None else trace.said[first].at
+    after = None if first is None else max(trace.said[first].at - steady_at, 0.0)
     faults = []
     if after is None:
         faults.append("never right")
@@ -194,7 +198,7 @@ def score(trace: Trace, label: Label, phase: str | None, before: dict[str, str])
     faults += [f"wrong: {wrong}"] if wrong else []
     faults += [f"third class: {', '.join(third)}"] if third else []
     faults += [f"{flips} flips"] if flips else []
-    steady = 0.0 if after is None else last.at - after
+    steady = 0.0 if first is None else last.at - trace.said[first].at
     return Score(after, flips, third, wrong, judged, last.headline, tuple(faults), steady)
 
 
@@ -259,13 +263,13 @@ def _third(looks: Sequence[Said], label: Label, phase: str | None, before: dict[
     return tuple(found)
 
 
-def _wrong(looks: Sequence[Said], label: Label, phase: str | None) -> str | None:
+def _wrong(looks: Sequence[Said], label: Label, phase: str | None, since: float) -> str | None:
     if not label.classes:
         return None
     wrong = [
         (item["confidence"], f"{name} {item['bottleneck']} ({item['confidence']:.2f}) at {said.at:.0f} s")
         for said in looks
-        if said.at > RIGHT_SECONDS
+        if said.at > since
         for name, item in _judged(said, phase)
         if not _agrees(item, label) and item["bottleneck"] != "unknown" and item["confidence"] > SURE
     ]

@@ -33,6 +33,13 @@ def test_right_soon_and_steady() -> None:
     assert (found.right_after, found.flips, found.steady_seconds, found.faults) == (7.0, 0, 69.0, ())
 
 
+def test_a_load_that_takes_time_to_be_steady_is_given_it() -> None:
+    looks = trace((18, verdict("unknown")), (40, verdict("memory_bound")))
+    assert score(looks, MEMORY, "decode", {}).faults == ("right only after 19 s",)
+    found = score(looks, MEMORY, "decode", {}, steady_at=5.0)
+    assert (found.right_after, found.steady_seconds, found.faults) == (14.0, 39.0, ())
+
+
 def test_a_flip_counts_both_ways_and_late_is_a_fault() -> None:
     looks = trace(
         (16, verdict("unknown")), (10, verdict("memory_bound")), (2, verdict("unknown")),
