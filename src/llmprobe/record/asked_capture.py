@@ -20,6 +20,7 @@ from llmprobe.record.asked import Ask, Paths, Said, read_ask, write
 from llmprobe.record.cupti import IN_USE, CuptiError
 from llmprobe.record.kernels import profiling
 from llmprobe.record.recorder import Recorder
+from llmprobe.record.room import NoRoom, Room
 from llmprobe.settings import logger
 
 _LOOK_SECONDS = 0.05
@@ -30,6 +31,8 @@ _ATTACHED = (
     "(some 0.1 ms), until it is started anew"
 )
 _SAY_SECONDS = 0.5
+#: A result of some seconds takes one to five MiB (docs/captures.md); with less room nothing is begun.
+_LEAST_ROOM_BYTES = 8 << 20
 #: A kernel window is over by then.
 _IN_USE_SECONDS = 5.0
 
@@ -208,6 +211,10 @@ class _CaptureThread(threading.Thread):
             reason = profiling()
         if reason is not None:
             raise Refused(reason)
+        try:
+            Room(self._paths.ask.parent).check(_LEAST_ROOM_BYTES)
+        except NoRoom as error:
+            raise Refused(str(error)) from None
 
     def _capture(self) -> None:
         self._clean()

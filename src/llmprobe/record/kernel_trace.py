@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from llmprobe.record.cupti import Cupti, CuptiError, loaded_library
-from llmprobe.record.cupti_records import Window
+from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.kernels import forbidden, profiling
 from llmprobe.record.latch import Latch
 from llmprobe.record.recorder import Recorder
+from llmprobe.record.room import Room
 from llmprobe.record.window_file import FOLDER, Seen, next_number, window_path, write_window
 
 #: 26 bytes each, held in memory and then in shared memory until the agent has fetched them.
 MOST_ACTIVITIES = 1_000_000
+#: Besides them, for the names of kernels.
+_NAMES_BYTES = 1 << 20
 #: Buffers hold about 150 000 kernels; the fastest engine launches less than that in a second.
 _DRAIN_SECONDS = 0.2
 #: What the live verdict gets of a capture: as much as of a long window, from its beginning, because the steps
@@ -62,6 +65,7 @@ class KernelTrace:
         self._cupti: Cupti | None = None
         self._window: Window | None = None
         self._drained_at = 0.0
+        self._room = Room(journal.parent)
         self.notes: list[str] = []
 
     def start(self) -> None:
@@ -86,8 +90,12 @@ class KernelTrace:
         if now - self._drained_at < _DRAIN_SECONDS and not self._cupti.filling:
             return None
         self._drained_at = now
-        if self._cupti.drain() >= MOST_ACTIVITIES:
+        held = self._cupti.drain()
+        if held >= MOST_ACTIVITIES:
             return f"ended early: {MOST_ACTIVITIES} kernels, copies and sets, and no more are held"
+        if not self._room.holds(held * ACTIVITY.itemsize + _NAMES_BYTES):
+            place = self._live.parent.parent
+            return f"ended early: {held} kernels, copies and sets, and {place} has no room for more"
         return None
 
     def stop(self) -> None:
@@ -101,10 +109,10 @@ class KernelTrace:
             self._latch.close_window()
 
     def save(self, target: Path) -> None:
-        """Write what was seen. Raises OSError; then nothing is left behind."""
+        """Write what was seen. Raises OSError, also for lack of room; then nothing is left behind."""
         window, self._window = self._window, None
         assert window is not None
-        write_window(target, Seen(1, window))
+        write_window(target, Seen(1, window), self._room)
         with contextlib.suppress(OSError):  # the capture is what was asked for
             write_window(self._live, Seen(next_number(), beginning(window)))
 

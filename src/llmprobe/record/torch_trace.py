@@ -23,6 +23,7 @@ from typing import Any
 from llmprobe.record.asked import MOST_RESULT_BYTES
 from llmprobe.record.cupti import injected
 from llmprobe.record.memory import available_bytes, resident_bytes
+from llmprobe.record.room import Room
 
 #: Without so much memory left nothing is begun.
 LEAST_MEMORY_BYTES = 2 << 30
@@ -210,6 +211,7 @@ def _of_this_thread() -> bool:
 def _zip(raw: Path, target: Path) -> None:
     """Compression gives the interpreter lock away, so this stops nobody."""
     target.parent.mkdir(mode=0o700, exist_ok=True)
+    room = Room(target.parent)
     draft = target.with_name(f".{target.name}.part")
     try:
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -219,6 +221,7 @@ def _zip(raw: Path, target: Path) -> None:
             gzip.GzipFile("", "wb", 3, file, 0) as packed,
         ):
             while chunk := source.read(_CHUNK_BYTES):
+                room.check(_CHUNK_BYTES)
                 packed.write(chunk)
                 if file.tell() > MOST_RESULT_BYTES:
                     raise TorchTraceError(

@@ -18,11 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from llmprobe.record.cupti_records import ACTIVITY, Window
+from llmprobe.record.room import Room
 
 FOLDER = "windows"
 _SCHEMA = 1
 _MOST_BYTES = 64 << 20
 _LONGEST_HEADER = 4 << 20
+#: Of numpy's own, before the activities.
+_MOST_COLUMNS_BYTES = 1 << 10
 _numbers = itertools.count(1)
 
 
@@ -48,10 +51,14 @@ def next_number() -> int:
     return next(_numbers)
 
 
-def write_window(path: Path, seen: Seen) -> None:
-    """Replace ``path``. Raises OSError; then no file of ours is left behind."""
+def write_window(path: Path, seen: Seen, room: Room | None = None) -> None:
+    """Replace ``path``. Raises OSError, also for lack of room; then no file of ours is left behind.
+
+    Args:
+        room: what may be written there; by default, as of now.
+    """
     window = seen.window
-    header = {
+    about = {
         "schema": _SCHEMA,
         "number": seen.number,
         "begin_ns": window.begin_ns,
@@ -59,13 +66,17 @@ def write_window(path: Path, seen: Seen) -> None:
         "dropped": window.dropped,
         "names": window.names,
     }
+    header = json.dumps(about).encode() + b"\n"
     draft = path.with_suffix(".part")
     path.parent.mkdir(mode=0o700, exist_ok=True)
+    room = room or Room(path.parent)
     try:
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "wb") as file:
-            file.write(json.dumps(header).encode() + b"\n")
+            room.take(fd, len(header) + _MOST_COLUMNS_BYTES + window.activities.nbytes)
+            file.write(header)
             np.save(file, window.activities, allow_pickle=False)
+            file.truncate()
         draft.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from llmprobe.record.asked_capture import AskedCaptures
 from llmprobe.record.cupti import IN_USE, CuptiError
 from llmprobe.record.memory import available_bytes, resident_bytes
 from llmprobe.record.recorder import Recorder
+from llmprobe.record.room import Room
 
 IDS = ("20261126-104500-abcdef", "20261126-104501-abcdef")
 
@@ -268,6 +270,17 @@ def test_a_tool_that_cannot_says_why(captures: AskedCaptures, paths: Paths, trac
     write(paths.ask, ask(tool="kernels"))
     captures.look()
     assert said(paths, "failed").reason == "no GPU"
+    assert trace.calls == []
+
+
+def test_nothing_is_recorded_that_could_not_be_left_for_the_agent(
+    captures: AskedCaptures, paths: Paths, trace: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(f_blocks=64 << 20, f_bavail=39 << 20, f_frsize=1)
+    monkeypatch.setattr(asked_capture, "Room", lambda folder: Room(folder, lambda folder: free))
+    write(paths.ask, ask(tool="torch"))
+    captures.look()
+    assert "39 MiB free, and 32 MiB stay free" in said(paths, "failed").reason
     assert trace.calls == []
 
 

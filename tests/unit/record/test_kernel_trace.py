@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from llmprobe.record import kernel_trace
 from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.kernel_trace import KernelTrace, beginning
 from llmprobe.record.recorder import Recorder
+from llmprobe.record.room import Room
 from llmprobe.record.window_file import read_window, window_path
 
 SECOND = 1_000_000_000
@@ -77,6 +79,31 @@ def test_a_capture_is_there_though_nothing_can_be_left_for_the_verdict(
     monkeypatch.setattr(trace, "_live", tmp_path / "nowhere" / "at" / "all")
     trace.save(tmp_path / "asked")
     assert len(read_window(tmp_path / "asked").window.activities) == 12
+
+
+def test_it_ends_early_while_what_it_holds_still_fits(
+    tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Held(Scripted):
+        filling = True
+        held = 0
+
+        def drain(self) -> int:
+            return self.held
+
+    scripted, mib = Held(), 1 << 20
+    monkeypatch.setattr(kernel_trace._Kept, "cupti", scripted)
+    size = SimpleNamespace(f_blocks=64 * mib, f_bavail=40 * mib, f_frsize=1)
+    monkeypatch.setattr(kernel_trace, "Room", lambda folder: Room(folder, lambda folder: size))  # 8 MiB left
+    trace = KernelTrace(recorder)
+    trace.start()
+    assert trace.look() is None
+    scripted.held = 250_000
+    assert trace.look() is None
+    scripted.held = 300_000
+    assert (trace.look() or "").startswith("ended early: 300000 kernels")
+    trace.stop()
+    trace.save(tmp_path / "asked")
 
 
 @given(st.lists(st.integers(0, 5 * SECOND), max_size=40), st.integers(1, 30))
