@@ -213,12 +213,24 @@ class Manager:
                     del self._threads[group]
                     return
                 run = queue[0]
-            run.go()
+            self._take(run)
             with self._lock:
                 # By identity: a queued one may have been cancelled and taken out meanwhile.
                 if queue and queue[0] is run:
                     queue.popleft()
                 self._forget(run)
+
+    @staticmethod
+    def _take(run: Run) -> None:
+        """Take one as far as it goes. An error of ours must not end the thread that takes the next ones."""
+        try:
+            run.go()
+        except Exception as error:
+            capture = run.capture
+            log.exception("capture %s: an error of ours at its end", capture.id)
+            if capture.live:
+                reason = f"an error in llmprobe: {type(error).__name__}; see agent.log"
+                run.capture = capture.enter("failed", time.time(), reason=reason)
 
     def _forget(self, run: Run) -> None:
         capture = run.capture
@@ -273,7 +285,7 @@ class Manager:
             queue = self._queues.get(capture.group)
             if queue and queue[0] is not run:
                 queue.remove(run)
-                run.go()  # only notes the end: it had not begun
+                self._take(run)  # only notes the end: it had not begun
                 self._forget(run)
         until = self._clock() + wait_seconds
         while capture_id in self._runs and self._clock() < until:

@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -181,15 +180,21 @@ class Nsys:
                 total += path.stat().st_size
         return total
 
-    def abandon(self) -> None:
-        """End whatever was begun, and delete what nsys left in its temporary folder. Raises nothing."""
-        quiet = Nsys(self.session)
-        with contextlib.suppress(NsysError):
+    def abandon(self) -> bool:
+        """End whatever was begun, and delete what nsys left in its temporary folder. Raises nothing.
+
+        Returns:
+            Whether nothing is recorded any more, as far as nsys says.
+        """
+        quiet, ended = Nsys(self.session), False
+        with contextlib.suppress(NsysError, OSError):
             if quiet.recording():
                 quiet._run(["stop", f"--session={self.session.name}"], _IMPORT_SECONDS)
+            ended = True
         with contextlib.suppress(OSError):
             for path in Path(self.session.temporary).glob("nsys-report-*"):
                 path.unlink()
+        return ended
 
     def _run(self, arguments: Sequence[str], seconds: float) -> str:
         environment = {**agent_environment(os.environ), "TMPDIR": self.session.temporary}
@@ -206,10 +211,12 @@ def run_nsys(
 
     Raises:
         NsysError: it cannot be started, failed, or took longer than ``seconds``.
+        OSError: there is no descriptor left for what it prints.
         Interrupted: ``interrupted`` became true; the command was ended.
     """
     what = f"nsys {command[1]}"
-    with tempfile.TemporaryFile() as output:
+    # In memory: a recording must be ended also where the disk is full or the temporary folder gone.
+    with os.fdopen(os.memfd_create("nsys", os.MFD_CLOEXEC), "w+b") as output:
         try:
             child = subprocess.Popen(
                 command,

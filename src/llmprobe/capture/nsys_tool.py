@@ -52,6 +52,7 @@ class NsysTool:
         self._interrupted = interrupted
         self._wall = wall
         self._known: Session | None = None
+        self._goes_on = False
 
     def check(self) -> None:
         """While pending: a recording that is not ours must not be ended as ours."""
@@ -101,10 +102,12 @@ class NsysTool:
     def abandon(self) -> None:
         """End the recording."""
         if session := self._known or session_of(self._directory, self._group):
-            Nsys(session).abandon()
+            self._goes_on = not Nsys(session).abandon()
 
     def forget(self) -> None:
-        """`llmprobe run` need not end it any more."""
+        """`llmprobe run` need not end it any more, unless it could not be ended here."""
+        if self._goes_on:
+            return
         if session := self._known or session_of(self._directory, self._group):
             with contextlib.suppress(OSError):
                 session.dead_man(self._directory).unlink(missing_ok=True)

@@ -303,10 +303,12 @@ class Run:
             self._store.write(capture)
 
     def _end(self, state: State, reason: str) -> None:
-        """Clean up, and keep why: of a capture that failed only that is left."""
+        """Clean up, and keep why: of a capture that failed only that is left. Whatever cleaning up does."""
+        if not self.capture.live:
+            return  # it has ended already; what failed was of no matter to it
         if self.capture.state in ("recording", "importing"):
-            self._tool.abandon()
-        self._tool.forget()
+            self._quietly(self._tool.abandon)
+        self._quietly(self._tool.forget)
         with contextlib.suppress(OSError):
             for path in self._folder.iterdir():
                 if path.name != STATE_NAME:
@@ -319,6 +321,12 @@ class Run:
         self.capture = ended
         self._entered(ended)
         log.warning("capture %s of %s %s: %s", self.capture.id, self.capture.server, state, reason)
+
+    def _quietly(self, clean: Callable[[], None]) -> None:
+        try:
+            clean()
+        except Exception:
+            log.exception("capture %s: something of it may be left", self.capture.id)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 
 from llmprobe.capture import run
 from llmprobe.capture.manager import Manager, Refused, choose_tool
+from llmprobe.capture.nsys_tool import NsysTool
 from llmprobe.capture.session import FINAL, Capture, Request
 from llmprobe.capture.store import RAW, Store
 from llmprobe.capture.tool import Worker
@@ -259,6 +263,60 @@ def test_cancelling_stops_the_recording_and_removes_everything(
     assert not store.folder(capture.id).exists()
     with pytest.raises(KeyError):
         manager.get(capture.id)
+
+
+def test_a_recording_is_ended_though_the_temporary_folder_is_gone(
+    manager: Manager, nsys: ScriptedNsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "removed"))
+    capture = manager.request("g", "s", ask(seconds=60.0))
+    until(manager, capture, "recording")
+    while manager.get(capture.id).progress is None:
+        time.sleep(0.01)
+    assert manager.delete(capture.id, wait_seconds=30)
+    assert nsys.state() == "Launched"
+
+
+@pytest.mark.parametrize("broken", ["abandon", "forget"])
+def test_an_error_while_one_ends_is_not_the_end_of_the_next(
+    manager: Manager, nsys: ScriptedNsys, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fails(self: NsysTool) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    nsys.does("fail-stop", "as told")
+    with monkeypatch.context() as patch:
+        patch.setattr(NsysTool, broken, fails)
+        first = manager.request("g", "s", ask())
+        assert "as told" in (until(manager, first, "failed").reason or "")
+    nsys.set_state("Launched")
+    second = manager.request("g", "s", ask())
+    assert "as told" in (until(manager, second, "failed").reason or "")
+
+
+def test_an_error_of_ours_at_the_end_does_not_stop_the_queue(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = manager.request("g", "s", ask(NEVER))
+    second = manager.request("g", "s", ask(NEVER, wait=0.1), queue=True)
+
+    def fails(self: run.Run, state: str, reason: str) -> None:
+        monkeypatch.undo()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run.Run, "_end", fails)
+    manager._runs[first.id].cancelled.set()
+    assert NEVER in (until(manager, second, "failed").reason or "")
+    assert "ZeroDivisionError" in (manager.get(first.id).reason or "")
+
+
+def test_a_recording_that_cannot_be_ended_is_left_to_whoever_runs_the_server(
+    manager: Manager, nsys: ScriptedNsys, directory: Path
+) -> None:
+    nsys.does("fail-stop", "Connection refused\n")
+    until(manager, manager.request("g", "s", ask()), "failed")
+    assert nsys.state() == "Collection"
+    assert nsys.session.dead_man(directory).exists()
 
 
 def test_nothing_from_a_request_is_on_a_command_line(manager: Manager, nsys: ScriptedNsys) -> None:
