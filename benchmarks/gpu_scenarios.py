@@ -33,7 +33,7 @@ from support.labels import Client
 from support.load import LoadFailed
 from support.machine import machine_line
 from support.nsys_server import NsysFailed
-from support.outcomes import HEADER, Run, append, bars, line, read, status, table_rows
+from support.outcomes import BRIEF, HEADER, Run, append, bars, brief, line, read, status, table_rows
 from support.switch import NotSwitched, wait_known
 from support.table import Results, command
 
@@ -51,7 +51,7 @@ def main() -> int:
         return 0
     if options.report:
         runs = read(options.report)
-        _table(runs, "; ".join(dict.fromkeys(run["machine"] for run in runs)), []).show(options.markdown)
+        _show(runs, "; ".join(dict.fromkeys(run["machine"] for run in runs)), [], options.markdown)
         return status(runs)
     begin = time.monotonic()
     machine = machine_line()
@@ -67,7 +67,7 @@ def main() -> int:
         notes.append(f"Not run, as {options.minutes:g} min were over: {'; '.join(series.skipped)}.")
     if options.rehearse:
         notes.append("A rehearsal: every model is tiny, so no label means anything.")
-    _table(series.runs, machine, notes).show(options.markdown)
+    _show(series.runs, machine, notes, options.markdown)
     return status(series.runs) or (2 if series.skipped else 0)
 
 
@@ -122,6 +122,7 @@ class _Series:
 
     def _failed(self, scenario: Scenario, error: Exception) -> None:
         words = f"{type(error).__name__}: {error}"
+        print(words, file=sys.stderr, flush=True)
         self._keep({"name": scenario.name, "machine": self._machine, "error": words})
 
     def _keep(self, run: Run) -> None:
@@ -159,15 +160,10 @@ def _chosen(options: argparse.Namespace, clients: Mapping[str, Client]) -> list[
     return [rehearsed(item) for item in chosen] if options.rehearse else chosen
 
 
-def _table(runs: list[Run], machine: str, notes: list[str]) -> Results:
-    return Results(
-        "Verdicts on GPU runs whose truth is known",
-        command("gpu_scenarios.py"),
-        machine,
-        HEADER,
-        table_rows(runs),
-        notes,
-    )
+def _show(runs: list[Run], machine: str, notes: list[str], markdown: bool) -> None:
+    title, rows = "Verdicts on GPU runs whose truth is known", table_rows(runs)
+    header, rows = (HEADER, rows) if markdown else (BRIEF, brief(rows))
+    Results(title, command("gpu_scenarios.py"), machine, header, rows, notes).show(markdown)
 
 
 def _options() -> argparse.Namespace:

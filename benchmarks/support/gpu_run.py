@@ -79,7 +79,7 @@ class Measuring:
         server, workshop = self._server, self._workshop
         seconds = max(self._seconds, scenario.least_seconds)
         with contextlib.ExitStack() as stack:
-            old, before, unfit = None, self._before, ""
+            old, before, stood, unfit = None, self._before, "", ""
             if scenario.before is None:
                 time.sleep(_BETWEEN_SECONDS)
             else:
@@ -88,8 +88,9 @@ class Measuring:
                 with Watching(server) as earlier:
                     old.wait(BEFORE_SECONDS)
                 before = {**before, **classes(earlier.trace)}
-                unfit = before.get(scenario.before.phase, "unknown")
-                unfit = f"; no verdict stood before the change ({unfit})" if unfit in _NO_CLAIM else ""
+                stood = before.get(scenario.before.phase, "unknown")
+                if stood in _NO_CLAIM:
+                    unfit = f"; no verdict stood before the change ({stood})"
             if scenario.disturb is not None:
                 stack.enter_context(scenario.disturb(server))
             workshop.lie(scenario.clock_ratio)
@@ -132,6 +133,8 @@ class Measuring:
             traced,
         )
         label = scenario.rule(facts)
+        if scenario.before is not None and scenario.before.phase == scenario.phase and stood in label.classes:
+            unfit = f"; the verdict before the change was {stood} too"
         if unfit:
             label = Label(**{**vars(label), "rule": label.rule + unfit, "holds": False})
         self._before = classes(trace)

@@ -27,7 +27,7 @@ _COMMON = ("--load-format", "dummy", "--max-num-seqs", "128", "--no-enable-prefi
 _GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32,64,128]}')
 _LONG = ("--max-model-len", "10240", "--max-num-batched-tokens", "8192")
 #: 4800 tokens; the longest request has to fit.
-_SMALL_CACHE = ("--block-size", "16", "--num-gpu-blocks-override", "300", "--max-model-len", "2048")
+_SMALL_CACHE = ("--block-size", "32", "--num-gpu-blocks-override", "150", "--max-model-len", "2048")
 _TINY = {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 768}
 #: Goes over a configuration when only the machinery is tried; an odd size stays odd.
 _REHEARSED = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}

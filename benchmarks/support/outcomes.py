@@ -25,6 +25,9 @@ HEADER = (
     "",
 )
 
+#: What fits a terminal.
+BRIEF = tuple(name for name in HEADER if name not in ("its rule", "headline"))
+
 #: All that is known of a scenario that ran, or failed (``error``), JSON-ready.
 Run = Mapping[str, Any]
 
@@ -77,6 +80,11 @@ def table_rows(runs: Sequence[Run]) -> list[list[str]]:
     return [_row(run) for run in runs]
 
 
+def brief(rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    """The same without what makes a row wider than a terminal: `BRIEF`."""
+    return [[cell for name, cell in zip(HEADER, row, strict=True) if name in BRIEF] for row in rows]
+
+
 def line(run: Run) -> str:
     """One run in a line, for whoever waits for the others."""
     name, truth, _, holds, verdict, confidence, _, after, flips, result = _row(run)
@@ -106,7 +114,8 @@ def status(runs: Sequence[Run]) -> int:
 
 def _row(run: Run) -> list[str]:
     if "error" in run:
-        return [run["name"], *[""] * (len(HEADER) - 2), f"failed: {run['error']}"]
+        first = run["error"].partition("\n")[0]
+        return [run["name"], *[""] * (len(HEADER) - 2), f"failed: {first}"]
     label, found = run["label"], run["score"]
     truth = " or ".join(label["classes"]) + (f": {label['cause']}" if label["cause"] else "")
     truth = truth or f"“{label['headline']} …”"
