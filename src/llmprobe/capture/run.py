@@ -213,8 +213,14 @@ class Run:
             raise Failed(f"the capture cannot be analysed: {said or f'exit status {child.returncode}'}")
         self._keep_live("after")
         self._try("the comparison with the live figures", self._compare)
+        taken, most = self._store.size(self.capture.id), self._store.max_bytes
+        if taken > most:
+            self.capture = self.capture.noting(
+                f"it takes {taken / 2**20:.1f} MiB, more than LLMPROBE_CAPTURE_MAX_BYTES "
+                f"({most / 2**20:.1f} MiB), and is deleted to make room for the next capture"
+            )
         self._enter("done")
-        self._store.trim()
+        self._store.trim(keep=self.capture.id)
         log.info("capture %s of %s is done", self.capture.id, self.capture.server)
 
     def _wait_for(self, child: subprocess.Popen[bytes]) -> str:

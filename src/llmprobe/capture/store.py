@@ -82,7 +82,8 @@ class Store:
         """
         Args:
             root: ``LLMPROBE_CAPTURE_DIR``; made at the first capture.
-            max_bytes: what all captures together may take; the oldest go first.
+            max_bytes: what all captures together may take; the oldest go first, the newest stays until the
+                next is asked for.
             clock: Unix seconds.
             least_free_bytes: of the file system, without which no capture starts.
         """
@@ -196,8 +197,11 @@ class Store:
             for path in self.root.glob(".removed-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def trim(self) -> list[str]:
+    def trim(self, keep: str | None = None) -> list[str]:
         """Delete the oldest finished captures until the rest takes ``max_bytes`` at most.
+
+        Args:
+            keep: the id of one that stays, whatever it takes.
 
         Returns:
             Their ids.
@@ -208,7 +212,7 @@ class Store:
         for capture in reversed(captures):
             if total <= self.max_bytes:
                 break
-            if capture.state in FINAL:
+            if capture.state in FINAL and capture.id != keep:
                 with contextlib.suppress(OSError, KeyError):
                     self.remove(capture.id)
                     total -= sizes[capture.id]

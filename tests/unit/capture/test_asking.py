@@ -124,6 +124,21 @@ def test_kernels_become_a_report_with_phases(
     assert again["gpus"] == report["gpus"]
 
 
+def test_one_that_is_larger_than_all_may_be_is_there_and_says_so(
+    manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
+) -> None:
+    engines()
+    until(manager, manager.request("g", "s", ask()), "done")
+    store.max_bytes = 4000
+    done = until(manager, manager.request("g", "s", ask()), "done")
+    assert any("LLMPROBE_CAPTURE_MAX_BYTES" in note for note in done.notes)
+    assert store.read(done.id).notes == done.notes
+    assert "kernels-rank0.npz" in store.files(done.id)
+    assert [capture.id for capture in manager.all()] == [done.id]
+    assert manager.delete(manager.request("g", "s", ask()).id)
+    assert manager.all() == []
+
+
 def test_a_torch_trace_is_scrubbed_and_has_the_journals_steps(
     manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
 ) -> None:

@@ -57,6 +57,14 @@ def test_a_new_capture_makes_room_for_itself(tmp_path: Path) -> None:
     assert old.id not in ids(kept)
 
 
+def test_what_was_just_made_stays_whatever_it_takes(tmp_path: Path) -> None:
+    kept = store(tmp_path, max_bytes=5000)
+    old, large = add(kept, 1, size=100), add(kept, 2, size=9000)
+    assert kept.trim(keep=large.id) == [old.id]
+    assert ids(kept) == [large.id]
+    assert kept.trim() == [large.id]
+
+
 def test_captures_come_newest_first(tmp_path: Path) -> None:
     kept = store(tmp_path)
     made = [add(kept, number).id for number in (1, 3, 2)]
