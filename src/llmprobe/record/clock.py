@@ -7,7 +7,9 @@ forward start, e1 forward end, e2 sampling start, e3 step end. Use::
     clock.mark(stamps, 0)                 # ... 1 and 2 may be left out ...
     clock.mark(stamps, 3)
     clock.finish(stamps)                  # or discard(stamps) when the step failed
-    for done in clock.harvest(): ...      # done.payload, done.times, done.restarted
+    for done in clock.harvest(): ...      # done.payload, done.times, done.restarted, done.encode_ns
+
+What a multimodal model's encoder takes before e0 is timed by `encode_begin` and `encode_end`.
 
 Nothing here ever waits for the device.
 """
@@ -26,6 +28,7 @@ from llmprobe.record.layout import Clock
 
 _monotonic_ns = time.monotonic_ns
 POOL_SIZE = 512  #: steps that wait to be harvested at most, on a device's clock
+_ENCODES_AT_MOST = 8  # timed in one step
 HOST_STEPS_KEPT = 1024  #: steps that wait to be harvested at most, on a host clock
 
 
@@ -39,6 +42,8 @@ class Stamps:
     marked = 0  # bit i: mark i was set
     #: The step before this one was lost, or there is none: the gap before it is not known.
     restarted = False
+    encode_ns = 0  #: How long the device worked for an encoder in this step, before e0.
+    encodes: tuple[Any, ...] = ()  # pairs of events around it
 
     @property
     def times(self) -> tuple[int, int, int, int]:
@@ -70,6 +75,12 @@ class StepClock(Protocol):
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """Stamp time ``index`` (0 to 3) of the step, at this place in the device's queue of work."""
+
+    def encode_begin(self, stamps: Stamps) -> None:
+        """An encoder is about to run, before mark 0."""
+
+    def encode_end(self, stamps: Stamps) -> None:
+        """It has been given all of its work. May happen again in the same step."""
 
     def finish(self, stamps: Stamps) -> None:
         """The step is over on the host; without marks 0 and 3 it is dropped when its turn comes."""
@@ -114,6 +125,16 @@ class HostClock:
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`."""
         stamps.ns[index] = _monotonic_ns()
+
+    def encode_begin(self, stamps: Stamps) -> None:
+        """See `StepClock.encode_begin`."""
+        stamps.encodes = (_monotonic_ns(),)
+
+    def encode_end(self, stamps: Stamps) -> None:
+        """See `StepClock.encode_end`."""
+        if stamps.encodes:
+            stamps.encode_ns += _monotonic_ns() - stamps.encodes[0]
+            stamps.encodes = ()
 
     def discard(self, stamps: Stamps) -> None:
         """See `StepClock.discard`."""
@@ -184,6 +205,8 @@ class CudaClock:
             stamps.events = [self._new_event() for _ in range(4)]
             self._give_back(stamps)
         self._few = pool_size // 4
+        #: For encoders; made when they are needed, so that a model without one pays for none.
+        self._free_events: deque[Any] = deque(maxlen=2 * pool_size)
         self._flying: deque[Stamps] = deque()
         self._lost = False  # the last step looked at was dropped
         #: See `StepClock.finish`.
@@ -215,6 +238,10 @@ class CudaClock:
         stamps.ns = [0, 0, 0, 0]
         stamps.marked = 0
         stamps.restarted = False
+        stamps.encode_ns = 0
+        if stamps.encodes:
+            self._free_events.extend(stamps.encodes)
+            stamps.encodes = ()
         self._free.append(stamps)
 
     def begin(self, payload: Any) -> Stamps | None:
@@ -249,6 +276,26 @@ class CudaClock:
         stamps.ns[index] = _monotonic_ns()
         self._record(stamps.events[index], stream)
         stamps.marked |= 1 << index
+
+    def encode_begin(self, stamps: Stamps) -> None:
+        """See `StepClock.encode_begin`. Nothing while the stream is being captured, or after too many."""
+        if len(stamps.encodes) % 2 == 0 and len(stamps.encodes) < 2 * _ENCODES_AT_MOST:
+            self._mark_encode(stamps)
+
+    def encode_end(self, stamps: Stamps) -> None:
+        """See `StepClock.encode_end`."""
+        if len(stamps.encodes) % 2 == 1:
+            self._mark_encode(stamps)
+
+    def _mark_encode(self, stamps: Stamps) -> None:
+        if self._capturing():
+            return
+        try:
+            event = self._free_events.popleft()
+        except IndexError:
+            event = self._new_event()
+        self._record(event, self._cuda.current_stream(self._device))
+        stamps.encodes += (event,)
 
     def discard(self, stamps: Stamps) -> None:
         """See `StepClock.discard`."""
@@ -321,6 +368,10 @@ class CudaClock:
         stamps.ns[1] = start + _ns(e0.elapsed_time(e1)) if marked & 2 else 0
         stamps.ns[2] = start + _ns(e0.elapsed_time(e2)) if marked & 4 else 0
         stamps.ns[3] = start + span
+        encodes = iter(stamps.encodes)
+        stamps.encode_ns = sum(
+            _ns(begin.elapsed_time(end)) for begin, end in zip(encodes, encodes, strict=False)
+        )
         self._last_ns = start + span
         # The pooled event would be recorded anew before the next step is placed against it: swap it out.
         if self._last_event is None:

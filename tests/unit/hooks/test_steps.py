@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,49 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     yield made
     made.probe.remove_patches()
     made.probe.disarm()
+
+
+class Encoders:
+    """Both ways in which vLLM's runners hand inputs to their encoder."""
+
+    failing = False
+
+    def v1(self, scheduler_output: Any) -> list[Any]:
+        if self.failing:
+            raise RuntimeError("out of memory")
+        return [1]
+
+    def v2(self, mm_kwargs: list[Any]) -> list[Any]:
+        return mm_kwargs
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_an_encoder_is_timed_when_it_has_something_to_encode(rig: Rig, name: str) -> None:
+    rig.steps.use(HostClock(), rig.recorder, Seam(Runner, "forward", "v2"), Seam(Encoders, name, name))
+    nothing, something = (
+        SimpleNamespace(scheduled_encoder_inputs={}),
+        SimpleNamespace(scheduled_encoder_inputs={"a": [0]}),
+    )
+    for inputs in ([], ["picture"]) if name == "v2" else (nothing, something):
+        rig.begin(new("a", 10, scheduled=10))
+        assert getattr(Encoders(), name)(inputs) is not None
+        Runner().forward()
+        rig.end()
+    getattr(Encoders(), name)(something if name == "v1" else ["profiling run"])  # in no step
+    took = rig.written()["encode_ns"].tolist()
+    assert took[0] == 0
+    assert took[1] > 0
+
+
+def test_an_encoder_that_fails_fails_as_without_us(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.steps.use(HostClock(), rig.recorder, Seam(Runner, "forward", "v2"), Seam(Encoders, "v1", "v1"))
+    monkeypatch.setattr(Encoders, "failing", True)
+    rig.begin(new("a", 10, scheduled=10))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Encoders().v1(SimpleNamespace(scheduled_encoder_inputs={"a": [0]}))
+    rig.steps.abandon()
+    rig.run(new("b", 10, scheduled=10))
+    assert len(rig.written()) == 1
 
 
 def phases(steps: np.ndarray) -> list[int]:

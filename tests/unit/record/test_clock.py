@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprobe.record import clock as clock_module
-from llmprobe.record.clock import HOST_STEPS_KEPT, CudaClock, HostClock, step_clock
+from llmprobe.record.clock import HOST_STEPS_KEPT, CudaClock, HostClock, Stamps, step_clock
 from llmprobe.record.layout import Clock
 
 
@@ -260,6 +260,60 @@ def test_marks_of_an_earlier_use_do_not_show_in_a_later_one(device: Device) -> N
     (done,) = clock.harvest()
     e0, e1, e2, e3 = done.times
     assert e1 == e2 == e3 == e0 + 500
+
+
+def encode(clock: CudaClock, device: Device, times: int) -> Stamps:
+    stamps = clock.begin(None)
+    assert stamps is not None
+    for _ in range(times):
+        clock.encode_begin(stamps)
+        device.work(300)
+        clock.encode_end(stamps)
+    device.work(50)  # what is enqueued between the encoder and the forward
+    clock.mark(stamps, 0)
+    device.work(700)
+    clock.mark(stamps, 3)
+    clock.finish(stamps)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    return done
+
+
+def test_an_encoder_is_timed_by_a_pair_of_its_own(device: Device) -> None:
+    clock = CudaClock(pool_size=1)
+    done = encode(clock, device, 2)
+    assert (done.encode_ns, done.times[3] - done.times[0]) == (600, 700)
+    clock.harvest()  # gives the stamps back
+    assert encode(clock, device, 0).encode_ns == 0
+    clock.harvest()
+    assert encode(clock, device, 20).encode_ns == 8 * 300, "bounded"
+
+
+def test_events_of_encoders_are_used_again(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = CudaClock(pool_size=1)
+    made: list[Event] = []
+    monkeypatch.setattr(clock, "_new_event", lambda: made.append(Event(device)) or made[-1])
+    for _ in range(5):
+        encode(clock, device, 1)
+        clock.harvest()
+    assert len(made) == 2 + 1, "one pair, and the end of the step before"
+
+
+def test_an_encoder_that_begins_in_a_capture_or_never_ends_has_no_time(device: Device) -> None:
+    clock = CudaClock()
+    stamps = clock.begin(None)
+    assert stamps is not None
+    clock.encode_end(stamps)
+    device.capturing = True
+    clock.encode_begin(stamps)
+    device.capturing = False
+    clock.encode_begin(stamps)
+    for index in (0, 3):
+        clock.mark(stamps, index)
+    clock.finish(stamps)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    assert done.encode_ns == 0
 
 
 @given(

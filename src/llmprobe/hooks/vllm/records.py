@@ -94,4 +94,5 @@ class StepRecords:
             batch.counts,
             batch.attention,
             own_ns,
+            encode_ns=stamps.encode_ns,
         )

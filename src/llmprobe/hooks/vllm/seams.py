@@ -1,7 +1,8 @@
-"""Where a step's forward begins, version by version.
+"""Where a step's forward begins, and where an encoder runs before it, version by version.
 
 The worker's ``execute_model`` prepares inputs first; stamping its entry would let an idle device look
-busy. Each seam is a method that vLLM calls once a step right before the model runs.
+busy. The seam of the forward is a method that vLLM calls once a step right before the model runs; that of the
+encoder of a multimodal model is the method that runs it, on the way there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from llmprobe.hooks.patch import Patch
 
 
 class Seam(NamedTuple):
-    """A method whose entry is the start of the forward pass."""
+    """A method of vLLM's that all workers of a process share."""
 
     owner: Any
     name: str
@@ -25,6 +26,12 @@ class Steps(Protocol):
 
     def forward_start(self) -> None:
         """The model is about to run. Guards itself: it is called on vLLM's own call path."""
+
+    def encode_start(self) -> None:
+        """The encoder is about to run. Guards itself."""
+
+    def encode_end(self) -> None:
+        """The encoder has run, on the host. Guards itself."""
 
 
 class Running:
@@ -58,6 +65,18 @@ def forward_start(runner: Any) -> Seam | None:
     return None
 
 
+def encoder(runner: Any) -> Seam | None:
+    """The seam of the encoder, or None: the model has none, or not one we know."""
+    if not getattr(runner, "supports_mm_inputs", False):
+        return None
+    owner = _defining_class(type(runner), "_execute_mm_encoder")
+    if owner is not None:
+        return Seam(owner, "_execute_mm_encoder", "v1")
+    encodes = getattr(getattr(runner, "model_state", None), "encoder_runner", None)
+    owner = _defining_class(type(encodes), "execute_mm_encoder") if encodes is not None else None
+    return Seam(owner, "execute_mm_encoder", "v2") if owner is not None else None
+
+
 def runner_kind(runner: Any) -> str:
     """``v1`` or ``v2``, by the module that the runner's base class lives in."""
     modules = [cls.__module__ for cls in type(runner).__mro__]
@@ -82,6 +101,24 @@ def entering(running: Running, original: Callable[..., Any], patch: Patch) -> Ca
         if steps is not None and patch.active:
             steps.forward_start()
         return original(*args, **kwargs)
+
+    return wrapper
+
+
+def encoding(running: Running, original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+    """A wrapper of the encoder's seam that tells the worker whose step is open when it begins and ends."""
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps = running.steps
+        # V1 comes by at every step, with all of the scheduler's output; V2 only with something to encode.
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        if steps is None or not patch.active or not getattr(inputs, "scheduled_encoder_inputs", inputs):
+            return original(self, *args, **kwargs)
+        steps.encode_start()
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            steps.encode_end()
 
     return wrapper
 

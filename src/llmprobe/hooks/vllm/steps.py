@@ -8,6 +8,7 @@ docs/decisions/what-the-step-path-writes.md.
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -97,7 +98,7 @@ class WorkerSteps:
         """Warm-up is over: from the next step on, record. Not on the step path."""
         probe = self._probe
         runner = worker.model_runner
-        seam = seams.forward_start(runner)
+        seam, encoder = seams.forward_start(runner), seams.encoder(runner)
         clock = step_clock(worker.device)
         said: list[dict[str, Any]] = []
 
@@ -110,7 +111,7 @@ class WorkerSteps:
             return
         if not said:  # warmed up again, or another engine of this process before it
             recorder.update_facts(**say())
-        self.use(clock, recorder, seam)
+        self.use(clock, recorder, seam, encoder)
         kv = (recorder.facts.get("model") or {}).get("kv") or {"groups": []}
         self._unread.start(facts.windows(kv))
         self.armed = True
@@ -123,18 +124,28 @@ class WorkerSteps:
             worker.rank,
         )
 
-    def use(self, clock: StepClock, recorder: Recorder, seam: seams.Seam | None) -> None:
-        """Stamp steps with ``clock``, write them to ``recorder``; ``seam`` tells where a forward starts."""
+    def use(
+        self,
+        clock: StepClock,
+        recorder: Recorder,
+        seam: seams.Seam | None,
+        encoder: seams.Seam | None = None,
+    ) -> None:
+        """Stamp steps with ``clock``, write them to ``recorder``.
+
+        Args:
+            seam: where a forward starts.
+            encoder: what runs before it in a multimodal model.
+        """
         self._clock, self._recorder, self._seam = clock, recorder, seam
         self._immediate = self._parts = clock.immediate
         self._unseen_most = _UNSEEN_AT_MOST if clock.elsewhere else 0
         self._seam_missed = 0, 0
         self._records.use(clock, recorder)
-        if seam is not None:
-            running = self._running
-            self._probe.patch(
-                seam.owner, seam.name, lambda original, patch: seams.entering(running, original, patch)
-            )
+        running = self._running
+        for at, wrapped in ((seam, seams.entering), (encoder, seams.encoding)):
+            if at is not None:
+                self._probe.patch(at.owner, at.name, functools.partial(wrapped, running))
 
     def disarm(self) -> None:
         """Warm-up begins again: what runs now is not serving."""
@@ -252,6 +263,26 @@ class WorkerSteps:
             self._own += left - entered
         except Exception as error:  # noqa: BLE001 - on vLLM's own call path
             self._probe.guard.failed("vllm.forward_start", error)
+
+    def encode_start(self) -> None:
+        """The encoder of a multimodal model is about to run. Called by its seam, guarded here."""
+        stamps, clock = self._stamps, self._clock
+        if stamps is None or clock is None or self._stale:
+            return
+        try:
+            clock.encode_begin(stamps)
+        except Exception as error:  # noqa: BLE001 - on vLLM's own call path
+            self._probe.guard.failed("vllm.encode_start", error)
+
+    def encode_end(self) -> None:
+        """The encoder has run, on the host. Called by its seam, guarded here."""
+        stamps, clock = self._stamps, self._clock
+        if stamps is None or clock is None or self._stale:
+            return
+        try:
+            clock.encode_end(stamps)
+        except Exception as error:  # noqa: BLE001 - on vLLM's own call path
+            self._probe.guard.failed("vllm.encode_end", error)
 
     def forward_end(self, output: Any) -> None:
         """``execute_model`` returned; with an output, no sampling call follows and the step ends with it."""
