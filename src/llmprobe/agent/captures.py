@@ -362,7 +362,8 @@ def _described(manager: Manager, capture: Capture) -> dict[str, Any]:
     """A capture as callers see it. Times are Unix seconds, progress 0 to 1 of the present state."""
     url = f"/api/captures/{capture.id}"
     described = capture.to_json()
-    del described["schema"], described["owner"]
+    for ours in ("schema", "owner", "clocks", "boot"):
+        del described[ours]
     described.update(schema_version=SCHEMA_VERSION, url=url)
     if capture.state == "done":
         described["report"] = f"{url}/report"

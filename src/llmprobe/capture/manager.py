@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from llmprobe.capture.asking import sweep_asks
+from llmprobe.capture.boot import boot_id
 from llmprobe.capture.condition import ConditionError, parse
 from llmprobe.capture.nsys import sweep_sessions
 from llmprobe.capture.run import Run, Server
@@ -107,6 +108,7 @@ class Manager:
         self._doomed: set[str] = set()
         self._starts: deque[float] = deque()
         self._closing = False
+        self._boot = boot_id()
 
     def resume(self) -> None:
         """Go on with the captures that an agent before this one left; called once, at the start."""
@@ -150,6 +152,8 @@ class Manager:
                 group=group,
                 request=request,
                 times={"pending": time.time()},
+                clocks={"pending": time.monotonic()},
+                boot=self._boot,
             )
             try:
                 self.store.create(capture)
@@ -186,7 +190,7 @@ class Manager:
 
     def _enqueue(self, capture: Capture) -> None:
         run = Run(
-            capture,
+            capture.in_boot(self._boot),
             self.store,
             self._directory,
             self._server,

@@ -76,7 +76,10 @@ class Session:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def dead_man(self, directory: Path) -> Path:
-        """Holds until when a recording may last; `llmprobe run` ends it if the agent does not."""
+        """Holds until when a recording may last, in seconds of CLOCK_MONOTONIC.
+
+        `llmprobe run` ends it if the agent does not.
+        """
         return self.note(directory).with_suffix(".until")
 
 

@@ -35,7 +35,7 @@ class NsysTool:
         *,
         cancelled: Callable[[], bool],
         interrupted: Callable[[], bool],
-        wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -50,7 +50,7 @@ class NsysTool:
         self._group = group
         self._cancelled = cancelled
         self._interrupted = interrupted
-        self._wall = wall
+        self._clock = clock
         self._known: Session | None = None
         self._goes_on = False
 
@@ -61,7 +61,9 @@ class NsysTool:
     def start(self, seconds: float, steps: int | None) -> None:
         """Begin."""
         nsys = self._nsys()
-        write_json(nsys.session.dead_man(self._directory), {"until": self._wall() + seconds + _GRACE_SECONDS})
+        write_json(
+            nsys.session.dead_man(self._directory), {"until": self._clock() + seconds + _GRACE_SECONDS}
+        )
         nsys.start(self._folder)
 
     def resume(self) -> None:

@@ -42,6 +42,8 @@ _KEEP_SECONDS = 1.0
 #: How long a server may be out of sight before it counts as gone.
 _GONE_SECONDS = 5.0
 _WORK_SECONDS = 1800.0
+#: Between entering these a tool records that does not say when itself.
+_RECORDED: tuple[State, State] = ("recording", "importing")
 #: What one recording may take of all that may be kept.
 _SHARE_OF_BYTES = 0.5
 
@@ -76,13 +78,16 @@ class Run:
         max_seconds: float,
         entered: Callable[[Capture], object] = lambda capture: None,
         wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            capture: as read from disk, in any state that is not final.
+            capture: as read from disk, in any state that is not final, of this boot.
             directory: the agent's shared directory.
             max_seconds: ``LLMPROBE_CAPTURE_MAX_SECONDS``.
             entered: told of each state that it enters, once that is on disk; must not raise.
+            wall: Unix seconds, which are shown and may be set at any time.
+            clock: seconds of CLOCK_MONOTONIC, by which durations go.
         """
         self.capture = capture
         self.cancelled = threading.Event()
@@ -93,6 +98,7 @@ class Run:
         self._max_seconds = max_seconds
         self._entered = entered
         self._wall = wall
+        self._clock = clock
         self._folder = store.folder(capture.id)
         self._seen_at = time.monotonic()
         self._kept_at = 0.0
@@ -104,7 +110,7 @@ class Run:
             seconds=self._longest(),
             cancelled=self.cancelled.is_set,
             interrupted=self._interrupted,
-            wall=wall,
+            clock=clock,
         )
 
     def go(self) -> None:
@@ -136,9 +142,9 @@ class Run:
     def _wait_and_start(self) -> None:
         request = self.capture.request
         watch = Watch(parse(request.when))
-        until = self._wall() + request.wait_seconds  # from its turn on, where it was queued
+        until = self._clock() + request.wait_seconds  # from its turn on, where it was queued
         while not watch.come(self._look() or Live(), time.monotonic()):
-            if self._wall() > until:
+            if self._clock() > until:
                 raise Failed(f"{request.when!r} did not come true within {request.wait_seconds:g} s")
             self._pause()
         self._tool.check()
@@ -148,12 +154,13 @@ class Run:
 
     def _record(self) -> None:
         self._tool.resume()
-        request, begun = self.capture.request, self.capture.times["recording"]
+        request, seconds = self.capture.request, self._longest()
+        # Cut, because where only the wall clock knows it may have been set.
+        begun = self._clock() - min(self._since("recording"), seconds)
         self._keep(self.capture.at(0.0))
         first = self._look()
-        seconds = self._longest()
         while not self._tool.ended():
-            elapsed = self._wall() - begun
+            elapsed = self._clock() - begun
             live = self._look()
             progress = self._tool.progress()
             if progress is None:
@@ -286,17 +293,18 @@ class Run:
         steps = kept_steps(self._folder, RAW_PREFIX)
         rough = not steps  # the tool kept none beside what it recorded, and when that was it alone knows
         if rough:
-            begin_ns, end_ns = (self._monotonic(self.capture.times[at]) for at in ("recording", "importing"))
+            now_ns = time.monotonic_ns()
+            begin_ns, end_ns = (now_ns - round(self._since(state) * 1e9) for state in _RECORDED)
             workers = self._server.workers(self.capture.group)
             steps = read_steps({worker.name: worker.journal for worker in workers}, begin_ns, end_ns)
         live["meanwhile"] = meanwhile(steps, live.get("before") or {}, rough=rough)
         write_json(path, live)
 
-    def _monotonic(self, wall_seconds: float) -> int:
-        return time.monotonic_ns() - round((self._wall() - wall_seconds) * 1e9)
+    def _since(self, state: State) -> float:
+        return self.capture.since(state, self._wall(), self._clock())
 
     def _enter(self, state: State, reason: str | None = None) -> None:
-        entered = self.capture.enter(state, self._wall(), reason=reason)
+        entered = self.capture.enter(state, self._wall(), reason=reason, clock=self._clock())
         self._store.write(entered)
         self.capture = entered
         self._entered(entered)

@@ -70,8 +70,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Capture:
-    """One capture. ``times`` holds when each state was entered, in Unix seconds.
+    """One capture. ``times`` holds when each state was entered, in Unix seconds, for whoever reads it.
 
+    ``clocks`` holds the same moments in seconds of CLOCK_MONOTONIC, which nobody sets; durations go by it. It
+    begins anew with each boot, so it is of ``boot`` alone. An agent that starts anew finds the same clock.
     ``owner`` is the shared directory of the agent that runs it, ``group`` and ``server`` what it looks at.
     ``progress`` (0–1) is that of the present state, None where nobody knows. ``reason`` says why it failed or
     was cancelled, in the tool's own last words where it had any; ``notes`` what else is worth knowing.
@@ -87,14 +89,22 @@ class Capture:
     progress: float | None = None
     reason: str | None = None
     notes: tuple[str, ...] = ()
+    clocks: Mapping[str, float] = field(default_factory=dict)
+    boot: str = ""
 
     @property
     def live(self) -> bool:
         """Whether it still goes on."""
         return self.state not in FINAL
 
-    def enter(self, state: State, at: float, *, reason: str | None = None) -> Capture:
+    def enter(
+        self, state: State, at: float, *, reason: str | None = None, clock: float | None = None
+    ) -> Capture:
         """This capture in the next state.
+
+        Args:
+            at: Unix seconds.
+            clock: the same moment in seconds of CLOCK_MONOTONIC, where it is to be known.
 
         Raises:
             TransitionError: ``state`` may not follow, or an end that needs a reason has none.
@@ -103,9 +113,21 @@ class Capture:
             raise TransitionError(f"{self.id}: {state} cannot follow {self.state}")
         if (state in ("failed", "cancelled")) != (reason is not None):
             raise TransitionError(f"{self.id}: {state} {'without' if reason is None else 'with'} a reason")
+        clocks = self.clocks if clock is None else {**self.clocks, state: clock}
+        times = {**self.times, state: at}
         return dataclasses.replace(
-            self, state=state, times={**self.times, state: at}, progress=None, reason=reason
+            self, state=state, times=times, clocks=clocks, progress=None, reason=reason
         )
+
+    def since(self, state: State, at: float, clock: float) -> float:
+        """Seconds since a state was entered, given the time now; by Unix time where nothing else is known."""
+        if state in self.clocks:
+            return max(0.0, clock - self.clocks[state])
+        return max(0.0, at - self.times[state])
+
+    def in_boot(self, boot: str) -> Capture:
+        """This capture without moments on the clock of another boot."""
+        return self if self.boot == boot else dataclasses.replace(self, clocks={}, boot=boot)
 
     def at(self, progress: float | None) -> Capture:
         """This capture with another progress (cut to 0–1)."""
@@ -142,6 +164,8 @@ class Capture:
                 progress=data["progress"],
                 reason=data["reason"],
                 notes=tuple(map(str, data["notes"])),
+                clocks={str(state): float(at) for state, at in data.get("clocks", {}).items()},
+                boot=str(data.get("boot", "")),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a capture: {error}") from None

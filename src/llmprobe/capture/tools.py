@@ -45,13 +45,13 @@ def make_tool(
     seconds: float,
     cancelled: Callable[[], bool],
     interrupted: Callable[[], bool],
-    wall: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Tool:
     """The tool of ``capture``; arguments as of `llmprobe.capture.run.Run` and the tools themselves."""
     request = capture.request
     if request.tool == "nsys":
         return NsysTool(
-            folder, directory, capture.group, cancelled=cancelled, interrupted=interrupted, wall=wall
+            folder, directory, capture.group, cancelled=cancelled, interrupted=interrupted, clock=clock
         )
     make = torch_tool if request.tool == "torch" else kernels_tool
 

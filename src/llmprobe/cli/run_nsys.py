@@ -225,7 +225,7 @@ class NsysChild:
             until = float(json.loads(path.read_text())["until"])
         except (OSError, ValueError, KeyError, TypeError):
             return
-        if time.time() > until:
+        if now > until:
             path.unlink(missing_ok=True)
             Nsys(self.session).abandon()
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llmprobe.capture import run
+from llmprobe.capture.boot import boot_id
 from llmprobe.capture.manager import Manager, Refused, choose_tool
 from llmprobe.capture.nsys_tool import NsysTool
 from llmprobe.capture.session import FINAL, Capture, Request
@@ -396,6 +398,60 @@ def test_a_recording_that_is_being_written_is_waited_for(
     nsys.set_state("Launched")
     assert "cannot be analysed" in (until(manager, capture, "failed").reason or "")
     assert [call.split()[0] for call in nsys.calls()] == ["export"]
+
+
+@pytest.mark.parametrize("set_by", [-3600.0, 3600.0])
+def test_whoever_sets_the_clock_makes_no_recording_longer_or_shorter(
+    store: Store, directory: Path, nsys: ScriptedNsys, server: PretendedServer, set_by: float
+) -> None:
+    capture = kept_in(store, directory)
+    capture = dataclasses.replace(capture, request=ask(seconds=0.5))
+    wall = [0.0]
+
+    def entered(capture: Capture) -> None:
+        if capture.state == "recording":
+            wall[0] = set_by
+
+    one = run.Run(
+        capture, store, directory, server, max_seconds=60, entered=entered, wall=lambda: time.time() + wall[0]
+    )
+    thread = threading.Thread(target=one.go, name="llmprobe-run")
+    thread.start()
+    thread.join(30)
+    try:
+        assert "cannot be analysed" in (one.capture.reason or "")
+    finally:
+        one.cancelled.set()
+        thread.join()
+    clocks = one.capture.clocks
+    assert clocks["importing"] - clocks["recording"] >= 0.5
+
+
+@pytest.mark.parametrize("set_by", [-3600.0, 3600.0])
+def test_a_recording_that_is_taken_up_lasts_as_long_as_asked_for(
+    make: Callable[[], Manager], store: Store, directory: Path, nsys: ScriptedNsys, set_by: float
+) -> None:
+    capture = dataclasses.replace(kept_in(store, directory), request=ask(seconds=0.5), boot=boot_id())
+    begun = time.monotonic()
+    capture = capture.enter("recording", time.time() + set_by, clock=begun)
+    store.write(capture)
+    nsys.record_into(store.folder(capture.id))
+    manager = make()
+    manager.resume()
+    ended = until(manager, capture, "failed")
+    assert "cannot be analysed" in (ended.reason or "")
+    assert ended.clocks["importing"] - begun >= 0.5
+
+
+def test_the_time_at_which_llmprobe_run_ends_a_recording_is_not_set_by_anybody(
+    manager: Manager, nsys: ScriptedNsys, directory: Path
+) -> None:
+    capture = manager.request("g", "s", ask(seconds=60.0))
+    until(manager, capture, "recording")
+    while not (path := nsys.session.dead_man(directory)).exists():
+        time.sleep(0.01)
+    assert json.loads(path.read_text())["until"] <= time.monotonic() + 90
+    assert manager.delete(capture.id, wait_seconds=30)
 
 
 def test_leaving_leaves_a_capture_for_the_next_agent(

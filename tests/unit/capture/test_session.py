@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from llmprobe.capture.boot import boot_id
 from llmprobe.capture.session import FINAL, STATES, Capture, Request, TransitionError, is_id
 
 ORDER = ("pending", "recording", "importing", "analysing", "done")
@@ -118,3 +121,29 @@ def test_a_damaged_capture_is_none_or_still_sound(key: str, value: object) -> No
 def test_nothing_but_an_id_is_one(text: str) -> None:
     assert not is_id(text)
     assert is_id("20261123-101500-ab12cd")
+
+
+def test_durations_go_by_the_clock_that_nobody_sets() -> None:
+    capture = replace(new(), clocks={"pending": 50.0}, boot="this").enter("recording", 9.0, clock=52.0)
+    assert capture.since("pending", at=-1e6, clock=60.0) == 10.0
+    assert capture.since("recording", at=1e6, clock=60.0) == 8.0
+    assert Capture.from_json(json.loads(json.dumps(capture.to_json()))) == capture
+
+
+def test_moments_of_another_boot_are_forgotten() -> None:
+    capture = replace(new(), clocks={"pending": 50.0}, boot="this")
+    assert capture.in_boot("this") is capture
+    later = capture.in_boot("next")
+    assert later.since("pending", at=4.0, clock=0.5) == 3.0
+    assert later.since("pending", at=0.0, clock=0.5) == 0.0, "the clock was set back"
+
+
+def test_a_capture_that_was_kept_without_them_is_read() -> None:
+    data = new().to_json()
+    del data["clocks"], data["boot"]
+    assert Capture.from_json(data) == new()
+
+
+def test_a_boot_has_a_name(tmp_path: Path) -> None:
+    assert boot_id() == boot_id()
+    assert boot_id(tmp_path / "none") == ""
