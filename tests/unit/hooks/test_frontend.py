@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import frontend
 from llmprobe.hooks.vllm.frontend import FrontEnd
+from llmprobe.hooks.vllm.unfinished import Engine as Known
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings
@@ -44,7 +45,7 @@ class Engine:
         self._reader = JournalReader(self.recorder.writer.path, self.recorder.writer)
         self._told: list[tuple[int, int]] = []
         self.front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(directory)})), None, [])
-        self.front._recorders[0] = self.recorder
+        self.front._engines[0] = Known(0, self.recorder)
         self.processor = SimpleNamespace(request_states={})
         self.clock = clock
 

@@ -13,6 +13,7 @@ import pytest
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.iterations import PlainIterations
+from llmprobe.hooks.vllm.unfinished import Engine
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings
@@ -125,7 +126,7 @@ def test_two_threads_that_count_do_so_once(journal: Journal) -> None:
 def test_when_a_request_ends_all_its_tokens_are_counted(journal: Journal, tmp_path: Path) -> None:
     recorder, reader = journal
     front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(tmp_path)})), None, [])
-    front._recorders[0] = recorder
+    front._engines[0] = Engine(0, recorder)
     for _ in range(5):
         front.record(None, iteration(0.01), 0)
     assert counted(reader) == (0, 0)

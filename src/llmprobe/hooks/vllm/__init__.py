@@ -18,6 +18,7 @@ def install(probe: Probe) -> None:
 
     on("vllm.v1.worker.worker_base", worker.install)
     on("vllm.v1.metrics.loggers", frontend.install_stat_loggers)
+    on("vllm.v1.engine.core_client", frontend.install_core_client)
     on("vllm.v1.engine.output_processor", frontend.install_output_processor)
     on("vllm.v1.engine.llm_engine", frontend.install_llm_engine)
 

@@ -17,37 +17,32 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import facts
 from llmprobe.hooks.vllm.arrival import FirstToken, FirstTokens
 from llmprobe.hooks.vllm.iterations import PlainIterations, add_gaps, token_gaps
+from llmprobe.hooks.vllm.unfinished import Engine, Unfinished, engine_index
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
 
 _now = time.monotonic_ns
 _JOURNAL_BYTES = 1024 * 1024  # one a front end and engine: histograms and about 1700 requests
-#: Statistics may be older than the arrival of a request that was on its way to the engine meanwhile.
-_ON_ITS_WAY_NS = 100_000_000
-#: An engine that said it has nothing, and then nothing for so long, does not work on what is unfinished here.
-_LEFT_BEHIND_NS = 2_000_000_000
 
 
 class FrontEnd:
     """What llmprobe keeps about this front-end process: one recorder an engine, and what is unfinished."""
 
-    def __init__(self, probe: Probe, config: Any, engines: list[int]) -> None:
+    def __init__(self, probe: Probe, config: Any, engines: list[int], *, told: bool = True) -> None:
+        """
+        Args:
+            told: whether `sent` will be called.
+        """
         self._probe = probe
-        self._recorders: dict[int, Recorder] = {}
-        self._processor: Any = None
-        self._pending = False
         self._first_tokens = FirstTokens()
-        self._arrived_ns = 0  # when the newest request was taken in
-        self._heard_ns = 0  # when an engine last said how much it has, and of each how much that was
-        self._has: dict[int, int] = {}
-        self._left_behind: frozenset[str] = frozenset()  # unfinished here, and no engine knows of them
-        self._looked: tuple[int, bool] | None = None
         self._plain = PlainIterations()
+        self._unfinished = Unfinished(told=told, settled=self._settled, clock=lambda: _now())
+        self._engines = self._unfinished.engines
         for engine in engines:
-            self._open(config, engine)
+            self._engines[engine] = Engine(engine, self._open(config, engine))
 
-    def _open(self, config: Any, engine: int) -> None:
+    def _open(self, config: Any, engine: int) -> Recorder | None:
         probe = self._probe
 
         def said() -> dict[str, Any]:
@@ -55,135 +50,81 @@ class FrontEnd:
                 probe.settings, server_name(probe.settings), "frontend", config, engine
             )
 
-        if not self._recorders:
-            recorder = probe.arm("frontend", said, size=_JOURNAL_BYTES)
-        else:
-            try:
-                recorder = Recorder.open(probe.settings.directory, "frontend", said(), _JOURNAL_BYTES)
-                probe.adopt(recorder)
-            except JournalError as error:
-                logger().error("engine %d goes unrecorded: %s", engine, error)
-                recorder = None
-        if recorder is not None:
-            self._recorders[engine] = recorder
+        if all(known.recorder is None for known in self._engines.values()):
+            return probe.arm("frontend", said, size=_JOURNAL_BYTES)
+        try:
+            recorder = Recorder.open(probe.settings.directory, "frontend", said(), _JOURNAL_BYTES)
+        except JournalError as error:
+            logger().error("engine %d goes unrecorded: %s", engine, error)
+            return None
+        probe.adopt(recorder)
+        return recorder
 
     def arrived(self, processor: Any, request: Any, new: bool) -> None:
         """A request was taken in, or (not ``new``) more input of one that is known."""
-        self._processor = processor
         waited = max(time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()), 0.0)
         since = _now() - round(waited * 1e9)
-        self._arrived_ns = _now()
         if new:
             self._first_tokens.arrived(request.request_id, since)
-        if self._pending:
-            return
-        self._begin(since, len(processor.request_states))
+        self._unfinished.arrived(processor, request.request_id, since)
+
+    def sent(self, client: Any, request: Any, identity: bytes) -> None:
+        """vLLM's client has chosen the engine that a request goes to."""
+        self._unfinished.sent(client, request.request_id, engine_index(identity))
 
     def outputs(self, processor: Any, outputs: Any) -> None:
         """Outputs of the engine were detokenized and handed to their streams."""
-        self._processor = processor
         self._first_tokens.outputs(outputs)
+        self._unfinished.outputs(processor, outputs)
 
     def aborted(self, processor: Any, ids: list[str]) -> None:
         """These requests were aborted by their clients."""
         self._first_tokens.forget(ids)
-        recorder = next(iter(self._recorders.values()), None)
-        if recorder is None:
-            return
         now = _now()
-        for _ in ids:
-            recorder.request(now, 0, aborted=True, known=False)
-        self._settle(processor)
+        for request_id in ids:
+            engine = self._unfinished.where(request_id) or next(iter(self._engines.values()))
+            if engine.recorder is not None:
+                engine.recorder.request(now, 0, engine=engine.index, aborted=True, known=False)
+        self._unfinished.aborted(processor, ids)
 
-    def _settle(self, processor: Any) -> None:
-        if self._pending and processor is not None and not self._unfinished(processor):
-            self._end(_now())
-
-    def _end(self, time_ns: int) -> None:
-        """Nothing is pending from ``time_ns`` on."""
-        self._pending = False
-        self._first_tokens.forget_all()
+    def _settled(self) -> None:
+        """Nothing is unfinished at an engine."""
         self._plain.write()
-        for recorder in self._recorders.values():
-            recorder.pending(time_ns, 0)
-            recorder.publish()
-
-    def _unfinished(self, processor: Any) -> int:
-        """How many requests an engine has still to do something for."""
-        known = processor.request_states
-        if len(known) > len(self._left_behind) or not known:
-            return len(known)
-        return len(known.keys() - self._left_behind)
+        if not len(self._unfinished):
+            self._first_tokens.forget_all()
 
     def look(self, active: bool) -> None:
         """Count what was noted, and set right what no hook was told of.
 
         Runs on the housekeeping thread, a few times a second.
 
-        Requests come and go while the probe is switched off. And a request that vLLM forgot to abort would be
-        unfinished for ever, and all idle time after it a wait: it is left out once every engine has said, a
-        moment after it came, that nothing runs or waits, and then nothing more.
-
         Args:
             active: whether the hooks are at work.
         """
         self._plain.write()
-        if not active:
-            self._looked = None
-            self._heard_ns = 0  # what engines said is no answer to what comes now
-            if self._pending:
-                self._end(_now())
-            return
-        processor = self._processor
-        if processor is None:
-            return
-        unfinished, heard = self._unfinished(processor), self._heard_ns
-        looked, self._looked = self._looked, (self._arrived_ns, unfinished > 0)
-        if looked is None:  # just switched on
-            if unfinished and not self._pending:
-                self._begin(_now(), unfinished)
-        elif looked != self._looked:
-            pass  # the hooks are in the middle of it
-        elif not unfinished:
-            self._settle(processor)
-        elif not self._pending:
-            self._begin(_now(), unfinished)
-        elif (
-            heard - self._arrived_ns >= _ON_ITS_WAY_NS
-            and not any(self._has.values())
-            and _now() - heard > _LEFT_BEHIND_NS
-        ):
-            self._left_behind = frozenset(processor.request_states)
-            self._end(heard)
-
-    def _begin(self, time_ns: int, unfinished: int) -> None:
-        self._pending = True
-        for recorder in self._recorders.values():
-            recorder.pending(time_ns, unfinished)
+        self._unfinished.look(active)
 
     def record(self, scheduler: Any, iteration: Any, engine: int) -> None:
         """vLLM's statistics of one engine iteration; either may be None."""
         entered = _now()
         first_tokens = self._first_tokens.take()
-        recorder = self._recorders.get(engine)
-        if recorder is None:
+        of = self._engines.get(engine)
+        recorder = of.recorder if of is not None else None
+        if of is None or recorder is None:
             return
         if scheduler is not None:
+            running = scheduler.num_running_reqs
             waiting = scheduler.num_waiting_reqs + getattr(scheduler, "num_skipped_waiting_reqs", 0)
-            self._heard_ns = entered
-            self._has[engine] = scheduler.num_running_reqs + waiting
-            if self._left_behind and self._has[engine]:
-                self._left_behind = frozenset()  # perhaps one of them
-            unfinished = len(self._processor.request_states) if self._processor is not None else 0
+            self._unfinished.heard(of, running + waiting, entered)
             # Also when nothing changed: of several front ends the one that heard last is believed.
-            usage = float(scheduler.kv_cache_usage)
-            recorder.load(scheduler.num_running_reqs, waiting, usage, unfinished, later=True)
+            unfinished = self._unfinished.unfinished(of)
+            recorder.load(running, waiting, float(scheduler.kv_cache_usage), unfinished, later=True)
         if iteration is not None and (first_tokens or not self._plain.note(recorder, iteration, entered)):
             self._plain.write()  # before the end of a request, whose tokens they are
             self._tokens(recorder, iteration, first_tokens, entered)
             for finished in iteration.finished_requests:
                 self._finished(recorder, finished, engine)
-        self._settle(self._processor)
+        self._unfinished.settle(of)
 
     def _tokens(
         self, recorder: Recorder, iteration: Any, first_tokens: tuple[FirstToken, ...], entered: int
@@ -241,6 +182,7 @@ class FrontEnd:
 
 
 _front_end: FrontEnd | None = None
+_told = False  # whether vLLM's client says which engine it chooses
 
 
 def _the_front_end(probe: Probe) -> FrontEnd | None:
@@ -253,7 +195,7 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
 
     def arm(config: Any, engines: Any) -> None:
         global _front_end
-        _front_end = FrontEnd(probe, config, sorted(int(engine) for engine in engines or [0]))
+        _front_end = FrontEnd(probe, config, sorted(int(engine) for engine in engines or [0]), told=_told)
 
     def make_init(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -289,6 +231,32 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
     probe.writers.append(look)
     probe.patch(module.StatLoggerManager, "__init__", make_init)
     probe.patch(module.StatLoggerManager, "record", make_record)
+
+
+def install_core_client(probe: Probe, module: ModuleType) -> None:
+    """Note which engine vLLM's client chooses for a request, where it has several to choose from."""
+    global _told
+    guard = probe.guard
+    owner = getattr(module, "DPLBAsyncMPClient", None)
+    if owner is None or not hasattr(owner, "get_core_engine_for_request"):
+        return
+    _told = True
+
+    def sent(client: Any, request: Any, identity: bytes) -> None:
+        front_end = _the_front_end(probe)
+        if front_end is not None:
+            front_end.sent(client, request, identity)
+
+    def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
+        def get_core_engine_for_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            identity = original(self, request, *args, **kwargs)
+            if patch.active and probe.active:
+                guard.call("vllm.sent", sent, self, request, identity)
+            return identity
+
+        return get_core_engine_for_request
+
+    probe.patch(owner, "get_core_engine_for_request", make)
 
 
 def install_output_processor(probe: Probe, module: ModuleType) -> None:
