@@ -92,7 +92,8 @@ class Collector:
         self._ignored: set[Path] = set()
         self._scanned_mtime = 0
         self._unread = False  # a journal that could not be opened yet
-        self._unfinished: dict[str, intervals.Intervals | None] = {}  # by view, as of this tick
+        #: By view and engine (None: of all its engines), as of this tick.
+        self._unfinished: dict[tuple[str, int | None], intervals.Intervals | None] = {}
         self._views: list[ServerView] = []
         self._views_at = 0
         self._facts_at = 0
@@ -231,20 +232,34 @@ class Collector:
                 self._ranks[path] = rank
 
     def _pending_of(self, path: Path) -> intervals.Intervals | None:
-        """When the server had unfinished requests, by its front ends; None if it has none."""
-        key = self._grouping.keys[path]
-        if key not in self._unfinished:
-            self._unfinished[key] = self._unfinished_of(key)
-        return self._unfinished[key]
+        """When a rank's engine had unfinished requests, by its front ends; None if it has none.
 
-    def _unfinished_of(self, key: str) -> intervals.Intervals | None:
-        told = []
-        for other, pending in self._pending.items():
-            if self._grouping.keys[other] == key:
-                process, spans = self._processes[other], pending.spans()
-                # What a dead front end left open ended with it.
-                told.append(spans if process.alive else np.minimum(spans, process.died_ns))
-        return intervals.union(*told) if told else None
+        Engines that run dummy steps work in step: whichever of them has requests, all have to run. And where
+        no front end speaks of the engine by its index, those of the whole server have to do.
+        """
+        key, engine = self._grouping.keys[path], self._processes[path].engine
+        if not self._in_step(key):
+            own = self._told(key, engine)
+            if own is not None:
+                return own
+        return self._told(key, None)
+
+    def _in_step(self, key: str) -> bool:
+        ranks = (rank.process for path, rank in self._ranks.items() if self._grouping.keys[path] == key)
+        return any(process.counters["steps_dummy"] for process in ranks)
+
+    def _told(self, key: str, engine: int | None) -> intervals.Intervals | None:
+        """When front ends of one view had unfinished requests, at one engine or at any."""
+        if (key, engine) not in self._unfinished:
+            told = []
+            for other, pending in self._pending.items():
+                process = self._processes[other]
+                if self._grouping.keys[other] == key and engine in (None, process.engine):
+                    spans = pending.spans()
+                    # What a dead front end left open ended with it.
+                    told.append(spans if process.alive else np.minimum(spans, process.died_ns))
+            self._unfinished[key, engine] = intervals.union(*told) if told else None
+        return self._unfinished[key, engine]
 
     def _forget(self, now: int) -> None:
         for pending in self._pending.values():
@@ -294,8 +309,11 @@ class Collector:
         )
         facts = first.facts
         found = [self._ranks[process.path] for process in processes if process.path in self._ranks]
-        pending = self._pending_of(first.path)
-        ranks = [rank_view(rank, now, self._watches, self._telemetry, pending) for rank in found]
+        several = len({rank.process.engine for rank in found}) > 1
+        ranks = [
+            rank_view(rank, now, self._watches, self._telemetry, self._pending_of(rank.process.path), several)
+            for rank in found
+        ]
         capacity: dict[int, int] = {}
         for rank in ranks:
             if rank.kv_capacity_bytes is not None:

@@ -16,7 +16,12 @@ WINDOW_NS = 30 * 10**9
 
 
 def rank_view(
-    rank: Rank, now: int, watches: Watches, telemetry: Telemetry | None, pending: intervals.Intervals | None
+    rank: Rank,
+    now: int,
+    watches: Watches,
+    telemetry: Telemetry | None,
+    pending: intervals.Intervals | None,
+    several_engines: bool,
 ) -> RankView:
     """What is shown of one rank.
 
@@ -24,7 +29,8 @@ def rank_view(
         now: CLOCK_MONOTONIC nanoseconds.
         watches: looks at the engine's process.
         telemetry: looks at its GPU; None if nobody does.
-        pending: when its server had unfinished requests, None if that is not known.
+        pending: when its engine had unfinished requests, None if that is not known.
+        several_engines: its server has more than this rank's.
     """
     process = rank.process
     facts, counters = process.facts, process.counters
@@ -74,7 +80,9 @@ def rank_view(
         kernels=rank.windows.evidence(now),
         top_kernels=rank.windows.top(now),
         kernel_totals=rank.windows.totals(),
-        stall=find_stall(rank, pending, now) if armed and not inert else None,
+        stall=find_stall(rank, pending, now, process.engine if several_engines else None)
+        if armed and not inert
+        else None,
         journal=process.path,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from llmprobe.collect.process import Rank
 from llmprobe.compute import stall
 from llmprobe.compute.intervals import Intervals
@@ -11,13 +13,14 @@ _RECENT = 1000  # steps that say how long a step takes
 _LEAST_NS = round(stall.LEAST_SECONDS * 1e9)
 
 
-def find_stall(rank: Rank, pending: Intervals | None, now_ns: int) -> Stall | None:
+def find_stall(rank: Rank, pending: Intervals | None, now_ns: int, engine: int | None = None) -> Stall | None:
     """The stall that a live rank is in; None while it gets on, or has nothing to do.
 
     Args:
         rank: the rank.
-        pending: when its server had unfinished requests; None where nobody tells.
+        pending: when its engine had unfinished requests; None where nobody tells.
         now_ns: CLOCK_MONOTONIC.
+        engine: the rank's engine, if that has to be said.
     """
     progress = rank.process.progress if rank.process.alive else None
     if progress is None:
@@ -29,7 +32,7 @@ def find_stall(rank: Rank, pending: Intervals | None, now_ns: int) -> Stall | No
         return None  # as nearly always: nothing else need be looked at
     open_spans = pending[pending[:, 1] > now_ns] if pending is not None else None
     since = int(open_spans[-1, 0]) if open_spans is not None and len(open_spans) else None
-    return stall.find(
+    found = stall.find(
         begun=progress.begun,
         begun_ns=progress.time,
         # A step that was given up ended as far as this is concerned.
@@ -41,3 +44,4 @@ def find_stall(rank: Rank, pending: Intervals | None, now_ns: int) -> Stall | No
         pending_since_ns=since,
         pending_known=pending is not None,
     )
+    return None if found is None else dataclasses.replace(found, engine=engine)

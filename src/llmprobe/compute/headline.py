@@ -47,7 +47,8 @@ def stalled(rank: int, stall: Stall) -> str:
     else:
         doing = f"without a step since step {stall.step}, with requests waiting"
     last = f"; the last step took {stall.last_steps[-1].seconds:.3g} s" if stall.last_steps else ""
-    return f"STALLED: rank {rank} has been {doing} for {stall.seconds:.0f} s{last}."
+    who = f"rank {rank}" if stall.engine is None else f"engine {stall.engine}, rank {rank}"
+    return f"STALLED: {who} has been {doing} for {stall.seconds:.0f} s{last}."
 
 
 def _importance(pressure: Pressure) -> int:

@@ -57,6 +57,7 @@ class Stall:
     phase: str | None  # of the running step; None between steps, or where nobody could read it any more
     tokens: int | None  # likewise
     last_steps: tuple[StepSeen, ...]  # newest last, five at most
+    engine: int | None = None  # the rank's, where its server has several
 
 
 def bound(recent: np.ndarray, tokens: int | None) -> Bound:

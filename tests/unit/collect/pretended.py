@@ -43,8 +43,10 @@ MODEL = {
 class Server:
     """One pretended server: a worker and front ends, each with a journal."""
 
-    def __init__(self, directory: Path, group: str = "g", server: str = "vllm-1", fronts: int = 1) -> None:
-        said = {"group": group, "server": server, "model_name": "m", "framework": "vllm", "engine": 0}
+    def __init__(
+        self, directory: Path, group: str = "g", server: str = "vllm-1", fronts: int = 1, engine: int = 0
+    ) -> None:
+        said = {"group": group, "server": server, "model_name": "m", "framework": "vllm", "engine": engine}
         self.worker = Recorder.open(
             directory, "worker", {**said, "role": "worker", "rank": 0, "clock": "host", "model": MODEL}
         )
