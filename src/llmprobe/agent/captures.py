@@ -110,9 +110,9 @@ class Watched:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
-    def live(self, group: str) -> Live | None:
+    def live(self, capture: Capture) -> Live | None:
         """What conditions look at; None if there is no such server."""
-        view = self._view(group)
+        view = self._view(capture)
         if view is None:
             return None
         steps: dict[str, int] = {}
@@ -128,18 +128,20 @@ class Watched:
             tuple(_known(engine, ENGINE_FIGURES) for engine in view.engines),
         )
 
-    def figures(self, group: str) -> dict[str, Any] | None:
+    def figures(self, capture: Capture) -> dict[str, Any] | None:
         """The server's entry in ``/api/status``."""
-        view = self._view(group)
+        view = self._view(capture)
         return None if view is None else dict(summarize([view])["servers"][0])
 
-    def workers(self, group: str) -> list[Worker]:
+    def workers(self, capture: Capture) -> list[Worker]:
         """Its living engine processes."""
-        view = self._view(group)
+        view = self._view(capture)
         return [] if view is None else workers_of(view)
 
-    def _view(self, group: str) -> ServerView | None:
-        return next((view for view in self._reader.views() if view.group == group), None)
+    def _view(self, capture: Capture) -> ServerView | None:
+        """The server it is of: a group may have several, and another group one of that label later on."""
+        asked = capture.server, capture.group
+        return next((view for view in self._reader.views() if (view.server, view.group) == asked), None)
 
 
 def workers_of(view: ServerView) -> list[Worker]:

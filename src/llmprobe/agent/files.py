@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ def switch(
     directory: Path,
     armed: bool,
     servers: Sequence[str] | None = None,
-    groups: Sequence[str] | None = None,
+    journals: Iterable[Path] | None = None,
 ) -> dict[str, Any]:
     """Tell engines to switch their probes on or off; they look every quarter second.
 
     Args:
         servers: the ``server`` labels it is meant for; None: all.
-        groups: the group ids of those servers, which are unambiguous where two chose one label.
+        journals: those that the servers' processes write, and know themselves by. A label may have been chosen
+            by two, and a group id inherited: by both servers of a script, by every rank that torchrun starts.
 
     Returns:
         What was written to ``control.json``.
@@ -52,7 +53,7 @@ def switch(
         "schema": CONTROL_SCHEMA,
         "armed": armed,
         "servers": None if servers is None else sorted(set(servers)),
-        "groups": None if groups is None else sorted(set(groups)),
+        "journals": None if journals is None else sorted({path.name for path in journals}),
         "changed": time.time(),
     }
     write_json(directory / CONTROL_NAME, control)

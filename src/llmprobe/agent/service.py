@@ -163,14 +163,18 @@ def _add_reading(app: FastAPI, state: State) -> None:
 def _add_switch(app: FastAPI, state: State) -> None:
     @app.post("/api/probe", summary="Switch probes on or off, without a restart of the engine")
     async def probe(switch: Switch) -> dict[str, Any]:
-        groups = {view.server: view.group for view in state.reader.views()}
-        if unknown := sorted(set(switch.servers or ()) - set(groups)):
+        journals = {view.server: view.journals for view in state.reader.views()}
+        if unknown := sorted(set(switch.servers or ()) - set(journals)):
             raise Problem(
                 404,
                 f"No such server: {', '.join(unknown)}.",
-                f"Servers now: {', '.join(sorted(groups)) or 'none'}; leave `servers` out to switch all.",
+                f"Servers now: {', '.join(sorted(journals)) or 'none'}; leave `servers` out to switch all.",
             )
-        chosen = None if switch.servers is None else [groups[name] for name in switch.servers]
+        chosen = (
+            None
+            if switch.servers is None
+            else [journal for name in switch.servers for journal in journals[name]]
+        )
         try:
             control = files.switch(state.directory, switch.armed, switch.servers, chosen)
         except OSError as error:

@@ -53,15 +53,15 @@ class Failed(Exception):
 
 
 class Server(Protocol):
-    """What a capture asks the agent about servers, by group id."""
+    """What a capture asks the agent about the server that it is of."""
 
-    def live(self, group: str) -> Live | None:
+    def live(self, capture: Capture) -> Live | None:
         """What conditions look at; None if there is no such server."""
 
-    def figures(self, group: str) -> dict[str, Any] | None:
+    def figures(self, capture: Capture) -> dict[str, Any] | None:
         """The server's entry in ``/api/status``."""
 
-    def workers(self, group: str) -> list[Worker]:
+    def workers(self, capture: Capture) -> list[Worker]:
         """Its living engine processes."""
 
 
@@ -106,7 +106,7 @@ class Run:
             capture,
             self._folder,
             directory,
-            lambda: server.workers(capture.group),
+            lambda: server.workers(capture),
             seconds=self._longest(),
             cancelled=self.cancelled.is_set,
             interrupted=self._interrupted,
@@ -262,7 +262,7 @@ class Run:
             self.capture = self.capture.noting(live["comparison"]["why"])
 
     def _look(self) -> Live | None:
-        live = self._server.live(self.capture.group)
+        live = self._server.live(self.capture)
         now = time.monotonic()
         if live is not None:
             self._seen_at = now
@@ -283,7 +283,7 @@ class Run:
         path = self._folder / LIVE
         live = _read_json(path)
         if when not in live:
-            live[when] = {"time": self._wall(), "server": self._server.figures(self.capture.group)}
+            live[when] = {"time": self._wall(), "server": self._server.figures(self.capture)}
             write_json(path, live)
 
     def _keep_meanwhile(self) -> None:
@@ -295,7 +295,7 @@ class Run:
         if rough:
             now_ns = time.monotonic_ns()
             begin_ns, end_ns = (now_ns - round(self._since(state) * 1e9) for state in _RECORDED)
-            workers = self._server.workers(self.capture.group)
+            workers = self._server.workers(self.capture)
             steps = read_steps({worker.name: worker.journal for worker in workers}, begin_ns, end_ns)
         live["meanwhile"] = meanwhile(steps, live.get("before") or {}, rough=rough)
         write_json(path, live)

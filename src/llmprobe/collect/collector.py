@@ -337,6 +337,7 @@ class Collector:
             own_label=str(facts.get("server", "")),
             model_name=str(facts.get("model_name", "")),
             group=first.group,
+            journals=tuple(process.path for process in processes if process.alive),
             framework=str(facts.get("framework", "")),
             framework_version=str(facts.get("framework_version", "")),
             started=float(facts.get("started", 0.0)),

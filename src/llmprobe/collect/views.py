@@ -170,7 +170,7 @@ class EngineView:
 
 @dataclass
 class ServerView:
-    """One server: all processes that share a group id (one ``vllm serve``, one program)."""
+    """One server: one ``vllm serve``, one program. Its processes share a group id; others may have it too."""
 
     server: str
     model_name: str
@@ -190,6 +190,8 @@ class ServerView:
     thresholds: Thresholds = field(default_factory=Thresholds)
     #: The label that the server gave itself; ``server`` has a number behind it if another had that one.
     own_label: str = ""
+    #: The files that its living processes write.
+    journals: tuple[Path, ...] = ()
     #: The one line to read first.
     headline: str = ""
     #: What each phase that was ever seen is bound by, over the last 10 s. Empty while the probe is off.

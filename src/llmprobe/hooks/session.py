@@ -12,7 +12,7 @@ from typing import Any
 from llmprobe.hooks.naming import GROUP_VARIABLE
 from llmprobe.hooks.on_import import forget_all, when_imported
 from llmprobe.hooks.probe import Probe
-from llmprobe.processors import take_programs_cpus
+from llmprobe.processors import run_on
 from llmprobe.record.asked_capture import AskedCaptures
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, SettingsError, logger
@@ -150,7 +150,9 @@ class _Housekeeping(threading.Thread):
 
     def run(self) -> None:
         guard = self._probe.guard
-        take_programs_cpus()
+        # Engines pin workers to processors that their threads then fill. A thread there takes what the engine's
+        # need, and an agent that it starts answers no one for minutes.
+        run_on(self._probe.processors)
         while self._probe.recorder is self._recorder:
             guard.call("housekeeping.control", self._follow_switch)
             if not guard.inert and self._probe.settings.agent == "auto":
@@ -179,8 +181,10 @@ class _Housekeeping(threading.Thread):
             return
         self._seen = state
         control = json.loads(self._control.read_text())
-        groups = control.get("groups")  # not the server's label: the agent may have numbered equal ones
-        if groups is not None and os.environ.get(GROUP_VARIABLE) not in groups:
+        journals = control.get("journals")  # labels may be equal, and a group may have several servers
+        if journals is not None and not any(
+            recorder.writer.path.name in journals for recorder in self._probe.recorders()
+        ):
             return
         armed = bool(control.get("armed", True))
         if armed == self._probe.enabled:

@@ -36,14 +36,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 
 def test_the_switch_says_what_engines_read(tmp_path: Path) -> None:
     before = time.time()
-    switch(tmp_path, False, ["b", "a", "b"], ["g"])
+    switch(
+        tmp_path, False, ["b", "a", "b"], [tmp_path / "worker-2-x.journal", tmp_path / "worker-1-y.journal"]
+    )
     control = json.loads((tmp_path / "control.json").read_text())
     changed = control["changed"]
     assert control == {
         "schema": 1,
         "armed": False,
         "servers": ["a", "b"],
-        "groups": ["g"],
+        "journals": ["worker-1-y.journal", "worker-2-x.journal"],
         "changed": changed,
     }
     assert before <= control["changed"] <= time.time()

@@ -100,13 +100,18 @@ def test_a_wrong_number_of_steps_is_a_problem_that_names_it(client: TestClient, 
     assert "last" in problem(client.get(f"/api/steps?last={last}"), 422)["detail"]
 
 
-def test_the_switch_is_written_for_engines(client: TestClient, token: Token, tmp_path: Path) -> None:
+def test_the_switch_is_written_for_engines(
+    client: TestClient, state: State, token: Token, tmp_path: Path
+) -> None:
     answer = client.post("/api/probe", json={"armed": False}, headers=auth(token))
     assert answer.status_code == 200
     control = json.loads((tmp_path / "control.json").read_text())
     assert (control["armed"], control["servers"]) == (False, None)
     answer = client.post("/api/probe", json={"armed": True, "servers": ["prog"]}, headers=auth(token))
-    assert (answer.json()["servers"], answer.json()["groups"]) == (["prog"], ["g"])
+    (view,) = state.reader.views()
+    (rank,) = view.ranks
+    assert rank.journal is not None
+    assert (answer.json()["servers"], answer.json()["journals"]) == (["prog"], [rank.journal.name])
     assert client.get("/api/status").json()["agent"]["switch"]["armed"] is True
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmprobe.capture.condition import Live
 from llmprobe.capture.nsys import Session
+from llmprobe.capture.session import Capture
 from llmprobe.capture.tool import Worker
 
 _SCRIPT = """#!/bin/sh
@@ -80,17 +81,23 @@ class PretendedServer:
     """Servers as a capture sees them; ``live`` may be exchanged."""
 
     def __init__(self) -> None:
-        self.now: Live | None = Live({"decode": 1})
+        self.now: Live | None = Live({"rank0": {"decode": 1}})
         self.processes: list[Worker] = []
+        self._looked: list[Live | None] = []
 
-    def live(self, group: str) -> Live | None:
+    def looks_since(self, now: Live) -> int:
+        """How often it was looked at since it shows this."""
+        return sum(seen is now for seen in self._looked)
+
+    def live(self, capture: Capture) -> Live | None:
         """What conditions look at."""
-        return self.now
+        self._looked.append(self.now)
+        return self._looked[-1]
 
-    def workers(self, group: str) -> list[Worker]:
+    def workers(self, capture: Capture) -> list[Worker]:
         """Its living engine processes."""
         return self.processes
 
-    def figures(self, group: str) -> dict[str, object] | None:
+    def figures(self, capture: Capture) -> dict[str, object] | None:
         """The server's entry in ``/api/status``."""
         return {"server": "s", "ranks": []}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmprobe.agent.files import switch
 from llmprobe.hooks import session
 from llmprobe.hooks.probe import Probe
 from llmprobe.record.journal_reader import JournalReader
@@ -60,6 +61,32 @@ def test_a_status_that_cannot_be_told_does_not_end_the_thread(
     assert probe.guard.errors["housekeeping.status"] >= 1
     for opened in (recorder, other):
         opened.close(remove=True)
+
+
+def test_a_switch_is_followed_by_the_processes_it_names(probe: Probe) -> None:
+    """Servers of one group have no more in common than a script that started both."""
+    front = Recorder.open(probe.settings.directory, "frontend", {"role": "frontend"})
+    other = Recorder.open(probe.settings.directory, "frontend", {"role": "frontend"})
+    probe.adopt(front)
+    recorder = probe.recorder
+    assert recorder is not None
+    keeping = session._Housekeeping(probe, recorder)
+    for armed, named, follows in (
+        (False, [other], False),
+        (False, [front, other], True),
+        (True, [other], False),
+        (True, None, True),
+    ):
+        before = probe.enabled
+        switch(
+            probe.settings.directory,
+            armed,
+            None if named is None else ["one"],
+            None if named is None else [one.writer.path for one in named],
+        )
+        keeping._follow_switch()
+        assert probe.enabled is (armed if follows else before)
+    other.close(remove=True)
 
 
 @pytest.mark.swallows
