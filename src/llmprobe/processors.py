@@ -20,16 +20,13 @@ def own_group() -> dict[str, Any]:
     return {"preexec_fn": os.setpgrp}
 
 
-def take_programs_cpus(process: int = 0) -> None:
-    """Let the calling thread run where the program may, not only where one process of it does.
+def allowed() -> frozenset[int]:
+    """The processors that the calling thread may run on; empty where the system has no such thing."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 
-    Engines pin workers to processors that their threads then fill, and what a worker starts inherits that: a
-    daemon there answers no one for minutes, a thread there takes what the engine's own needs. The leader of a
-    worker's process group is the program as its operator started it, with the processors that it was given.
 
-    Args:
-        process: of the program; the calling one if 0.
-    """
-    with contextlib.suppress(OSError):
-        program = os.sched_getaffinity(os.getpgid(process))
-        os.sched_setaffinity(0, program | os.sched_getaffinity(0))
+def run_on(processors: frozenset[int]) -> None:
+    """Let the calling thread, and what it starts, run on ``processors`` as far as that is allowed."""
+    if processors:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, processors)

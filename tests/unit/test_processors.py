@@ -11,26 +11,21 @@ import pytest
 
 from llmprobe.processors import own_group
 
-# A program, a worker of it that is pinned to one processor, and the daemon and the thread which that starts.
-_PROGRAM = """
-import subprocess, sys
-subprocess.run([sys.executable, "-c", *sys.argv[1:]], check=True)
-"""
+# A worker that is pinned to one processor, and what the thread which it makes starts.
 _WORKER = """
 import os, subprocess, sys, threading
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.session import _Housekeeping
 from llmprobe.settings import Settings
-all_of_them = os.sched_getaffinity(0)
-os.sched_setaffinity(0, {min(all_of_them)})
-subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
 
-probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": sys.argv[2], "LLMPROBE_AGENT": "off"}))
+probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": sys.argv[1], "LLMPROBE_AGENT": "off"}))
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 seen = threading.Event()
 
 def look():
     if not seen.is_set():
         print("thread", *os.sched_getaffinity(0), flush=True)
+        subprocess.run([sys.executable, "-c", sys.argv[2]], check=True)
         seen.set()
 
 probe.writers.append(look)
@@ -40,31 +35,30 @@ seen.wait()
 probe.disarm()
 print("worker", *os.sched_getaffinity(0))
 """
-_DAEMON = """
-import os
-from llmprobe.processors import take_programs_cpus
-before = os.sched_getaffinity(0)
-take_programs_cpus(os.getppid())
-print("daemon", len(before), *os.sched_getaffinity(0), flush=True)
-"""
+_AGENT = "import os; print('agent', *os.sched_getaffinity(0))"
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor alone leaves nothing to take")
-def test_what_a_pinned_worker_starts_runs_where_the_program_may(tmp_path: Path) -> None:
-    program = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, _WORKER, _DAEMON, str(tmp_path)],
+def ran_on(folder: Path, *fence: str) -> dict[str, list[int]]:
+    done = subprocess.run(
+        [*fence, sys.executable, "-c", _WORKER, str(folder), _AGENT],
         stdout=subprocess.PIPE,
         text=True,
         timeout=300,
         check=True,
-        **own_group(),
     )
-    said = {name: list(map(int, rest)) for name, *rest in map(str.split, program.stdout.splitlines())}
+    return {name: sorted(map(int, rest)) for name, *rest in map(str.split, done.stdout.splitlines())}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor alone leaves nothing to take")
+def test_what_a_pinned_worker_starts_runs_where_the_worker_might(tmp_path: Path) -> None:
     everywhere = sorted(os.sched_getaffinity(0))
-    assert said["daemon"][0] == 1
-    assert sorted(said["daemon"][1:]) == everywhere
-    assert sorted(said["thread"]) == everywhere
-    assert said["worker"] == everywhere[:1], "the engine's own threads stay where it put them"
+    assert ran_on(tmp_path) == {"thread": everywhere, "agent": everywhere, "worker": everywhere[:1]}
+
+
+def test_nothing_leaves_the_processors_that_the_operator_gave(tmp_path: Path) -> None:
+    last = max(os.sched_getaffinity(0))
+    found = ran_on(tmp_path, "taskset", "-c", str(last))
+    assert found == {"thread": [last], "agent": [last], "worker": [last]}
 
 
 def test_a_child_of_its_own_group_is_not_reached_by_signals_to_ours() -> None:

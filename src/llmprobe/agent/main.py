@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 from llmprobe.agent import daemon
 from llmprobe.agent.options import Options
-from llmprobe.processors import take_programs_cpus
 from llmprobe.record.agent_launch import LOG_NAME, agent_running
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import prepare_directory
@@ -81,10 +80,8 @@ def run(options: Options) -> int:
     if agent_running(directory):
         print(f"llmprobe: an agent already serves {directory}", file=sys.stderr)  # noqa: T201
         return 0
-    if not options.foreground:
-        take_programs_cpus(os.getppid())  # before it detaches
-        if not daemon.detach(directory / LOG_NAME):
-            return 0
+    if not options.foreground and not daemon.detach(directory / LOG_NAME):
+        return 0
     os.umask(0o077)
     daemon.clear_environment()
     _log_to_stderr(options.settings.log_level)

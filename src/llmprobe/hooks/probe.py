@@ -9,6 +9,7 @@ from typing import Any
 
 from llmprobe.hooks.guard import Guard
 from llmprobe.hooks.patch import Patch
+from llmprobe.processors import allowed
 from llmprobe.record.journal import JournalError
 from llmprobe.record.layout import DEFAULT_SIZE
 from llmprobe.record.recorder import Recorder
@@ -41,6 +42,8 @@ class Probe:
         self._recorders: dict[str, Recorder] = {}
         self._adopted: list[Recorder] = []
         self._arming = threading.Lock()
+        #: Where this process might run when it was made, before its engine pinned any thread.
+        self.processors = allowed()
         self._refused_pid = 0
         self.guard.observers.append(self._count_error)
 

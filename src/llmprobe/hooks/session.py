@@ -150,8 +150,8 @@ class _Housekeeping(threading.Thread):
 
     def run(self) -> None:
         guard = self._probe.guard
-        # Engines pin workers to processors that their threads then fill. A thread there takes what the engine's
-        # need, and an agent that it starts answers no one for minutes.
+        # Engines pin workers to processors that their threads then fill. A thread there takes what those need,
+        # and an agent that it starts answers no one for minutes.
         run_on(self._probe.processors)
         while self._probe.recorder is self._recorder:
             guard.call("housekeeping.control", self._follow_switch)
