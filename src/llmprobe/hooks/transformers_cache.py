@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmprobe.hooks.torch_model import storage_bytes, tensors_in
 from llmprobe.hooks.transformers_model import ModelDescription
+
+
+def cache_among(inputs: Mapping[str, Any]) -> Any:
+    """The cache that a forward is given, or None: ``past_key_values`` up to 5.19, ``cache`` in 5.24."""
+    found = inputs.get("cache")
+    return inputs.get("past_key_values") if found is None else found
+
+
+def cache_of(outputs: Any) -> Any:
+    """The cache that a forward gives back, or None.
+
+    Where outputs know the newer name, the older one would leave a warning in the program's log.
+    """
+    return outputs.cache if hasattr(outputs, "cache") else getattr(outputs, "past_key_values", None)
 
 
 def cache_length(cache: Any) -> int | None:

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.transformers_cache import cache_length, measure_cache
+from llmprobe.hooks.transformers_cache import cache_among, cache_length, cache_of, measure_cache
 from llmprobe.hooks.transformers_generation import DRAFT, NESTED, REQUEST, Generation
 from llmprobe.hooks.transformers_program import Program
 from llmprobe.hooks.transformers_steps import Step, write_steps
@@ -216,8 +216,7 @@ class Tracker:
         self, call: Generation, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], query: int
     ) -> None:
         """How much of the prompt is in the cache already (a conversation that goes on)."""
-        cache = inputs.get("past_key_values")
-        past = cache_length(cache)
+        past = cache_length(cache_among(inputs))
         if past is None:
             mask = kwargs.get("attention_mask")
             past = int(mask.shape[1]) - query if mask is not None and len(mask.shape) == 2 else 0
@@ -270,7 +269,7 @@ class Tracker:
         if self._nvtx is not None:
             self._nvtx.part(SAMPLE)
         if call.kv_walks < _CACHE_WALKS and call.kind == REQUEST:
-            call.cache = getattr(outputs, "past_key_values", None)
+            call.cache = cache_of(outputs)
         if clock.kind == _HOST:
             full = program.unwritten >= _STEPS_HELD_HOST
         else:
