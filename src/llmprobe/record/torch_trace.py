@@ -33,7 +33,7 @@ _LEAST_DISK_BYTES = 1 << 30
 _PREFIX = "llmprobe-torch-"
 _LEFT_SECONDS = 3600.0
 _CHUNK_BYTES = 1 << 20
-_OLDEST, _NEWEST = (2, 6), (2, 13)  #: versions of torch whose functions may be called without the lock
+_OLDEST, _NEWEST = (2, 7), (2, 13)  #: versions of torch whose functions may be called without the lock
 
 #: As true as True, and yet another: whoever starts or stops a profiler meanwhile leaves True or False.
 _OURS = 1
@@ -67,7 +67,7 @@ def unavailable(cuda: bool) -> str | None:
         if not cuda:
             _all_threads(True)
     except (AttributeError, TypeError):
-        return f"torch {torch.__version__} cannot record other threads: 2.6 and newer can"
+        return f"torch {torch.__version__} cannot record other threads: 2.7 and newer can"
     return None
 
 

@@ -320,7 +320,7 @@ def test_what_can_capture_is_said_anew_when_a_profiler_begins_or_ends(
 def test_a_recording_of_ours_is_not_said_to_be_anothers(
     captures: AskedCaptures, paths: Paths, recorder: Recorder
 ) -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", minversion="2.7")
     captures.look()
     before = recorder.facts["captures"]
     assert before["torch"] is None
@@ -408,7 +408,7 @@ def test_a_recorder_that_closes_ends_it(recorder: Recorder, paths: Paths, trace:
 def test_torch_records_what_another_thread_does(
     captures: AskedCaptures, paths: Paths, recorder: Recorder, stacks: bool
 ) -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", minversion="2.7")
     over = threading.Event()
 
     def engine() -> None:
@@ -440,7 +440,7 @@ def test_torch_records_what_another_thread_does(
 def test_a_profiler_that_comes_in_between_ends_it_and_is_left_alone(
     captures: AskedCaptures, paths: Paths
 ) -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", minversion="2.7")
     write(paths.ask, ask())
     captures.look()
     said(paths, "recording")
