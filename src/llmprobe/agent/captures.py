@@ -115,11 +115,10 @@ class Watched:
         view = self._view(capture)
         if view is None:
             return None
-        steps: dict[str, int] = {}
+        steps: dict[str, dict[str, int]] = {}
         figures: dict[str, list[dict[str, float]]] = {}
         for rank in view.ranks:
-            for phase, count in rank.steps.items():
-                steps[phase] = max(steps.get(phase, 0), count)
+            steps[rank.journal.stem if rank.journal else f"{rank.engine}-{rank.rank}"] = dict(rank.steps)
             for phase, known in _figures(rank).items():
                 figures.setdefault(phase, []).append(known)
         return Live(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 PHASES = ("prefill", "decode", "mixed", "draft", "encode")
@@ -57,17 +57,30 @@ class ConditionError(ValueError):
 class Live:
     """What a server shows right now, as far as conditions ask for it.
 
-    ``steps`` counts them by phase since the server started, on the rank that has most. ``figures`` holds, by
+    ``steps`` counts them by phase since the server started, for each rank by its name. ``figures`` holds, by
     phase, the known figures of each rank; ``engines`` the known figures of each engine.
     """
 
-    steps: Mapping[str, int] = field(default_factory=dict)
+    steps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     figures: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
     engines: tuple[Mapping[str, float], ...] = ()
 
-    def total_steps(self) -> int:
-        """Steps of all phases."""
-        return sum(self.steps.values())
+    def steps_since(self, before: Live, phases: Collection[str] | None = None) -> int:
+        """Steps since then of these phases (None: of all), on the rank that took most.
+
+        A rank that was not there before, or began anew, has taken none yet: when it took those that it has is
+        not known.
+        """
+        taken = [
+            _count(steps, phases) - _count(before.steps[name], phases)
+            for name, steps in self.steps.items()
+            if name in before.steps
+        ]
+        return max(taken, default=0)
+
+
+def _count(steps: Mapping[str, int], phases: Collection[str] | None) -> int:
+    return sum(steps.get(phase, 0) for phase in (steps if phases is None else phases))
 
 
 @dataclass(frozen=True)
@@ -149,18 +162,22 @@ class Watch:
     def __init__(self, when: When) -> None:
         self._when = when
         self._since: float | None = None
-        self._steps: int | None = None
+        self._before: Live | None = None
 
-    def come(self, live: Live, now: float) -> bool:
-        """Whether it is time, given what is seen at ``now`` (seconds of a monotonic clock)."""
+    def come(self, live: Live | None, now: float) -> bool:
+        """Whether it is time, given what is seen at ``now`` (seconds of a monotonic clock).
+
+        ``live`` is None where the server is not in sight, as right after a restart of the agent.
+        """
         if self._when is None:
             return True
         if isinstance(self._when, NextStep):
+            if live is None:
+                return False
+            before, self._before = self._before, live
             # A mixed step prefills too; a pure phase alone would never come under chunked prefill.
-            steps = live.steps.get(self._when.phase, 0) + live.steps.get("mixed", 0)
-            before, self._steps = self._steps, steps
-            return before is not None and steps > before
-        if not self._when.holds(live):
+            return before is not None and live.steps_since(before, (self._when.phase, "mixed")) > 0
+        if live is None or not self._when.holds(live):
             self._since = None
             return False
         if self._since is None:

@@ -143,7 +143,7 @@ class Run:
         request = self.capture.request
         watch = Watch(parse(request.when))
         until = self._clock() + request.wait_seconds  # from its turn on, where it was queued
-        while not watch.come(self._look() or Live(), time.monotonic()):
+        while not watch.come(self._look(), time.monotonic()):
             if self._clock() > until:
                 raise Failed(f"{request.when!r} did not come true within {request.wait_seconds:g} s")
             self._pause()
@@ -162,11 +162,12 @@ class Run:
         while not self._tool.ended():
             elapsed = self._clock() - begun
             live = self._look()
+            first = first or live  # an agent that starts anew has to find the server first
             progress = self._tool.progress()
             if progress is None:
                 progress = elapsed / seconds
                 if request.steps is not None and live is not None and first is not None:
-                    progress = (live.total_steps() - first.total_steps()) / request.steps
+                    progress = live.steps_since(first) / request.steps
                     if progress >= 1:
                         break
             if elapsed >= seconds and self._tool.ends_by_clock:

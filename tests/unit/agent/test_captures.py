@@ -133,6 +133,26 @@ def test_a_capture_begins_with_its_url(client: TestClient, nsys: ScriptedNsys) -
     problem(client.get(body["url"]), 404)
 
 
+def test_each_ranks_steps_are_known_by_themselves(tmp_path: Path) -> None:
+    facts = {**FACTS, "role": "worker", "framework": "vllm", "rank": 0}
+    ranks = [Recorder.open(tmp_path, "worker", {**facts, "engine": engine}) for engine in range(2)]
+    for rank, recorder in enumerate(ranks):
+        for number in range(1, 2 + rank):
+            at = number * 10_000_000
+            recorder.begin(int(Phase.DECODE), 1, at)
+            times = (at, at + 5_000_000, at + 5_000_000, at + 6_000_000)
+            counts = {"requests": 1, "prefill_requests": 0, "prompt_tokens": 0, "decode_tokens": 1}
+            recorder.step(number, at, int(Phase.DECODE), int(Clock.HOST), 0, times, **counts)
+    collector = Collector(tmp_path, own_writers=lambda: {one.writer.path: one.writer for one in ranks})
+    collector.tick(final=True)
+    live = Watched(collector).live(Capture("1", "/", "prog", "g", Request("torch", 1.0, None)))
+    collector.close()
+    for recorder in ranks:
+        recorder.close(remove=True)
+    assert live is not None
+    assert sorted(steps["decode"] for steps in live.steps.values()) == [1, 2]
+
+
 def test_status_says_what_can_be_captured(client: TestClient, nsys: ScriptedNsys) -> None:
     shown = client.get("/api/status").json()["agent"]["captures"]
     assert shown["tools"]["prog"]["nsys"] is None

@@ -22,7 +22,7 @@ from llmprobe.capture.condition import (
 
 def live(gap: float | None = None, waiting: float = 0, **steps: int) -> Live:
     figures = {} if gap is None else {"decode": ({"sync_gap_ratio": gap},)}
-    return Live(steps, figures, ({"requests_waiting": waiting},))
+    return Live({"rank0": steps}, figures, ({"requests_waiting": waiting},))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,47 @@ def test_a_mixed_step_prefills_too() -> None:
     watch = Watch(NextStep("prefill"))
     assert not watch.come(live(mixed=1), 0.0)
     assert watch.come(live(mixed=2), 1.0)
+
+
+def test_the_next_step_may_be_one_of_any_rank() -> None:
+    def both(first: int, second: int) -> Live:
+        return Live({"engine0": {"prefill": first}, "engine1": {"prefill": second}})
+
+    watch = Watch(NextStep("prefill"))
+    assert not watch.come(both(1000, 900), 0.0)
+    assert not watch.come(both(1000, 900), 1.0)
+    assert watch.come(both(1000, 901), 2.0)
+
+
+def test_steps_that_were_there_when_it_came_into_sight_are_not_the_next() -> None:
+    watch = Watch(NextStep("prefill"))
+    assert not watch.come(None, 0.0)
+    assert not watch.come(live(prefill=1000), 1.0)
+    assert not watch.come(None, 2.0)
+    assert not watch.come(live(prefill=1000), 3.0)
+    # A process that was not seen before: when it took its steps is not known.
+    assert not watch.come(Live({"rank0": {"prefill": 1000}, "rank1": {"prefill": 5}}), 4.0)
+    assert watch.come(Live({"rank0": {"prefill": 1000}, "rank1": {"prefill": 6}}), 5.0)
+
+
+def test_now_does_not_wait_for_a_server_out_of_sight() -> None:
+    assert Watch(None).come(None, 0.0)
+
+
+def test_a_server_out_of_sight_breaks_a_condition() -> None:
+    watch = Watch(parse("sync_gap_ratio > 0.3 for 10s"))
+    assert not watch.come(live(0.4), 0.0)
+    assert not watch.come(None, 9.0)
+    assert not watch.come(live(0.4), 11.0)
+    assert watch.come(live(0.4), 21.0)
+
+
+def test_steps_are_counted_on_the_rank_that_took_most() -> None:
+    before = Live({"a": {"decode": 10, "prefill": 1}, "b": {"decode": 50}})
+    after = Live({"a": {"decode": 13, "prefill": 2}, "b": {"decode": 52}, "c": {"decode": 99}})
+    assert after.steps_since(before) == 4
+    assert after.steps_since(before, ("prefill",)) == 1
+    assert after.steps_since(Live()) == 0
 
 
 def test_a_condition_must_hold_without_a_break() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from llmprobe.capture import run
 from llmprobe.capture.boot import boot_id
+from llmprobe.capture.condition import Live
 from llmprobe.capture.manager import Manager, Refused, choose_tool
 from llmprobe.capture.nsys_tool import NsysTool
 from llmprobe.capture.session import FINAL, Capture, Request
@@ -441,6 +442,33 @@ def test_a_recording_that_is_taken_up_lasts_as_long_as_asked_for(
     ended = until(manager, capture, "failed")
     assert "cannot be analysed" in (ended.reason or "")
     assert ended.clocks["importing"] - begun >= 0.5
+
+
+def test_steps_are_counted_from_the_first_look_that_saw_the_server(
+    make: Callable[[], Manager],
+    store: Store,
+    directory: Path,
+    nsys: ScriptedNsys,
+    server: PretendedServer,
+) -> None:
+    capture = dataclasses.replace(kept_in(store, directory), request=ask(seconds=None, steps=5))
+    capture = capture.enter("recording", time.time())
+    store.write(capture)
+    nsys.record_into(store.folder(capture.id))
+    server.now = None
+    manager = make()
+    manager.resume()
+    while manager.get(capture.id).progress is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    server.now = Live({"rank0": {"decode": 1000}, "rank1": {"decode": 7}})
+    while server.looks_since(server.now) < 2:
+        time.sleep(0.01)
+    assert manager.get(capture.id).state == "recording"
+    server.now = Live({"rank0": {"decode": 1000}, "rank1": {"decode": 12}})
+    ended = until(manager, capture, "failed")
+    assert "cannot be analysed" in (ended.reason or "")
+    assert ended.notes == ()
 
 
 def test_the_time_at_which_llmprobe_run_ends_a_recording_is_not_set_by_anybody(
