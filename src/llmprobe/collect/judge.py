@@ -169,7 +169,7 @@ class Judge:
             for engine in view.engines
         }
         view.pressure = worst(found for load in loads.values() for found in pressures(load, self._limits))
-        view.headline = headline(view.verdicts, view.pressure, loads)
+        view.headline = headline(view.verdicts, view.pressure, loads, recorded=bool(view.ranks))
         target = _target(view)
         for kind, pressure in view.pressure.items():
             if pressure.active:

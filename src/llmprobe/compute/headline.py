@@ -20,12 +20,22 @@ _WORDS = {
 
 
 def headline(
-    verdicts: Mapping[str, Verdict], pressure: Mapping[str, Pressure], loads: Mapping[int, EngineLoad]
+    verdicts: Mapping[str, Verdict],
+    pressure: Mapping[str, Pressure],
+    loads: Mapping[int, EngineLoad],
+    *,
+    recorded: bool = True,
 ) -> str:
     """Pressure first if it costs users more than the device does, else the phase that takes most time.
 
     Pressure costs a request its time in the queue. The device costs it what its steps take beyond their
     floor: that share of the time a request is not queueing. Where no floor is known, high pressure leads.
+
+    Args:
+        verdicts: by phase.
+        pressure: by kind.
+        loads: by engine.
+        recorded: whether any worker is; without one nobody can say that nothing goes on.
     """
     phases = sorted(verdicts.values(), key=lambda verdict: -verdict.share_ratio)
     busy = [verdict for verdict in phases if verdict.bottleneck != IDLE]
@@ -35,9 +45,14 @@ def headline(
         parts = [item.text for item in sorted(pressing, key=_importance)]
         first = parts[0] + (f" ({', '.join(parts[1:])})" if parts[1:] else "")
         return f"SLOW: {first}. {_capital(said)}." if said else f"SLOW: {first}."
-    if not busy:
-        return "IDLE: fewer steps in the last 10 s than a verdict needs." if phases else "IDLE: no steps yet."
-    return f"{_capital(said)}."
+    if busy:
+        return f"{_capital(said)}."
+    if not recorded:
+        return f"CAN'T TELL: no worker of this server is recorded{_requests(loads)}."
+    if phases:
+        return "IDLE: fewer steps in the last 10 s than a verdict needs."
+    requests = _requests(loads)
+    return f"CAN'T TELL: no step has ended yet{requests}." if requests else "IDLE: no steps yet."
 
 
 def stalled(rank: int, stall: Stall) -> str:
@@ -49,6 +64,13 @@ def stalled(rank: int, stall: Stall) -> str:
     last = f"; the last step took {stall.last_steps[-1].seconds:.3g} s" if stall.last_steps else ""
     who = f"rank {rank}" if stall.engine is None else f"engine {stall.engine}, rank {rank}"
     return f"STALLED: {who} has been {doing} for {stall.seconds:.0f} s{last}."
+
+
+def _requests(loads: Mapping[int, EngineLoad]) -> str:
+    """How many requests the engines have, as the end of a sentence; empty if none."""
+    running = sum(load.running or 0 for load in loads.values())
+    waiting = sum(load.waiting or 0 for load in loads.values())
+    return f"; requests: {running} running, {waiting} waiting" if running or waiting else ""
 
 
 def _importance(pressure: Pressure) -> int:

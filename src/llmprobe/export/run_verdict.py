@@ -78,7 +78,7 @@ def run_verdict(
         if pressing.active:
             advice[kind] = advise_pressure(pressing, loads[pressing.engine], target)
     return {
-        "headline": headline(verdicts, pressure, loads),
+        "headline": headline(verdicts, pressure, loads, recorded=bool(view.ranks)),
         "verdicts": plain(verdicts),
         "pressure": plain(pressure),
         "advice": plain(advice),

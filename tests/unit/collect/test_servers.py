@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from llmprobe.collect.collector import Collector
+from llmprobe.collect.views import ServerView
+from llmprobe.record.recorder import Recorder
 
 from .pretended import (
     SECOND,
@@ -115,6 +117,26 @@ def test_a_program_started_once_more_has_the_label_it_had(
     assert first.writer.path.exists()
     for made in (first, again):
         made.close()
+
+
+def test_a_server_whose_workers_are_not_recorded_is_not_called_idle(tmp_path: Path, clock: Clock) -> None:
+    """No room for a worker's journal, or workers on another node."""
+    facts = {"group": "g", "server": "vllm-1", "framework": "vllm", "engine": 0, "role": "frontend"}
+    front = Recorder.open(tmp_path, "frontend", facts)
+    found = Collector(tmp_path, clock=clock, own_writers=lambda: {front.writer.path: front.writer})
+    front.pending(clock.now, 20)
+    front.load(20, 3, 0.4, 23)
+    (headline,) = (view.headline for view in seen(found))
+    assert headline == "CAN'T TELL: no worker of this server is recorded; requests: 20 running, 3 waiting."
+    front.load(0, 0, 0.0, 0)
+    (headline,) = (view.headline for view in seen(found))
+    assert headline == "CAN'T TELL: no worker of this server is recorded."
+    front.close()
+
+
+def seen(found: Collector) -> list[ServerView]:
+    found.tick(final=True)
+    return found.views()
 
 
 def test_a_label_stays_with_its_server_and_is_never_taken_twice(

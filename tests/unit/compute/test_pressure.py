@@ -114,7 +114,12 @@ def test_slight_pressure_does_not_lead() -> None:
 
 def test_an_idle_server_is_said_to_be_idle() -> None:
     assert said(load(), verdict("idle", share_ratio=0.01)).startswith("IDLE")
-    assert said(load()).startswith("IDLE")
+    assert said(load(running=0, waiting=0)) == "IDLE: no steps yet."
+
+
+def test_requests_without_a_step_are_no_idleness() -> None:
+    text = said(load(running=2, waiting=1, kv_usage=0.1))
+    assert text == "CAN'T TELL: no step has ended yet; requests: 2 running, 1 waiting."
 
 
 def test_what_cannot_be_told_says_why() -> None:
