@@ -100,6 +100,7 @@ class Collector:
         saved = checkpoints.load(checkpoint)
         self._saved: dict[str, Any] = saved.get("ranks", {})
         self._saved_pending: dict[str, Any] = saved.get("pending", {})
+        self._grouping.restore(saved.get("grouping", {}))
         self._front_ends.restore(saved.get("left", ()))
         self._judge.restore(saved.get("verdicts", {}))
         self._watches.restore(saved.get("hosts", {}))
@@ -176,9 +177,14 @@ class Collector:
                 for path, told in self._pending.items()
                 if self._processes[path].alive
             }
-            left, verdicts = self._front_ends.save(), self._judge.save()
-            hosts = self._watches.save(self._processes.values())
-            text = checkpoints.dump(ranks=ranks, pending=pending, left=left, verdicts=verdicts, hosts=hosts)
+            text = checkpoints.dump(
+                ranks=ranks,
+                pending=pending,
+                grouping=self._grouping.save(),
+                left=self._front_ends.save(),
+                verdicts=self._judge.save(),
+                hosts=self._watches.save(self._processes.values()),
+            )
         checkpoints.write(self._checkpoint, text)
 
     def close(self) -> None:

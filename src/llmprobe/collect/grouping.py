@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from llmprobe.collect.process import Process
 
@@ -19,11 +20,15 @@ class Grouping:
         self.keys: dict[Path, str] = {}
         self._split: set[str] = set()  # groups told apart by label, for their life
         self._alone: set[Path] = set()  # ranks that are a view of their own
+        self._alone_before: set[str] = set()  # their journals' names, by an agent before this one
         self._labels: dict[str, str] = {}
 
     def update(self, processes: Mapping[Path, Process]) -> None:
         """Find the view of every process."""
         keys: dict[Path, str] = {}
+        self._split &= {process.group for process in processes.values()}
+        self._alone |= {path for path in processes if path.name in self._alone_before}
+        self._alone_before.difference_update(path.name for path in processes)
         for attempt in ("group", "label"):
             taken: dict[tuple[str, int, int], Path] = {}
             for path, process in processes.items():
@@ -43,6 +48,20 @@ class Grouping:
                         key = f"{key}/{process.identity}"
                 keys[path] = key
         self.keys = keys
+
+    def save(self) -> dict[str, Any]:
+        """As JSON: what an agent that starts anew needs so that every server keeps its key and its label."""
+        return {
+            "split": sorted(self._split),
+            "alone": sorted(path.name for path in self._alone),
+            "labels": self._labels,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from `save`, before the first `update`."""
+        self._split = set(saved.get("split", ()))
+        self._alone_before = set(saved.get("alone", ()))
+        self._labels = dict(saved.get("labels", {}))
 
     def forget(self, path: Path) -> None:
         """A process is no longer read."""

@@ -139,6 +139,48 @@ def seen(found: Collector) -> list[ServerView]:
     return found.views()
 
 
+@pytest.mark.parametrize("group_of_both", [None, "shared"])
+def test_a_label_stays_when_the_agent_starts_anew(
+    tmp_path: Path, clock: Clock, dead: set[Path], group_of_both: str | None
+) -> None:
+    """Counters go on under it: the second of two is not to be taken for the first, once that has ended."""
+    recorders = [program(tmp_path, group=group_of_both or str(number)) for number in range(2)]
+    if group_of_both:
+        for recorder in recorders:
+            recorder.close(remove=True)
+        recorders = [
+            Server(tmp_path, group=group_of_both, server="generate", fronts=0).worker for _ in range(2)
+        ]
+    writers = {recorder.writer.path: recorder.writer for recorder in recorders}
+
+    def collect() -> Collector:
+        return Collector(
+            tmp_path,
+            clock=clock,
+            own_writers=lambda: writers,
+            checkpoint=tmp_path / "state",
+            remove_dead=True,
+        )
+
+    found = collect()
+    seen(found)
+    labels = {view.journals[0]: view.server for view in seen(found)}
+    assert sorted(labels.values()) == ["generate", "generate-2"]
+    first, second = sorted(labels, key=labels.__getitem__)
+    dead.add(first)
+    for _ in range(3):  # past the time at which a dead process is forgotten
+        clock.now += 40 * SECOND
+        found.tick()
+    assert not first.exists()
+    found.save()
+    found.close()
+    again = collect()
+    assert [(view.server, view.journals) for view in seen(again)] == [("generate-2", (second,))]
+    again.close()
+    for recorder in recorders:
+        recorder.close()
+
+
 def test_a_label_stays_with_its_server_and_is_never_taken_twice(
     tmp_path: Path, clock: Clock, dead: set[Path]
 ) -> None:
