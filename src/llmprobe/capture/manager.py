@@ -108,12 +108,15 @@ class Manager:
         self._doomed: set[str] = set()
         self._starts: deque[float] = deque()
         self._closing = False
+        self._sweeping: threading.Thread | None = None
         self._boot = boot_id()
 
     def resume(self) -> None:
         """Go on with the captures that an agent before this one left; called once, at the start."""
         self.store.sweep()
-        sweep_sessions(self._directory)
+        # Beside all else: an nsys that hangs would keep this agent from answering, and from reading journals.
+        self._sweeping = threading.Thread(target=self._sweep, name="llmprobe-capture-sweep", daemon=True)
+        self._sweeping.start()
         found = self.store.all()
         sweep_asks(self._directory, {capture.id for capture in found if capture.live})
         for capture in reversed(found):
@@ -126,6 +129,12 @@ class Manager:
             elif not Path(capture.owner).is_dir():
                 with contextlib.suppress(OSError):
                     self.store.write(capture.enter("failed", time.time(), reason="its agent is gone"))
+
+    def _sweep(self) -> None:
+        try:
+            sweep_sessions(self._directory, interrupted=lambda: self._closing)
+        except Exception:
+            log.exception("what is left of nsys sessions cannot be swept")
 
     def request(self, group: str, server: str, request: Request, *, queue: bool = False) -> Capture:
         """Begin a capture of the server with this group id, or queue it behind the one that runs.
@@ -303,6 +312,8 @@ class Manager:
             for run in self._runs.values():
                 run.leaving.set()
             threads = list(self._threads.values())
+            if self._sweeping is not None:
+                threads.append(self._sweeping)
         until = self._clock() + _JOIN_SECONDS
         for thread in threads:
             thread.join(max(0.0, until - self._clock()))

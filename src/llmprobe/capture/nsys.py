@@ -99,12 +99,15 @@ def session_of(directory: Path, group: str) -> Session | None:
     return session if sound else None
 
 
-def sweep_sessions(directory: Path, older_seconds: float = 600.0) -> None:
+def sweep_sessions(
+    directory: Path, older_seconds: float = 600.0, interrupted: Callable[[], bool] = lambda: False
+) -> None:
     """Remove what a killed ``llmprobe run --nsys`` left once nothing runs in its session any more.
 
-    Only notes of some age: a new one is written before its session begins.
+    Only notes of some age: a new one is written before its session begins. Asks nsys about each, which may
+    hang for a while; ends soon once ``interrupted``.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, Interrupted):
         for path in (directory / NOTES_NAME).glob("*.json"):
             if time.time() - path.stat().st_mtime < older_seconds:
                 continue
@@ -112,7 +115,7 @@ def sweep_sessions(directory: Path, older_seconds: float = 600.0) -> None:
             if session is None:
                 continue
             with contextlib.suppress(NsysError):
-                if Nsys(session).state() is None:
+                if Nsys(session, interrupted).state() is None:
                     session.forget(directory)
 
 

@@ -17,6 +17,7 @@ _SCRIPT = """#!/bin/sh
 cd {folder}
 [ -e "fail-$1" ] && {{ echo "[1/1] [====  40%] x"; cat "fail-$1"; exit 1; }}
 echo "$*" >> calls
+[ -e hang ] && exec sleep 600
 for word; do
   case "$word" in
     --output=*) out="${{word#--output=}}";;
@@ -58,7 +59,7 @@ class ScriptedNsys:
         return (self._folder / "state").read_text().strip()
 
     def does(self, what: str, words: str = "") -> None:
-        """Such as ``fail-start`` with its last words, ``silent-stop`` or ``gone``."""
+        """Such as ``fail-start`` with its last words, ``silent-stop``, ``hang`` or ``gone``."""
         (self._folder / what).write_text(words)
 
     def exports(self, database: Path) -> None:

@@ -496,6 +496,40 @@ def test_leaving_leaves_a_capture_for_the_next_agent(
     assert second.delete(capture.id)
 
 
+def grow_old(note: Path) -> None:
+    os.utime(note, (1.0, 1.0))
+
+
+def test_what_a_killed_run_left_is_swept(
+    make: Callable[[], Manager], nsys: ScriptedNsys, directory: Path
+) -> None:
+    nsys.does("gone")
+    grow_old(nsys.session.note(directory))
+    make().resume()
+    deadline = time.monotonic() + 30
+    while nsys.session.note(directory).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_nsys_that_hangs_keeps_nothing_waiting(
+    make: Callable[[], Manager], store: Store, nsys: ScriptedNsys, directory: Path
+) -> None:
+    waiting = dataclasses.replace(kept_in(store, directory), request=ask(NEVER))
+    store.write(waiting)
+    nsys.does("hang")
+    grow_old(nsys.session.note(directory))
+    manager = make()
+    manager.resume()
+    sweeping = [thread for thread in threading.enumerate() if thread.name == "llmprobe-capture-sweep"]
+    assert len(sweeping) == 1, "it is being asked, and not waited for"
+    assert manager.get(waiting.id).state == "pending"
+    assert manager.busy()
+    manager.close()
+    assert not sweeping[0].is_alive()
+    assert nsys.session.note(directory).exists()
+
+
 def test_ended_captures_and_those_of_living_agents_are_left_alone(
     make: Callable[[], Manager], store: Store, directory: Path, tmp_path: Path
 ) -> None:
