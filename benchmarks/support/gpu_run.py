@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from support.gpu_labels import Facts
 from support.gpu_scenario_list import Requests, Scenario
 from support.gpu_scenario_servers import Kind, Served, Workshop
 from support.gpu_timing import BEFORE_SECONDS
-from support.labels import Client, Label
+from support.labels import Client
 from support.load import Load
 from support.machine import has_gpu
 from support.nsys_idle import Idle, idle
@@ -136,7 +137,7 @@ class Measuring:
         if scenario.before is not None and scenario.before.phase == scenario.phase and stood in label.classes:
             unfit = f"; the verdict before the change was {stood} too"
         if unfit:
-            label = Label(**{**vars(label), "rule": label.rule + unfit, "holds": False})
+            label = replace(label, rule=label.rule + unfit, holds=False)
         self._before = classes(trace)
         steady_at = _steady_at(rows, begin_ns, requests.concurrency)
         scored = score(trace, label, scenario.phase, before, steady_at)
@@ -149,7 +150,11 @@ class Measuring:
         self._recordings += 1
         try:
             return idle(read_truth(self._served.record(f"scenario-{self._recordings}", _TRACED_SECONDS)))
-        except (NsysFailed, ValueError) as error:
+        except (
+            NsysFailed,
+            ValueError,
+            sqlite3.Error,
+        ) as error:
             print(f"no trace: {error}", file=sys.stderr, flush=True)
             return None
 
