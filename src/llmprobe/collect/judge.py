@@ -16,6 +16,7 @@ from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
 from llmprobe.compute.attribution import attribute
 from llmprobe.compute.classify import classify
+from llmprobe.compute.evidence import CounterEvidence
 from llmprobe.compute.figures import PhaseFigures, figures_of
 from llmprobe.compute.graphs import launched_whole
 from llmprobe.compute.headline import headline, stalled
@@ -32,6 +33,7 @@ _LOAD_NS = 30 * 10**9
 #: Half of its share of the steps makes a short window worth judging: steps do not come evenly.
 _SHORT_STEPS = SHORT_SECONDS / WINDOW_SECONDS / 2
 _LONGEST_LOOK_SECONDS = 5.0  # between two looks; beyond it nobody knows what was so
+_LOOK_SECONDS = 1.0  # between two looks at the counters
 _NOT_JUDGED = ("dummy",)
 _PROMPT_PHASES = (layout.PHASES.index("prefill"), layout.PHASES.index("mixed"))
 
@@ -116,7 +118,7 @@ class Judge:
                     rank.peaks,
                     rank.attainable,
                     kernels=shown.kernels.get(phase),
-                    counters=shown.counters,
+                    counters=_counters_within(shown, long_seconds),
                     host=shown.host,
                     one_graph=launched_whole(shown.facts.get("flags") or {}, phase, tokens),
                     no_model=no_model,
@@ -205,6 +207,17 @@ class Judge:
             )
             cause = verdict.cause or ""
             of_class[cause] = of_class.get(cause, 0.0) + seconds
+
+
+def _counters_within(rank: RankView, seconds: float) -> CounterEvidence | None:
+    """A GPU's counters over a window that does not begin before the rank's, which has lasted for ``seconds``.
+
+    Time before its first step is idle, and would contradict what the steps say.
+    """
+    for counters, long in ((rank.counters, WINDOW_SECONDS), (rank.counters_lately, SHORT_SECONDS)):
+        if seconds >= long - _LOOK_SECONDS:
+            return counters
+    return None
 
 
 def _stands(state: Steady, found: Verdict) -> bool:

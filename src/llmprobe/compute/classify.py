@@ -125,7 +125,11 @@ class _Case:
             return self._sync()
         if self._mbu is None or self._mfu is None:
             cause = "no_peaks" if self._seen.peaks is None and not self._seen.no_model else "no_model"
-            why = self._seen.no_model or "no peak rates for this device: run `llmprobe calibrate`"
+            why = self._seen.no_model or (
+                "no peak rates for this device: run `llmprobe calibrate`"
+                if cause == "no_peaks"
+                else f"the work of {self._seen.phase} steps is not modelled"
+            )
             return self._unknown(cause, (why,))
         if self._bubbles_possible and self._kernels is None and not self._near_a_roof():
             return self._unknown("no_kernel_windows", (self._room_for_bubbles(),))

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from llmprobe.collect.collector import Collector
+from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.collect.views import ServerView
+from llmprobe.compute.evidence import CounterEvidence
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import BOTTLENECKS
@@ -99,6 +101,37 @@ def test_the_headline_says_class_confidence_and_figure(world: World) -> None:
     assert verdict.clock == "host"
     assert verdict.bound_by_operator == "linear"
     assert verdict.steps_per_second == pytest.approx(50, rel=0.05)
+
+
+def test_the_first_load_of_a_server_is_not_held_against_counters_from_before_it(tmp_path: Path) -> None:
+    """A GPU that idled before the first step reads less over 10 s than the steps of its first seconds say."""
+    world = World(tmp_path)
+    counted: dict[str, CounterEvidence | None] = {"long": None, "short": None}
+
+    class Counted(Telemetry):
+        def counters(self, facts: Any) -> CounterEvidence | None:
+            return counted["long"]
+
+        def counters_lately(self, facts: Any) -> CounterEvidence | None:
+            return counted["short"]
+
+    world.collector = Collector(
+        tmp_path,
+        clock=world.clock,
+        peaks=lambda facts: PEAKS,
+        own_writers=lambda: {
+            one.writer.path: one.writer for one in (world.server.worker, *world.server.fronts)
+        },
+        telemetry=Counted(lambda: None, clock=world.clock, root=tmp_path / "root", thread=False),
+    )
+    seen = []
+    for second in range(1, 16):
+        for name, length in (("long", 10), ("short", 3)):
+            counted[name] = CounterEvidence(0.66 * min(second / length, 1), 0.02, None, 0.0, shared=False)
+        seen.append(world.second().verdicts["decode"])
+    world.server.close()
+    assert not [verdict.reason for verdict in seen if verdict.cause == "contradiction"]
+    assert seen[7].bottleneck == "memory_bound"
 
 
 def test_waiting_for_the_host_is_advised_upon_by_the_flags(world: World) -> None:

@@ -28,7 +28,9 @@ from .test_pressure import load
 from .verdicts import figures, kernels, seen, verdict
 
 SRC = Path(__file__).resolve().parents[3] / "src/llmprobe"
-ABOUT = {"@framework", "@clock", "@phase", "@operator", "@healthy", "@kv_usage", "@waiting"}
+ABOUT = {"@framework", "@clock", "@phase", "@operator", "@healthy", "@kv_usage", "@waiting"} | {
+    *("@batch", "@batch_ratio", "@running_ratio")
+}
 VLLM_FLAGS = {
     "enforce_eager": False,
     "dtype": "bfloat16",
@@ -219,9 +221,40 @@ def test_what_vllm_would_refuse_is_not_proposed() -> None:
 
 
 def test_larger_graphs_are_for_batches_beyond_them() -> None:
-    bubbles = seen(figures(mbu=0.17, mfu=0.001), kernels=kernels(0.77))
-    assert "sync_bound.graphs_too_small" not in findings(bubbles, max_num_seqs=512)
-    assert "sync_bound.graphs_too_small" in findings(bubbles, max_num_seqs=513)
+    small = seen(figures(mbu=0.17, mfu=0.001), kernels=kernels(0.77))
+    large = seen(figures(mbu=0.17, mfu=0.001, decode_tokens=600_000), kernels=kernels(0.77))
+    assert "sync_bound.graphs_too_small" not in findings(small, max_num_seqs=1024)
+    assert "sync_bound.graphs_too_small" in findings(large, max_num_seqs=1024)
+    assert "sync_bound.graphs_too_small" not in findings(large, speculative_method="eagle3"), "drafts count"
+
+
+def test_a_limit_is_advised_upon_only_where_the_load_reaches_it() -> None:
+    alone = {"steps": 1000, "decode_tokens": 1000}
+    full = {"steps": 1000, "decode_tokens": 250_000}
+    for load_, reads, waits in ((alone, "more_requests", False), (full, "batch", True)):
+        memory = findings(seen(figures(mbu=0.67, mfu=0.003, **load_)))
+        assert [name for name in memory if "batch" in name or "requests" in name] == [f"memory_bound.{reads}"]
+        host = findings(seen(figures(mbu=0.3, mfu=0.001, span=5, gap=5, **load_)))
+        assert ("sync_bound.host_larger_batches" in host) is waits
+    (more,) = (
+        item
+        for item in advise(
+            verdict("memory_bound", None),
+            figures(mbu=0.67, mfu=0.003, operator_floors={"linear": (6.0, 0.1)}),
+            target(),
+        )
+        if item.finding == "memory_bound.more_requests"
+    )
+    assert more.flag is None
+    assert more.gain_throughput is not None, "what it could gain is still told"
+
+
+def test_a_queue_below_the_limit_is_not_blamed_on_it() -> None:
+    for running, named in ((3, False), (250, True)):
+        under = load(kv_usage=0.2, waiting=9, running=running, queue_seconds=0.09, max_num_seqs=256)
+        found = worst(pressures(under, Thresholds()))["queue"]
+        names = [item.finding for item in advise_pressure(found, under, target())]
+        assert ("pressure.queue.batch" in names) is named
 
 
 def test_a_setting_that_another_fact_tells_is_shown_by_it() -> None:

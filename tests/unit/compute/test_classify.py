@@ -318,3 +318,9 @@ def test_a_gpu_that_was_active_objects_to_a_wait_for_the_host() -> None:
     objects = classify(seen(waits, counters=active(0.98)), LIMITS)
     assert agrees.bottleneck == objects.bottleneck == "sync_bound"
     assert objects.confidence < 0.5 < agrees.confidence
+
+
+def test_a_phase_whose_work_is_not_modelled_is_not_told_to_measure_peaks() -> None:
+    found = classify(seen(figures(mbu=None, mfu=None), phase="draft"), Thresholds())
+    assert (found.bottleneck, found.cause) == ("unknown", "no_model")
+    assert found.missing == ("the work of draft steps is not modelled",)

@@ -61,6 +61,7 @@ def advise(verdict: Verdict, figures: PhaseFigures | None, target: Target) -> tu
         "@operator": verdict.bound_by_operator,
         "@healthy": verdict.healthy,
         **{f"@sign.{name}": True for name in verdict.signs},
+        **_batch(figures, target.flags),
     }
     found = (
         _advice(entry, target, verdict, figures)
@@ -77,9 +78,25 @@ def advise_pressure(pressure: Pressure, load: EngineLoad, target: Target) -> tup
         "@clock": target.clock or None,
         "@waiting": load.waiting,
         "@kv_usage": load.kv_usage,
+        "@running_ratio": _of_limit(load.running, target.flags),
     }
     found = (_advice(entry, target, None, None) for entry in _applying("pressure", pressure.kind, facts))
     return tuple(item for item in found if item is not None)[:MOST]
+
+
+def _batch(figures: PhaseFigures | None, flags: Mapping[str, Any]) -> dict[str, float | None]:
+    """How many sequences decode in a step; not known where each may have several tokens in it."""
+    if figures is None or not figures.steps or not figures.decode_tokens or flags.get("speculative_method"):
+        return {}
+    batch = figures.decode_tokens / figures.steps
+    return {"@batch": batch, "@batch_ratio": _of_limit(batch, flags)}
+
+
+def _of_limit(sequences: float | None, flags: Mapping[str, Any]) -> float | None:
+    limit = flags.get("max_num_seqs")
+    if sequences is None or isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0:
+        return None
+    return sequences / limit
 
 
 def _applying(bottleneck: str, cause: str | None, facts: Mapping[str, Any]) -> Iterable[Entry]:

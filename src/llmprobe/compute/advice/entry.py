@@ -14,7 +14,9 @@ class When:
     """A condition on one fact: an engine flag by its own name, or one of these about the verdict:
 
     ``@framework`` · ``@clock`` · ``@phase`` · ``@operator`` · ``@healthy`` · ``@sign.NAME``
-    (`llmprobe.compute.signs.SIGNS`). A fact that is not known fulfils ``is_not`` and ``absent`` alone.
+    (`llmprobe.compute.signs.SIGNS`) · ``@batch`` (sequences that decode in a step) · ``@batch_ratio`` and, of
+    pressure, ``@running_ratio`` (how many decode, or run, of ``max_num_seqs``). A fact that is not known
+    fulfils ``is_not`` and ``absent`` alone.
     ``above_fact`` compares with the fact that ``value`` names.
     """
 
@@ -94,3 +96,5 @@ GPU = When("@clock", "is_not", "host")
 CPU = When("@clock", "is", "host")
 CAPTURE = "llmprobe capture {server} --seconds 2"
 STATUS = "llmprobe status"
+#: A limit on the batch matters only to a batch that comes near it.
+AT_LIMIT = When("@batch_ratio", "above", 0.8)

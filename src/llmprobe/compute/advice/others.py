@@ -114,7 +114,7 @@ PRESSURE = (
         "TPOT of single requests rises with the batch.",
         STATUS,
         "",
-        (VLLM, When("@kv_usage", "at_most", 0.8), When("max_num_seqs", "known")),
+        (VLLM, When("@kv_usage", "at_most", 0.8), When("@running_ratio", "above", 0.8)),
         Change("max_num_seqs", "x2"),
     ),
     Entry(

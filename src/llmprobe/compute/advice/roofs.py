@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from llmprobe.compute.advice.entry import CAPTURE, CPU, GPU, STATUS, TRANSFORMERS, VLLM, Change, Entry, When
+from llmprobe.compute.advice.entry import (
+    AT_LIMIT,
+    CAPTURE,
+    CPU,
+    GPU,
+    STATUS,
+    TRANSFORMERS,
+    VLLM,
+    Change,
+    Entry,
+    When,
+)
 
 _HEALTHY = When("@healthy")
 _ATTENTION = When("@operator", "is", "attention")
@@ -39,8 +50,19 @@ MEMORY = (
         "TPOT of single requests rises; the KV cache must hold the batch.",
         STATUS,
         "batch",
-        (VLLM, When("@operator", "is_not", "attention"), When("max_num_seqs", "known")),
+        (VLLM, When("@operator", "is_not", "attention"), AT_LIMIT),
         Change("max_num_seqs", "x2"),
+    ),
+    Entry(
+        "memory_bound.more_requests",
+        "memory_bound",
+        None,
+        "Weights are read once a step for however many requests: more clients at a time, or fewer copies of "
+        "this server, make more of each reading.",
+        "TPOT of single requests rises; the KV cache must hold the batch.",
+        STATUS,
+        "batch",
+        (VLLM, When("@operator", "is_not", "attention"), When("@batch_ratio", "at_most", 0.8)),
     ),
     Entry(
         "memory_bound.quantization",
@@ -250,7 +272,7 @@ OTHER = (
         "TPOT of single requests rises.",
         CAPTURE,
         "headroom",
-        (VLLM, When("max_num_seqs", "at_most", 8)),
+        (VLLM, When("max_num_seqs", "at_most", 8), AT_LIMIT),
         Change("max_num_seqs", "x2"),
     ),
     Entry(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmprobe.compute.advice.entry import CAPTURE, CPU, GPU, TRANSFORMERS, VLLM, Change, Entry, When
+from llmprobe.compute.advice.entry import AT_LIMIT, CAPTURE, CPU, GPU, TRANSFORMERS, VLLM, Change, Entry, When
 
 _SYNC = "sync_bound"
 
@@ -71,7 +71,7 @@ ENTRIES = (
         "TPOT of single requests rises with the batch.",
         CAPTURE,
         "stall",
-        (VLLM, When("max_num_seqs", "known")),
+        (VLLM, AT_LIMIT),
         Change("max_num_seqs", "x2"),
     ),
     Entry(
@@ -137,7 +137,7 @@ ENTRIES = (
             VLLM,
             When("@phase", "is", "decode"),
             When("enforce_eager", "is_not", True),
-            When("max_num_seqs", "above_fact", "max_cudagraph_capture_size"),
+            When("@batch", "above_fact", "max_cudagraph_capture_size"),
         ),
         Change("max_cudagraph_capture_size", "x2"),
     ),
