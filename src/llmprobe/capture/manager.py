@@ -176,9 +176,10 @@ class Manager:
     def _check_room(self, group: str, queue: bool) -> None:
         if self._closing:
             raise Refused("unavailable", "This agent is leaving.", "Ask again in a few seconds.")
-        waiting = self._queues.get(group, ())
+        # One that has just ended is still in the queue for a moment.
+        waiting = [capture for run in self._queues.get(group, ()) if (capture := run.capture).live]
         if waiting and not queue:
-            other = waiting[0].capture
+            other = waiting[0]
             raise Refused(
                 "busy",
                 f"Capture {other.id} of {other.server} is {other.state}; one runs at a time.",

@@ -102,6 +102,34 @@ def test_one_at_a_time_and_the_refusal_names_the_other(manager: Manager) -> None
     assert len(manager.all()) == 1
 
 
+def test_one_that_has_just_ended_is_in_nobodys_way(
+    store: Store, directory: Path, nsys: ScriptedNsys, server: PretendedServer
+) -> None:
+    next_ones: list[Capture] = []
+    refused: list[Refused] = []
+
+    def entered(capture: Capture) -> None:
+        if capture.state == "failed" and not next_ones:
+            try:
+                next_ones.append(manager.request("g", "s", ask(NEVER)))
+            except Refused as error:
+                refused.append(error)
+
+    manager = Manager(store, directory, server, max_seconds=60.0, entered=entered)
+    try:
+        manager.request("g", "s", ask())
+        deadline = time.monotonic() + 30
+        while not next_ones:
+            assert refused == [] and time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(Refused) as caught:
+            manager.request("g", "s", ask(NEVER))
+        assert caught.value.other == next_ones[0].id
+        assert manager.delete(next_ones[0].id, wait_seconds=30)
+    finally:
+        manager.close()
+
+
 def test_a_queued_one_waits_and_follows(manager: Manager) -> None:
     first = manager.request("g", "s", ask(NEVER))
     second = manager.request("g", "s", ask(NEVER), queue=True)
