@@ -119,7 +119,7 @@ class Manager:
         self._sweeping.start()
         found = self.store.all()
         sweep_asks(self._directory, {capture.id for capture in found if capture.live})
-        for capture in reversed(found):
+        for capture in sorted(found, key=self._turn):
             if not capture.live:
                 continue
             if capture.owner == str(self._directory):
@@ -129,6 +129,11 @@ class Manager:
             elif not Path(capture.owner).is_dir():
                 with contextlib.suppress(OSError):
                     self.store.write(capture.enter("failed", time.time(), reason="its agent is gone"))
+
+    def _turn(self, capture: Capture) -> tuple[bool, float]:
+        """Sorts what had begun before what waited, by when it was asked for: ids tell only the second."""
+        waited = capture.in_boot(self._boot).since("pending", time.time(), time.monotonic())
+        return capture.state == "pending", -waited
 
     def _sweep(self) -> None:
         try:

@@ -123,7 +123,7 @@ class Capture:
         """Seconds since a state was entered, given the time now; by Unix time where nothing else is known."""
         if state in self.clocks:
             return max(0.0, clock - self.clocks[state])
-        return max(0.0, at - self.times[state])
+        return max(0.0, at - self.times.get(state, at))
 
     def in_boot(self, boot: str) -> Capture:
         """This capture without moments on the clock of another boot."""

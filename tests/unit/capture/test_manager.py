@@ -510,6 +510,34 @@ def test_the_time_at_which_llmprobe_run_ends_a_recording_is_not_set_by_anybody(
     assert manager.delete(capture.id, wait_seconds=30)
 
 
+@pytest.mark.parametrize("ids", ["0123", "3210"])
+def test_the_queue_is_in_the_same_order_after_a_restart(
+    make: Callable[[], Manager], store: Store, directory: Path, nsys: ScriptedNsys, ids: str
+) -> None:
+    """Though all were asked for within a second, so that their ids say nothing of it."""
+    now, clock = time.time(), time.monotonic()
+    kept = []
+    for number, end in enumerate(ids):
+        capture = Capture(
+            id=f"20261126-160000-{end * 6}",
+            owner=str(directory),
+            server="s",
+            group="g",
+            request=ask(NEVER, seconds=60.0),
+            times={"pending": now - number / 10},  # the clock was being set back
+            clocks={"pending": clock - 1 + number / 10},
+            boot=boot_id(),
+        )
+        kept.append(capture.enter("recording", now, clock=clock) if number == 1 else capture)
+        store.create(kept[-1])
+    nsys.record_into(store.folder(kept[1].id))
+    manager = make()
+    manager.resume()
+    assert [run.capture.id for run in manager._queues["g"]] == [kept[at].id for at in (1, 0, 2, 3)]
+    for capture in kept:
+        manager.delete(capture.id, wait_seconds=30)
+
+
 def test_leaving_leaves_a_capture_for_the_next_agent(
     make: Callable[[], Manager], store: Store, server: PretendedServer
 ) -> None:
