@@ -7,6 +7,9 @@ import os
 import sys
 from typing import Any
 
+#: Variables on which OpenMP binds the thread that loads it.
+_PINNED_BY_OPENMP = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_BIND")
+
 
 def own_group() -> dict[str, Any]:
     """Arguments of `subprocess.Popen` that make the child the leader of a process group in our session.
@@ -20,9 +23,21 @@ def own_group() -> dict[str, Any]:
     return {"preexec_fn": os.setpgrp}
 
 
-def allowed() -> frozenset[int]:
-    """The processors that the calling thread may run on; empty where the system has no such thing."""
-    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+def allowed(started_by_engine: bool = False) -> frozenset[int]:
+    """The processors that this process was given; empty where the system has no such thing.
+
+    To be asked early: later, engines pin threads. A worker of vLLM-CPU is pinned by OpenMP before any code of
+    ours runs; its parent was not.
+
+    Args:
+        started_by_engine: this process's parent belongs to the same program.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return frozenset()
+    with contextlib.suppress(OSError):
+        if started_by_engine and any(name in os.environ for name in _PINNED_BY_OPENMP):
+            return frozenset(os.sched_getaffinity(os.getppid()))
+    return frozenset(os.sched_getaffinity(0))
 
 
 def run_on(processors: frozenset[int]) -> None:

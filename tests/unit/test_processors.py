@@ -38,9 +38,10 @@ print("worker", *os.sched_getaffinity(0))
 _AGENT = "import os; print('agent', *os.sched_getaffinity(0))"
 
 
-def ran_on(folder: Path, *fence: str) -> dict[str, list[int]]:
+def ran_on(folder: Path, *fence: str, **environment: str) -> dict[str, list[int]]:
     done = subprocess.run(
         [*fence, sys.executable, "-c", _WORKER, str(folder), _AGENT],
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         text=True,
         timeout=300,
@@ -53,6 +54,14 @@ def ran_on(folder: Path, *fence: str) -> dict[str, list[int]]:
 def test_what_a_pinned_worker_starts_runs_where_the_worker_might(tmp_path: Path) -> None:
     everywhere = sorted(os.sched_getaffinity(0))
     assert ran_on(tmp_path) == {"thread": everywhere, "agent": everywhere, "worker": everywhere[:1]}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor alone leaves nothing to take")
+def test_a_worker_that_openmp_pinned_before_it_began_is_known_by_its_parent(tmp_path: Path) -> None:
+    pinned = ("taskset", "-c", str(max(os.sched_getaffinity(0))))  # as vLLM has OpenMP do
+    everywhere = sorted(os.sched_getaffinity(0))
+    found = ran_on(tmp_path, *pinned, LLMPROBE_GROUP="of-the-parent", GOMP_CPU_AFFINITY=pinned[-1])
+    assert (found["thread"], found["agent"], found["worker"]) == (everywhere, everywhere, everywhere[-1:])
 
 
 def test_nothing_leaves_the_processors_that_the_operator_gave(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llmprobe.hooks.guard import Guard
+from llmprobe.hooks.naming import GROUP_VARIABLE
 from llmprobe.hooks.patch import Patch
 from llmprobe.processors import allowed
 from llmprobe.record.journal import JournalError
@@ -43,7 +44,7 @@ class Probe:
         self._adopted: list[Recorder] = []
         self._arming = threading.Lock()
         #: Where this process might run when it was made, before its engine pinned any thread.
-        self.processors = allowed()
+        self.processors = allowed(started_by_engine=GROUP_VARIABLE in os.environ)
         self._refused_pid = 0
         self.guard.observers.append(self._count_error)
 

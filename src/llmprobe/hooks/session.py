@@ -125,10 +125,10 @@ def _start() -> Probe | None:
 
 def _make(settings: Settings) -> Probe:
     logger(settings)
+    probe = Probe(settings)
     if GROUP_VARIABLE not in os.environ:
         _environ_before[GROUP_VARIABLE] = None
         os.environ[GROUP_VARIABLE] = secrets.token_hex(6)
-    probe = Probe(settings)
     probe.on_armed.append(lambda recorder: _Housekeeping(probe, recorder).start())
     return probe
 
@@ -150,8 +150,8 @@ class _Housekeeping(threading.Thread):
 
     def run(self) -> None:
         guard = self._probe.guard
-        # Engines pin workers to processors that their threads then fill. A thread there takes what those need,
-        # and an agent that it starts answers no one for minutes.
+        # Engines pin workers to processors that their threads then fill. A thread there takes what those
+        # need, and an agent that it starts answers no one for minutes.
         run_on(self._probe.processors)
         while self._probe.recorder is self._recorder:
             guard.call("housekeeping.control", self._follow_switch)
