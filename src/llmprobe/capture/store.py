@@ -14,7 +14,6 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,9 +62,10 @@ class StoreError(Exception):
 def default_directory(directory: Path) -> Path:
     """Where captures are kept unless ``LLMPROBE_CAPTURE_DIR`` says so: on disk, beside other temporary files.
 
-    Not in the agent's own directory, which lies in shared memory.
+    Not in the agent's own directory, which lies in shared memory. Whether it can be used is for `Store.prepare` to
+    find out: `tempfile.gettempdir` tries by writing, and raises on a full disk, where an agent has to start too.
     """
-    return Path(tempfile.gettempdir()) / f"{directory.name}-captures"
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"{directory.name}-captures"
 
 
 class Store:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmprobe.capture.session import Capture, Request
-from llmprobe.capture.store import LIVE, RAW, REPORT_JSON, Store, StoreError, write_json
+from llmprobe.capture.store import LIVE, RAW, REPORT_JSON, Store, StoreError, default_directory, write_json
 
 
 def store(root: Path, max_bytes: int = 10_000) -> Store:
@@ -194,3 +194,13 @@ def test_a_json_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.M
         write_json(path, {"state": "new"})
     assert path.read_text() == '{\n "state": "old"\n}\n'
     assert [found.name for found in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_where_captures_go_is_said_without_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An agent starts on a full disk too: only a capture needs room."""
+    missing = tmp_path / "full"
+    monkeypatch.setenv("TMPDIR", str(missing))
+    assert default_directory(Path("/dev/shm/llmprobe-0")) == missing / "llmprobe-0-captures"
+    assert not missing.exists()
+    monkeypatch.delenv("TMPDIR")
+    assert default_directory(Path("/dev/shm/llmprobe-0")) == Path("/tmp/llmprobe-0-captures")
