@@ -62,8 +62,9 @@ class StoreError(Exception):
 def default_directory(directory: Path) -> Path:
     """Where captures are kept unless ``LLMPROBE_CAPTURE_DIR`` says so: on disk, beside other temporary files.
 
-    Not in the agent's own directory, which lies in shared memory. Whether it can be used is for `Store.prepare` to
-    find out: `tempfile.gettempdir` tries by writing, and raises on a full disk, where an agent has to start too.
+    Not in the agent's own directory, which lies in shared memory. Whether it can be used is for
+    `Store.prepare` to find out: `tempfile.gettempdir` tries by writing, and raises on a full disk, where an
+    agent has to start too.
     """
     return Path(os.environ.get("TMPDIR") or "/tmp") / f"{directory.name}-captures"
 
