@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
 import sys
 import time
@@ -17,7 +18,7 @@ from support.gpu_labels import Facts
 from support.gpu_scenario_list import Requests, Scenario
 from support.gpu_scenario_servers import Kind, Served, Workshop
 from support.gpu_timing import BEFORE_SECONDS
-from support.labels import Client
+from support.labels import Client, Label
 from support.load import Load
 from support.machine import has_gpu
 from support.nsys_idle import Idle, idle
@@ -58,8 +59,7 @@ class Measuring:
             for load in dict.fromkeys(replace(load, output_tokens=1, pause_seconds=0.0) for load in loads):
                 short = Load(self._server.port, NAME, load.concurrency, load.prompt_tokens, _WARM_TOKENS)
                 with short:
-                    until(lambda: len(short.requests()) >= load.concurrency, _WARM_SECONDS)  # noqa: B023
-                    short.wait(0)
+                    until(functools.partial(_answered, short), _WARM_SECONDS)
             time.sleep(_BETWEEN_SECONDS)
         self._before = classes(watching.trace)
 
@@ -80,7 +80,7 @@ class Measuring:
         server, workshop = self._server, self._workshop
         seconds = max(self._seconds, scenario.least_seconds)
         with contextlib.ExitStack() as stack:
-            old, before, stood, unfit = None, self._before, "", ""
+            old, before = None, self._before
             if scenario.before is None:
                 time.sleep(_BETWEEN_SECONDS)
             else:
@@ -89,9 +89,6 @@ class Measuring:
                 with Watching(server) as earlier:
                     old.wait(BEFORE_SECONDS)
                 before = {**before, **classes(earlier.trace)}
-                stood = before.get(scenario.before.phase, "unknown")
-                if stood in _NO_CLAIM:
-                    unfit = f"; no verdict stood before the change ({stood})"
             if scenario.disturb is not None:
                 stack.enter_context(scenario.disturb(server))
             workshop.lie(scenario.clock_ratio)
@@ -133,13 +130,9 @@ class Measuring:
             scenario.clock_ratio or 1.0,
             traced,
         )
-        label = scenario.rule(facts)
-        if scenario.before is not None and scenario.before.phase == scenario.phase and stood in label.classes:
-            unfit = f"; the verdict before the change was {stood} too"
-        if unfit:
-            label = replace(label, rule=label.rule + unfit, holds=False)
+        label = _changed(scenario.rule(facts), scenario, before)
         self._before = classes(trace)
-        steady_at = _steady_at(rows, begin_ns, requests.concurrency)
+        steady_at = 0.0 if goes_on else _steady_at(rows, begin_ns, requests.concurrency)
         scored = score(trace, label, scenario.phase, before, steady_at)
         return Outcome(scenario.name, facts, label, scored, trace)
 
@@ -157,6 +150,23 @@ class Measuring:
         ) as error:
             print(f"no trace: {error}", file=sys.stderr, flush=True)
             return None
+
+
+def _answered(load: Load) -> bool:
+    """Whether as many requests are over as run at a time. Raises LoadFailed."""
+    load.wait(0)
+    return len(load.requests()) >= load.concurrency
+
+
+def _changed(label: Label, scenario: Scenario, before: Mapping[str, str]) -> Label:
+    """A change of load can be scored if there was a verdict before it, and another one has to follow."""
+    if scenario.before is None:
+        return label
+    stood = before.get(scenario.before.phase, "unknown")
+    same = scenario.before.phase == scenario.phase and stood in label.classes
+    if stood not in _NO_CLAIM and not same:
+        return label
+    return replace(label, rule=f"{label.rule}; before the change: {stood}", holds=False)
 
 
 def _steady_at(rows: np.ndarray | None, begin_ns: int, concurrency: int) -> float:
