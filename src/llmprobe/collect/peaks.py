@@ -39,14 +39,22 @@ class Calibration:
     versions: dict[str, str] = field(default_factory=dict)
 
     def peaks(self, dtype: str, source: str) -> Peaks | None:
-        """As peaks for one dtype; None if its products were not measured."""
+        """As peaks for one dtype; None if its products were not measured.
+
+        A processor that lacks a 16-bit type may multiply it a hundred times slower than float32. That is no
+        roof: engines convert first. So there the rate is float32's.
+        """
         kind = canonical_dtype(dtype)
         rate = self.flops_per_second.get(kind or "")
         if kind is None or rate is None:
             return None
+        converted = self.flops_per_second.get("float32", 0.0)
+        slower = kind in ("bfloat16", "float16") and self.threads is not None and rate < converted
         day = datetime.fromtimestamp(self.when, timezone.utc).date().isoformat()
         threads = f" with {self.threads} threads" if self.threads else ""
         detail = f"measured on {self.name}{threads} by `llmprobe calibrate` on {day}"
+        if slower:
+            rate, detail = converted, f"{detail}, in float32: it has no {kind}"
         return Peaks(self.bandwidth_bytes_per_second, rate, kind, source, detail)
 
 

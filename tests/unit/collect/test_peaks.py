@@ -122,3 +122,14 @@ def test_the_cache_is_the_users():
     assert str(peaks_path({"HOME": "/h"})) == "/h/.cache/llmprobe/peaks.json"
     # The specification says that a relative path is to be ignored.
     assert str(peaks_path({"XDG_CACHE_HOME": "c", "HOME": "/h"})) == "/h/.cache/llmprobe/peaks.json"
+
+
+def test_a_type_that_a_processor_lacks_is_no_roof_below_float32():
+    rates = {"float32": 9.8e10, "bfloat16": 7e8, "float16": 3e11}
+    processor = Calibration(cpu_key("Some CPU", CPUS, 2), "Some CPU", 2e10, rates, 1.7e9, 2)
+    converted = processor.peaks("bfloat16", "calibrated")
+    assert converted.flops_per_second == 9.8e10
+    assert "in float32: it has no bfloat16" in converted.detail
+    assert processor.peaks("float16", "calibrated").flops_per_second == 3e11
+    gpu = Calibration("GPU-1", "Some GPU", 1e12, rates, 1.7e9)
+    assert gpu.peaks("bfloat16", "calibrated").flops_per_second == 7e8, "a GPU's own figures are what it does"
