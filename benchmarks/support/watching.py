@@ -186,7 +186,7 @@ def score(
     third = _third(trace.said, label, phase, before)
     wrong = _wrong(trace.said, label, phase, steady_at + RIGHT_SECONDS)
     last = trace.said[-1] if trace.said else Said(0.0, {}, "", {})
-    judged = last.verdicts.get(phase or "", {}) or next(iter(last.verdicts.values()), {})
+    judged = next(iter(last.verdicts.values()), {}) if phase is None else last.verdicts.get(phase, {})
     after = None if first is None else max(trace.said[first].at - steady_at, 0.0)
     faults = []
     if after is None:

@@ -40,6 +40,11 @@ def test_a_load_that_takes_time_to_be_steady_is_given_it() -> None:
     assert (found.right_after, found.steady_seconds, found.faults) == (14.0, 39.0, ())
 
 
+def test_another_phase_does_not_speak_for_the_one_that_is_judged() -> None:
+    found = score(trace((70, verdict("memory_bound"))), MEMORY, "prefill", {"decode": "memory_bound"})
+    assert (found.last, found.faults) == ({}, ("never right",))
+
+
 def test_a_flip_counts_both_ways_and_late_is_a_fault() -> None:
     looks = trace(
         (16, verdict("unknown")), (10, verdict("memory_bound")), (2, verdict("unknown")),
