@@ -43,8 +43,8 @@ def switch(
 
     Args:
         servers: the ``server`` labels it is meant for; None: all.
-        journals: those that the servers' processes write, and know themselves by. A label may have been chosen
-            by two, and a group id inherited: by both servers of a script, by every rank that torchrun starts.
+        journals: those that the servers' processes write, and know themselves by. A label may be that of two,
+            and a group id inherited: by both servers of a script, by every rank that torchrun starts.
 
     Returns:
         What was written to ``control.json``.
