@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,21 @@ from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import PHASES
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def offline_environment(directory: Path) -> dict[str, str]:
+    """Of a program that runs vLLM's engine in its own process and leaves journals in ``directory``."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LLMPROBE")}
+    return {
+        **kept,
+        "LLMPROBE": "1",
+        "LLMPROBE_AGENT": "off",
+        "LLMPROBE_DIR": str(directory),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def post(server: VllmServer, body: dict[str, Any], path: str = "/v1/completions") -> Any:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from engine import phases, readers
+from engine import offline_environment, phases, readers
 from waiting import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.integration
 
 
 def test_what_an_encoder_takes_is_its_own_and_no_gap(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLMPROBE")}
-    environment |= {
-        "LLMPROBE": "1",
-        "LLMPROBE_AGENT": "off",
-        "LLMPROBE_DIR": str(tmp_path / "probe"),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = offline_environment(tmp_path / "probe")
     program = [sys.executable, str(Path(__file__).with_name("encoding_program.py")), str(tmp_path / "model")]
     done = subprocess.run(
         program, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False

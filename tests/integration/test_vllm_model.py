@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from engine import offline_environment
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
@@ -29,16 +29,7 @@ pytestmark = pytest.mark.integration
 def test_latent_attention_and_experts_are_told_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     family = next(family for family in FAMILIES if family.name == "latent attention")
     path = family.make(tmp_path / "model")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLMPROBE")}
-    environment |= {
-        "LLMPROBE": "1",
-        "LLMPROBE_AGENT": "off",
-        "LLMPROBE_DIR": str(tmp_path / "probe"),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = offline_environment(tmp_path / "probe")
     program = [sys.executable, str(BENCHMARKS / "support" / "vllm_facts.py"), str(path), "{}"]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
     line = next((line for line in done.stdout.splitlines() if line.startswith("JSON ")), None)

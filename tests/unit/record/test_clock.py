@@ -299,6 +299,22 @@ def test_events_of_encoders_are_used_again(device: Device, monkeypatch: pytest.M
     assert len(made) == 2 + 1, "one pair, and the end of the step before"
 
 
+def test_an_encoder_that_is_not_done_with_the_step_has_no_time(device: Device) -> None:
+    """On a stream of its own, say: asking CUDA for the time of an event that has not happened raises."""
+    clock = CudaClock()
+    stamps = clock.begin(None)
+    assert stamps is not None
+    clock.encode_begin(stamps)
+    clock.encode_end(stamps)
+    stamps.encodes[1].at = 1e15
+    clock.mark(stamps, 0)
+    clock.mark(stamps, 3)
+    clock.finish(stamps)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    assert done.encode_ns == 0
+
+
 def test_an_encoder_that_begins_in_a_capture_or_never_ends_has_no_time(device: Device) -> None:
     clock = CudaClock()
     stamps = clock.begin(None)
