@@ -105,8 +105,23 @@ def make_configuration(name: str, path: Path, **changes: Any) -> Path:
     for file in tiny.iterdir():
         if "token" in file.name or file.suffix == ".jinja":
             shutil.copy(file, path)
-    (path / "config.json").write_text(json.dumps({**CONFIGURATIONS[name], **_COMMON, **changes}, indent=1))
+    configuration = {**CONFIGURATIONS[name], **_COMMON, **changes}
+    (path / "config.json").write_text(json.dumps(configuration, indent=1))
+    _give_every_token_text(path / "tokenizer.json", configuration["vocab_size"])
     return path
+
+
+def _give_every_token_text(file: Path, vocab: int) -> None:
+    """Let a tokenizer know all the tokens that the model may choose.
+
+    One that has no text keeps a server's incremental detokenizer from getting on: it decodes the whole
+    prompt again at each token, and its front end, not the engine, is what is measured.
+    """
+    known = json.loads(file.read_text())
+    tokens = known["model"]["vocab"]
+    used = {*tokens.values(), *(token["id"] for token in known["added_tokens"])}
+    tokens.update({f"_{number}": number for number in range(vocab) if number not in used})
+    file.write_text(json.dumps(known))
 
 
 def served(model: str, folder: Path) -> tuple[Path, list[str]]:

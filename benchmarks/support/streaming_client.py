@@ -34,6 +34,8 @@ async def _stream(options: argparse.Namespace, numbers: object, lane: int) -> No
             "prompt": generator.choices(range(_LOWEST_ID, _HIGHEST_ID), k=options.prompt_tokens),
             "max_tokens": options.output_tokens,
             "ignore_eos": True,
+            # A token without text makes the server decode the whole prompt again at each one that follows.
+            "skip_special_tokens": False,
             "stream": True,
             "temperature": 0,
         }
