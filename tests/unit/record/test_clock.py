@@ -234,6 +234,34 @@ def test_nothing_is_recorded_or_asked_while_a_graph_is_captured(device: Device) 
     assert clock.dropped == 1
 
 
+def test_a_host_that_never_steps_in_a_capture_need_not_be_asked_whether_it_does(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = CudaClock(in_captures=False)
+    monkeypatch.setattr(clock, "_capturing", lambda: pytest.fail("the driver was asked"))
+    submit(clock, device, 0)
+    monkeypatch.setattr(clock, "_capturing", lambda: False)
+    device.host_ns += 10_000
+    assert [stamps.payload for stamps in clock.harvest()] == [0]
+
+
+def test_a_step_recorded_in_a_capture_all_the_same_is_dropped_and_the_next_one_comes(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = CudaClock(in_captures=False)
+    submit(clock, device, 0)
+    captured = clock._flying[0].events[3]
+
+    def query() -> bool:
+        raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+    monkeypatch.setattr(captured, "query", query)
+    submit(clock, device, 1)
+    device.host_ns += 10_000
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(1, True)]
+    assert clock.dropped == 1
+
+
 def test_stamps_of_dropped_steps_are_used_again(device: Device) -> None:
     clock = CudaClock(pool_size=2)
     for _ in range(5):

@@ -99,7 +99,8 @@ class WorkerSteps:
         probe = self._probe
         runner = worker.model_runner
         seam, encoder = seams.forward_start(runner), seams.encoder(runner)
-        clock = step_clock(worker.device)
+        # vLLM captures graphs in its warm-up, through other methods; preparing a step would break a capture.
+        clock = step_clock(worker.device, in_captures=False)
         said: list[dict[str, Any]] = []
 
         def say() -> dict[str, Any]:
@@ -309,6 +310,8 @@ class WorkerSteps:
 
     def sample_start(self, grammar: Any) -> None:
         """``sample_tokens`` is entered."""
+        if not self._parts and self._nvtx is None:
+            return  # nothing to stamp; whether the step is stale, its end looks at
         entered = _now()
         stamps = self._stamps
         if stamps is None:
