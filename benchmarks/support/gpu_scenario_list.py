@@ -122,7 +122,9 @@ SCENARIOS = (
         disturb=one_busy_core,
     ),
     Scenario("a clock that lies", "graphs", gpu_labels.is_lied_to, "decode", _ONE, clock_ratio=0.5),
-    Scenario("decode, batch 1, no async", "sync", gpu_labels.reads_memory, "decode", Requests(1, 512, 512)),
+    Scenario(
+        "decode, batch 1, no async", "sync", gpu_labels.reads_memory_or_waits, "decode", Requests(1, 512, 512)
+    ),
     Scenario(
         "host between steps, 3 ms", "sync", gpu_labels.waits_for_host, "decode", Requests(1, 512, 512),
         "decode, batch 1, no async", slow_seconds=0.003,

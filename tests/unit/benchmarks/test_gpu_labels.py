@@ -76,6 +76,16 @@ def test_decode_with_graphs_reads_memory_and_eager_decode_does_not() -> None:
     assert not gpu_labels.reads_memory(facts(client=EAGER, counters=EAGER_COUNTED)).holds
 
 
+def test_decode_without_async_scheduling_is_on_neither_side_of_the_line() -> None:
+    """As seen twice: 8.4 and 8.6 ms a token, the device idle for a fifth of them."""
+    counted = {"graphics": 0.797, "sm": 0.569, "tensor": 0.016, "dram": 0.532}
+    label = gpu_labels.reads_memory_or_waits(facts(client=Client(5, 0.045, 8.6e-3), counters=counted))
+    assert label.holds
+    assert label.classes == ("memory_bound", "sync_bound")
+    assert not gpu_labels.reads_memory_or_waits(facts()).holds
+    assert not gpu_labels.reads_memory_or_waits(facts(client=EAGER, counters=EAGER_COUNTED)).holds
+
+
 def test_a_cache_is_read_where_it_is_larger_than_the_weights() -> None:
     long = facts(batch=16, prompt_tokens=8800, output_tokens=1400, client=Client(16, 4.0, 16e-3))
     assert long.kv_bytes / DENSE.weights_bytes == pytest.approx(1.48, abs=0.01)
