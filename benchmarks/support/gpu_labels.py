@@ -155,13 +155,10 @@ def reads_memory(facts: Facts) -> Label:
 
 
 def reads_memory_or_waits(facts: Facts) -> Label:
-    """memory_bound or sync_bound: weights and KV cache fill about half of the time per token, the device waits
-    for some of the rest, and no rule from outside says on which side of the line that is."""
-    share = facts.memory_share
-    active = facts.counters.get("graphics", 1.0)
-    rule = (
-        f"(weights + KV) ÷ TPOT ÷ peak = {share:.2f} (0.45 to 0.60); GPU active {active:.2f} (0.70 to 0.90)"
-    )
+    """memory_bound or sync_bound: weights and KV cache fill about half of the time per token, the device
+    waits for some of the rest, and nothing from outside says on which side of the line that is."""
+    share, active = facts.memory_share, facts.counters.get("graphics", 1.0)
+    rule = f"(weights + KV) ÷ TPOT ÷ peak = {share:.2f} (0.45 … 0.60); GPU active {active:.2f} (0.70 … 0.90)"
     return Label(("memory_bound", "sync_bound"), rule, 0.45 <= share <= 0.60 and 0.70 <= active <= 0.90)
 
 
