@@ -144,7 +144,11 @@ def test_a_first_token_counts_once_and_before_its_client_has_it(server: VllmServ
         assert count == before[0] + 1
         return sum_ns - before[1]
 
-    before = known()
+    def queued() -> tuple[int, int]:
+        counters = front.counters()
+        return counters["first_tokens_queued"], counters["sum_ns_first_token_queue"]
+
+    before, before_queue = known(), queued()
     asked = time.monotonic_ns()
     with stream(server, tokens(30, 20), 8) as running:
         assert running.readline().startswith(b"data: {")
@@ -152,6 +156,9 @@ def test_a_first_token_counts_once_and_before_its_client_has_it(server: VllmServ
         running.read()
     streamed = more(before)
     assert 0 < streamed < heard - asked
+    count, queue = queued()
+    assert count == before_queue[0] + 1
+    assert 0 <= queue - before_queue[1] < streamed  # a part of it, of the same request
     before = known()
     asked = time.monotonic_ns()
     complete(server, tokens(31, 20), 50)

@@ -38,6 +38,8 @@ _SUM_TPOT = _INDEX["sum_ns_time_per_output_token"]
 _SUM_ITL = _INDEX["sum_ns_inter_token_latency"]
 _SUM_DURATION = _INDEX["sum_ns_request_duration"]
 _SUM_QUEUE = _INDEX["sum_ns_request_queue"]
+_FIRST_QUEUED = _INDEX["first_tokens_queued"]
+_SUM_FIRST_QUEUE = _INDEX["sum_ns_first_token_queue"]
 # Plain integers: enum members cost a microsecond a step.
 _KIND_STEP = int(layout.Kind.STEP)
 _RESTARTED = int(layout.Flag.RESTARTED)
@@ -116,6 +118,7 @@ class JournalEvents:
         cached: int,
         preemptions: int,
         first_token_ns: tuple[int, ...],
+        first_token_queue_ns: tuple[int, ...],
         inter_token_ns: Mapping[int, int],
         own_ns: int,
         later: bool,
@@ -129,6 +132,8 @@ class JournalEvents:
         counters[_PREEMPTIONS] += preemptions
         counters[_OWN_REQUEST] += own_ns
         counters[_SUM_TTFT] += sum(first_token_ns)
+        counters[_FIRST_QUEUED] += len(first_token_queue_ns)
+        counters[_SUM_FIRST_QUEUE] += sum(first_token_queue_ns)
         counters[_SUM_ITL] += sum(duration * times for duration, times in inter_token_ns.items())
         for duration in first_token_ns:
             writer.observe(_TTFT, duration)

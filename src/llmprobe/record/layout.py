@@ -192,6 +192,9 @@ REQUEST_COUNTERS = (
     "sum_ns_inter_token_latency",
     "sum_ns_request_duration",
     "sum_ns_request_queue",
+    # Of requests when they have their first token: how many told how long they were queued, and the sum.
+    "first_tokens_queued",
+    "sum_ns_first_token_queue",
 )
 COUNTERS = STEP_COUNTERS + REQUEST_COUNTERS
 COUNTER_INDEX = {name: index for index, name in enumerate(COUNTERS)}

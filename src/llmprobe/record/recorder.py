@@ -257,6 +257,7 @@ class Recorder:
         cached: int = 0,
         preemptions: int = 0,
         first_token_ns: tuple[int, ...] = (),
+        first_token_queue_ns: tuple[int, ...] = (),
         inter_token_ns: Mapping[int, int] | None = None,
         own_ns: int = 0,
         later: bool = False,
@@ -264,12 +265,24 @@ class Recorder:
         """Tokens that reached the client side: counts, times to first token, and gaps between tokens.
 
         Args:
+            first_token_queue_ns: how long the requests of ``first_token_ns`` were queued; those of which that
+                is not known are left out.
             inter_token_ns: duration → how many tokens had it; the tokens of one step share theirs.
             later: publish them with the next `publish`, or with the next `request` that ends.
         """
         self._submit(
             self._events.tokens,
-            (prompt, generated, cached, preemptions, first_token_ns, inter_token_ns or {}, own_ns, later),
+            (
+                prompt,
+                generated,
+                cached,
+                preemptions,
+                first_token_ns,
+                first_token_queue_ns,
+                inter_token_ns or {},
+                own_ns,
+                later,
+            ),
         )
 
     def request(

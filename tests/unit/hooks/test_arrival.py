@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import inspect
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +27,7 @@ from starlette.websockets import WebSocket
 from llmprobe.hooks.guard import Guard
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.vllm import arrival
-from llmprobe.hooks.vllm.arrival import FirstTokens
+from llmprobe.hooks.vllm.arrival import FirstTokens, queued_ns
 
 HELD_NS = 20_000_000
 
@@ -84,6 +87,44 @@ def test_without_http_a_request_arrives_when_the_engine_says() -> None:
     (seconds_ns,) = taken(tokens)
     assert seconds_ns >= HELD_NS
     assert tokens.take() == ()
+
+
+def happened(*events: tuple[int, float]) -> list[Any]:
+    """What an engine says with an output: QUEUED is 1, SCHEDULED 2, PREEMPTED 3; at these of its seconds."""
+    return [SimpleNamespace(type=kind, timestamp=seconds) for kind, seconds in events]
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        (happened((1, 5000.0), (2, 5000.25)), 250_000_000),
+        (happened((1, 5000.0), (2, 5000.25), (3, 5001.0), (2, 5002.0)), 250_000_000),
+        (happened((1, 5000.0)), None),  # aborted while it waited
+        (happened((2, 5000.0)), None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_a_request_is_queued_until_it_is_first_scheduled(events: Any, expected: int | None) -> None:
+    assert queued_ns(events) == expected
+
+
+def test_events_are_those_of_vllm() -> None:
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or vllm.origin is None:
+        pytest.skip("vLLM is not installed")
+    source = (Path(vllm.origin).parent / "v1/engine/__init__.py").read_text()
+    assert re.search(r"class EngineCoreEventType\(.*?QUEUED = 1\s+SCHEDULED = 2\s", source, re.DOTALL)
+
+
+def test_a_first_token_tells_how_long_its_request_was_queued() -> None:
+    tokens = FirstTokens()
+    for name in "ab":
+        tokens.arrived(name, time.monotonic_ns())
+    (a, b) = outputs("a", "b")
+    a.events = happened((1, 1.0), (2, 1.5))
+    tokens.outputs([a, b])
+    assert [token.queue_ns for token in tokens.take()] == [500_000_000, None]
 
 
 def test_only_the_first_output_of_a_request_counts() -> None:

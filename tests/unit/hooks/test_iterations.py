@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,28 @@ def test_two_threads_that_count_do_so_once(journal: Journal) -> None:
     plain.write()
     recorder.publish()
     assert counted(reader) == (3000, 3000)
+
+
+def test_only_requests_with_a_first_token_tell_how_long_they_were_queued(
+    journal: Journal, tmp_path: Path
+) -> None:
+    """Whoever was aborted while it waited has no TTFT that its wait could be a part of."""
+    recorder, reader = journal
+    front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(tmp_path)})), None, [])
+    front._engines[0] = Engine(0, recorder)
+    processor = SimpleNamespace(request_states={"served": object(), "starved": object()})
+    for name in ("served", "starved"):
+        front.arrived(processor, SimpleNamespace(request_id=name, arrival_time=time.time() - 8), True)
+    events = [SimpleNamespace(type=1, timestamp=70.0), SimpleNamespace(type=2, timestamp=72.0)]
+    front.outputs(processor, [SimpleNamespace(request_id="served", events=events)])
+    front.record(None, iteration(time_to_first_tokens_iter=[8.0], num_generation_tokens=1), 0)
+    del processor.request_states["starved"]
+    front.aborted(processor, ["starved"])
+    counters = reader.counters()
+    assert (counters["requests"], counters["requests_aborted"]) == (1, 1)
+    assert (counters["first_tokens_queued"], counters["sum_ns_first_token_queue"]) == (1, 2_000_000_000)
+    assert int(reader.histogram("time_to_first_token").sum()) == 1
+    assert counters["sum_ns_time_to_first_token"] >= 8_000_000_000
 
 
 def test_when_a_request_ends_all_its_tokens_are_counted(journal: Journal, tmp_path: Path) -> None:

@@ -22,17 +22,34 @@ from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 
 _now = time.monotonic_ns
+_QUEUED, _SCHEDULED = 1, 2  # vLLM's EngineCoreEventType, in every version so far
+
+
+def queued_ns(events: Any) -> int | None:
+    """How long a request was queued, by what the engine says with its first output; None if it does not.
+
+    Both times are of the engine's clock.
+    """
+    queued: float | None = None
+    for event in events or ():
+        if event.type == _QUEUED and queued is None:
+            queued = event.timestamp
+        elif event.type == _SCHEDULED and queued is not None:  # the first time: later ones are preemptions
+            seconds: float = event.timestamp - queued
+            return max(round(seconds * 1e9), 0)
+    return None
 
 
 class FirstToken:
-    """The first token of one engine request."""
+    """The first token of one engine request. ``queue_ns``: how long that was queued; None if not known."""
 
-    __slots__ = ("_arrived_ns", "_deliver", "_there_ns", "held")
+    __slots__ = ("_arrived_ns", "_deliver", "_there_ns", "held", "queue_ns")
 
-    def __init__(self, arrived_ns: int, there_ns: int) -> None:
+    def __init__(self, arrived_ns: int, there_ns: int, queue_ns: int | None = None) -> None:
         self._arrived_ns = arrived_ns
         self._there_ns = there_ns
         self._deliver: Callable[[int], None] | None = None
+        self.queue_ns = queue_ns
         #: It waits for the piece of a response that will hold it.
         self.held = False
 
@@ -125,7 +142,7 @@ class FirstTokens:
         for output in outputs:
             if output.request_id in waiting:
                 arrived_ns, http = waiting.pop(output.request_id)
-                token = FirstToken(arrived_ns, now)
+                token = FirstToken(arrived_ns, now, queued_ns(getattr(output, "events", None)))
                 self._there.append(token)
                 if http is not None:
                     http.hold(token)

@@ -6,6 +6,7 @@ end's event loop, never in the engine.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -134,11 +135,14 @@ class FrontEnd:
         first = iteration.time_to_first_tokens_iter
         if not (first or gaps or iteration.num_generation_tokens or iteration.num_preempted_reqs):
             return
+        first_token_queue_ns: tuple[int, ...] = ()
         if len(first_tokens) == len(first):
-            first_token_ns = tuple(token.seconds_ns() for token in first_tokens if not token.held)
+            there = [token for token in first_tokens if not token.held]
+            first_token_ns = tuple(token.seconds_ns() for token in there)
+            first_token_queue_ns = tuple(token.queue_ns for token in there if token.queue_ns is not None)
             for token in first_tokens:
                 if token.held:
-                    token.when_sent(lambda seconds_ns: self._sent(recorder, seconds_ns))
+                    token.when_sent(functools.partial(self._sent, recorder, token.queue_ns))
         else:
             # Some arrived before we looked. vLLM's own times end before it detokenizes and hands the tokens
             # to their streams.
@@ -152,15 +156,17 @@ class FrontEnd:
             cached=int(getattr(prompt, "cached_tokens", 0) or 0),
             preemptions=iteration.num_preempted_reqs,
             first_token_ns=first_token_ns,
+            first_token_queue_ns=first_token_queue_ns,
             inter_token_ns=gaps_ns,
             own_ns=_now() - entered,
             later=True,
         )
 
-    def _sent(self, recorder: Recorder, seconds_ns: int) -> None:
+    def _sent(self, recorder: Recorder, queue_ns: int | None, seconds_ns: int) -> None:
         """A first token, that had to wait for its piece of a response, has left."""
         if self._probe.active:
-            recorder.tokens(first_token_ns=(seconds_ns,))
+            queued = () if queue_ns is None else (queue_ns,)
+            recorder.tokens(first_token_ns=(seconds_ns,), first_token_queue_ns=queued)
 
     @staticmethod
     def _finished(recorder: Recorder, finished: Any, engine: int) -> None:
