@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmprobe.hooks.naming import server_name
+from llmprobe.hooks.naming import is_serve, server_name
 from llmprobe.settings import KernelWindows, Settings, SettingsError, parse_size
 
 WRONG = {
@@ -86,6 +86,12 @@ def test_kernel_windows_and_ipv6() -> None:
 )
 def test_a_server_is_named_after_its_port_and_a_program_after_itself(argv: list[str], name: str) -> None:
     assert server_name(Settings.from_env({}), argv) == name
+
+
+def test_only_vllm_serve_has_a_number_of_api_servers_to_set() -> None:
+    assert is_serve(["/usr/bin/vllm", "serve", "model"])
+    assert not is_serve(["generate.py"])
+    assert not is_serve(["/x/vllm/entrypoints/openai/api_server.py", "--model", "serve"])
 
 
 def test_the_port_may_stand_in_a_configuration_file(tmp_path: object) -> None:

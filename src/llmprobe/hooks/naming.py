@@ -17,9 +17,14 @@ def server_name(settings: Settings, argv: list[str] | None = None) -> str:
         return settings.server
     argv = sys.argv if argv is None else argv
     program = Path(argv[0]).stem if argv and argv[0] not in ("", "-c", "-m") else "python"
-    if "serve" in argv[1:2] or "api_server" in program:
+    if is_serve(argv) or "api_server" in program:
         return f"vllm-{_option(argv, 'port', '8000')}"
     return program
+
+
+def is_serve(argv: list[str] | None = None) -> bool:
+    """Whether this process is, or was started by, ``vllm serve``."""
+    return "serve" in (sys.argv if argv is None else argv)[1:2]
 
 
 def _option(argv: list[str], name: str, default: str) -> str:

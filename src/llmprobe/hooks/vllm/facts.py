@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import llmprobe
+from llmprobe.hooks.naming import is_serve
 from llmprobe.hooks.vllm.kv_cache import kv_cache
 from llmprobe.hooks.vllm.weights import weights
 from llmprobe.settings import Settings
@@ -58,6 +59,7 @@ def flags(config: Any) -> dict[str, Any]:
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
         "enable_chunked_prefill": getattr(scheduler, "enable_chunked_prefill", None),
         "async_scheduling": getattr(scheduler, "async_scheduling", None),
+        "stream_interval": getattr(scheduler, "stream_interval", None),
         "kv_cache_dtype": str(cache.cache_dtype),
         "block_size": cache.block_size,
         "enable_prefix_caching": getattr(cache, "enable_prefix_caching", None),
@@ -66,6 +68,8 @@ def flags(config: Any) -> dict[str, Any]:
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "data_parallel_size": parallel.data_parallel_size,
         "enable_expert_parallel": getattr(parallel, "enable_expert_parallel", None),
+        # Only `vllm serve` has a number of them to set.
+        "api_server_count": getattr(parallel, "_api_process_count", None) if is_serve() else None,
         "disable_custom_all_reduce": getattr(parallel, "disable_custom_all_reduce", None),
         "cudagraph_mode": getattr(getattr(compilation, "cudagraph_mode", None), "name", None),
         "max_cudagraph_capture_size": max(sizes) if sizes else None,
