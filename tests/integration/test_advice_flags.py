@@ -22,6 +22,7 @@ CURRENT = {
     "max_num_batched_tokens": 8192,
     "max_cudagraph_capture_size": 512,
     "tensor_parallel_size": 2,
+    "api_server_count": 1,
 }
 
 #: Reads a list of command lines, answers with what vLLM's own parser and configuration make of each. Once for
@@ -44,7 +45,12 @@ PARSE = textwrap.dedent(
     except ImportError:  # before 0.20
         ONLINE = QUANTIZATION_METHODS
 
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    try:  # what `vllm serve` itself takes
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
     answers = []
     for words in json.load(sys.stdin):
         said = io.StringIO()

@@ -77,6 +77,17 @@ def test_the_engines_process_is_watched(judged: dict[str, Any]) -> None:
     assert host["cpus_allowed"] >= 1
 
 
+def test_the_front_ends_process_is_watched_and_has_time_left(judged: dict[str, Any]) -> None:
+    """Unlike the engine's, its threads do not spin while they wait."""
+    (engine,) = judged["engines"]
+    busiest = engine["front_end"]["threads"][0]
+    assert 0 < busiest["cpu_ratio"] < judged["ranks"][0]["host"]["threads"][0]["cpu_ratio"]
+    front = judged["pressure"]["front_end"]
+    assert busiest["cpu_ratio"] <= front["value"] <= 1
+    assert front["text"].startswith("the front end's thread ")
+    assert judged["flags"]["api_server_count"] == judged["flags"]["stream_interval"] == 1
+
+
 def test_advice_names_the_next_look(judged: dict[str, Any]) -> None:
     assert judged["advice"]["decode"][0]["look"]
 

@@ -330,7 +330,9 @@ class Collector:
             for path, process in self._processes.items()
             if process.role == "frontend" and self._grouping.keys[path] == key and process not in fronts
         ]
-        engines = self._front_ends.engines(key, fronts, dead, capacity, now, self._program_kv)
+        engines = self._front_ends.engines(
+            key, fronts, dead, capacity, now, self._program_kv, self._watches.front_end
+        )
         if not engines:
             ranks = [without_gaps(rank) for rank in ranks]
         missing = what_is_missing(list(zip(ranks, found, strict=True)), engines, self._telemetry)

@@ -12,6 +12,7 @@ import numpy as np
 from llmprobe.collect.process import Process
 from llmprobe.collect.recent import Recent
 from llmprobe.collect.views import EngineView, HistogramView
+from llmprobe.compute.host import HostSignals
 from llmprobe.record import layout
 
 LATENCIES = (
@@ -54,7 +55,7 @@ class FrontTotals:
             name: HistogramView(np.array(counts, dtype=np.uint64), total)
             for name, (counts, total) in saved["latency"].items()
         }
-        return cls(saved["counters"], latency)
+        return cls({**dict.fromkeys(layout.COUNTERS, 0), **saved["counters"]}, latency)
 
 
 class FrontEnds:
@@ -91,6 +92,7 @@ class FrontEnds:
         capacity: dict[int, int],
         now: int,
         program_kv: Callable[[Process], int | None],
+        host: Callable[[Process], HostSignals | None],
     ) -> list[EngineView]:
         """The engines of one view.
 
@@ -100,6 +102,7 @@ class FrontEnds:
             capacity: bytes of KV cache by engine, where known.
             now: CLOCK_MONOTONIC nanoseconds.
             program_kv: bytes in a program's cache.
+            host: signals of a front end's process, where it does nothing else.
         """
         engines: list[EngineView] = []
         for engine in sorted({front.engine for front in fronts}):
@@ -107,18 +110,27 @@ class FrontEnds:
             all_of = of + [front for front in dead if front.engine == engine]
             known = FrontTotals.of(all_of, self._left.get((key, engine)))
             began = min(float(front.facts.get("started", 0.0)) for front in all_of)
-            recent = self._recent.setdefault((key, engine), Recent())
-            recent.update(now, known.counters, known.latency, 0 <= time.time() - began < _JUST_BEGAN_SECONDS)
             # Every front end hears of the whole engine's load; the one that heard last knows best.
             load = max((front.load for front in of if front.load), key=lambda seen: seen.time, default=None)
+            just_began = 0 <= time.time() - began < _JUST_BEGAN_SECONDS
+            recent = self._recent.setdefault((key, engine), Recent())
+            recent.update(now, known.counters, known.latency, just_began, load.waiting if load else 0)
             usage = load.kv_usage if load is not None and load.kv_usage == load.kv_usage else None
             used = None
             if usage is not None and engine in capacity:
                 used = round(usage * capacity[engine])
             elif of[0].role == "program":
                 used = program_kv(of[0])
-            engines.append(_view(engine, known, recent, of[0].role == "frontend", load, usage, used))
+            view = _view(engine, known, recent, of[0].role == "frontend", load, usage, used)
+            view.front_end = _busiest(map(host, of))
+            engines.append(view)
         return engines
+
+
+def _busiest(signals: Iterable[HostSignals | None]) -> HostSignals | None:
+    """Of several front ends the one that has least time left: each serves requests of its own."""
+    known = [(seen.fullest.taken_ratio, seen) for seen in signals if seen is not None and seen.fullest]
+    return max(known, key=lambda item: item[0])[1] if known else None
 
 
 def _view(
@@ -146,6 +158,10 @@ def _view(
         latency=known.latency,
         recent_latency=recent.latency,
         recent_counts=recent.counts,
+        first_tokens_queued=totals["first_tokens_queued"],
+        first_token_queue_seconds=totals["sum_ns_first_token_queue"] / 1e9,
+        recent_queue_seconds=recent.queue_seconds,
+        starved_seconds=recent.starved_seconds if load is not None else None,
         own_seconds=totals["own_ns_request"] / 1e9,
         errors=totals["errors"] if frontend else 0,
     )

@@ -252,6 +252,8 @@ def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> En
     def mean(name: str) -> float | None:
         return recent[name]["mean"] if name in recent else None
 
+    front = engine.front_end
+    settled = front is not None and front.window_seconds >= SHORT_SECONDS
     limit = max_num_seqs if isinstance(max_num_seqs, int) and not isinstance(max_num_seqs, bool) else None
     return EngineLoad(
         engine=engine.engine,
@@ -260,11 +262,13 @@ def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> En
         kv_usage=engine.kv_usage,
         preemptions=round(engine.recent_counts.get("preemptions", 0)),
         requests=round(engine.recent_counts.get("requests", 0)),
-        queue_seconds=mean("request_queue"),
+        queue_seconds=engine.recent_queue_seconds,
         first_token_seconds=mean("time_to_first_token"),
         request_seconds=mean("request_duration"),
         full_steps_ratio=full_steps,
         max_num_seqs=limit,
+        starved_seconds=engine.starved_seconds,
+        front_end=front.fullest if front is not None and settled else None,
     )
 
 

@@ -166,6 +166,15 @@ class EngineView:
     errors: int
     #: over the same time: `llmprobe.collect.recent.COUNTS`, and "seconds", how long that is
     recent_counts: dict[str, float] = field(default_factory=dict)
+    #: How many requests told at their first token how long they were queued, and the sum: cumulative. And the
+    #: mean over the last 30 s, None if none did.
+    first_tokens_queued: int = 0
+    first_token_queue_seconds: float = 0.0
+    recent_queue_seconds: float | None = None
+    #: For how long requests have been waiting while none had its first token; 0 while none waits.
+    starved_seconds: float | None = None
+    #: Of the front end's process that has least time left; None where nobody watches one of its own.
+    front_end: HostSignals | None = None
 
 
 @dataclass

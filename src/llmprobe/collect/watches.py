@@ -1,4 +1,4 @@
-"""The host watch of every worker and program that is read."""
+"""The host watch of every process that is read."""
 
 from __future__ import annotations
 
@@ -12,36 +12,50 @@ from llmprobe.compute.host import HostSignals
 
 
 class Watches:
-    """One `HostWatch` a live process, sampled together. Not thread-safe."""
+    """One `HostWatch` a live process, which may have several journals. Not thread-safe."""
 
     def __init__(self) -> None:
         self._watches: dict[Path, HostWatch] = {}
+        self._engines: set[int] = set()  # pids of workers and programs
         self._saved: dict[str, Any] = {}
 
     def sample(self, processes: Iterable[Process], now_ns: int) -> None:
-        """Look at every live worker and program; forget the others."""
-        living = {
-            process.path: process for process in processes if process.alive and process.role != "frontend"
-        }
+        """Look at every live process; forget the others."""
+        living = {process.path: process for process in processes if process.alive}
         self._watches = {path: watch for path, watch in self._watches.items() if path in living}
-        for path, process in living.items():
-            if path not in self._watches and not self._begin(process):
-                continue
-            self._watches[path].sample(now_ns)
+        # Front ends last: one that lives in an engine's process shares the engine's watch.
+        for path, process in sorted(living.items(), key=lambda item: item[1].role == "frontend"):
+            if path not in self._watches:
+                self._begin(process)
+        self._engines = {
+            watch.pid for path, watch in self._watches.items() if living[path].role != "frontend"
+        }
+        for watch in {id(watch): watch for watch in self._watches.values()}.values():
+            watch.sample(now_ns)
 
-    def _begin(self, process: Process) -> bool:
+    def _begin(self, process: Process) -> None:
         pid = lock_holder(process.reader.fileno())
         if pid is None:  # our own locks are not shown to us, nor those of another namespace
-            return False
-        watch = self._watches[process.path] = HostWatch(pid, started=process.facts.get("started"))
-        if saved := self._saved.pop(process.identity, None):
-            watch.restore(saved)
-        return True
+            return
+        known = (watch for watch in self._watches.values() if watch.pid == pid and not watch.problem)
+        watch = next(known, None)
+        if watch is None:
+            watch = HostWatch(pid, started=process.facts.get("started"))
+            if saved := self._saved.pop(process.identity, None):
+                watch.restore(saved)
+        self._watches[process.path] = watch
 
     def signals(self, process: Process) -> HostSignals | None:
         """The last 10 s of one process; None while nothing is known."""
         watch = self._watches.get(process.path)
         return watch.signals() if watch is not None else None
+
+    def front_end(self, process: Process) -> HostSignals | None:
+        """Likewise of a front end with a process of its own: beside an engine its time is not told apart."""
+        watch = self._watches.get(process.path)
+        if watch is None or process.role != "frontend" or watch.pid in self._engines:
+            return None
+        return watch.signals()
 
     def totals(self, process: Process) -> HostTotals | None:
         """What one process used so far; None while nothing is known."""
@@ -53,7 +67,7 @@ class Watches:
         return {
             process.identity: self._watches[process.path].save()
             for process in processes
-            if process.path in self._watches
+            if process.path in self._watches and process.role != "frontend"  # nobody shows their totals
         }
 
     def restore(self, saved: dict[str, Any]) -> None:

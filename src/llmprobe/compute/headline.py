@@ -30,6 +30,7 @@ def headline(
 
     Pressure costs a request its time in the queue. The device costs it what its steps take beyond their
     floor: that share of the time a request is not queueing. Where no floor is known, high pressure leads.
+    Figures of requests are of the last 30 s: once nothing runs or waits, they are the past, and lead nothing.
 
     Args:
         verdicts: by phase.
@@ -40,19 +41,20 @@ def headline(
     phases = sorted(verdicts.values(), key=lambda verdict: -verdict.share_ratio)
     busy = [verdict for verdict in phases if verdict.bottleneck != IDLE]
     said = "; ".join(_phase(verdict) for verdict in busy[:2])
+    requests = _requests(loads)
     pressing = [item for item in pressure.values() if item.high and _costs_more(item, busy, loads)]
-    if pressing:
+    if pressing and (busy or requests):
         parts = [item.text for item in sorted(pressing, key=_importance)]
         first = parts[0] + (f" ({', '.join(parts[1:])})" if parts[1:] else "")
         return f"SLOW: {first}. {_capital(said)}." if said else f"SLOW: {first}."
     if busy:
         return f"{_capital(said)}."
     if not recorded:
-        return f"CAN'T TELL: no worker of this server is recorded{_requests(loads)}."
-    if phases:
-        return "IDLE: fewer steps in the last 10 s than a verdict needs."
-    requests = _requests(loads)
-    return f"CAN'T TELL: no step has ended yet{requests}." if requests else "IDLE: no steps yet."
+        return f"CAN'T TELL: no worker of this server is recorded{requests}."
+    few = "fewer steps in the last 10 s than a verdict needs" if phases else "no step has ended yet"
+    if requests:
+        return f"CAN'T TELL: {few}{requests}."
+    return f"IDLE: {few}." if phases else "IDLE: no steps yet."
 
 
 def stalled(rank: int, stall: Stall) -> str:
@@ -75,22 +77,21 @@ def _requests(loads: Mapping[int, EngineLoad]) -> str:
 
 def _importance(pressure: Pressure) -> int:
     """Queueing is what users feel; a full cache is why."""
-    return {"queue": 0, "preemption": 1, "kv_cache": 2}.get(pressure.kind, 3)
+    return {"queue": 0, "preemption": 1, "kv_cache": 2}.get(pressure.kind, 3)  # then the front end
 
 
 def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, EngineLoad]) -> bool:
     load = loads.get(pressure.engine)
-    if (
-        pressure.kind == "preemption"
-        or load is None
-        or load.queue_seconds is None
-        or not load.request_seconds
-    ):
-        return True
     wasted = wasted_share(busy)
-    if wasted is None:
+    if pressure.kind == "preemption" or load is None or wasted is None:
         return True
-    return load.queue_seconds >= wasted * max(load.request_seconds - load.queue_seconds, 0.0)
+    if pressure.kind == "front_end":
+        # It can pass on 1 / value times the tokens that it does. Where the device without its waste would
+        # make more than that, users gain nothing from the device alone.
+        return pressure.value >= 1 - wasted
+    if load.waited_seconds is None or not load.request_seconds:
+        return True
+    return load.waited_seconds >= wasted * max(load.request_seconds - load.waited_seconds, 0.0)
 
 
 def wasted_share(busy: list[Verdict]) -> float | None:

@@ -13,6 +13,11 @@ class ThreadLoad:
     cpu_ratio: float  # of one core; 1.0 is a full core
     run_queue_ratio: float | None  # of the wall time, runnable but waiting for a core; None: no schedstat
 
+    @property
+    def taken_ratio(self) -> float:
+        """Share of the wall time in which it ran or wanted to: at 1 it has no time left."""
+        return min(self.cpu_ratio + (self.run_queue_ratio or 0.0), 1.0)
+
 
 @dataclass(frozen=True)
 class HostSignals:
@@ -36,3 +41,8 @@ class HostSignals:
     def busiest(self) -> ThreadLoad | None:
         """The thread that used most CPU time."""
         return self.threads[0] if self.threads else None
+
+    @property
+    def fullest(self) -> ThreadLoad | None:
+        """The thread that has least time left."""
+        return max(self.threads, key=lambda thread: thread.taken_ratio, default=None)

@@ -1,13 +1,16 @@
-"""Pressure: what makes requests wait besides the device: the KV cache, the queue, the scheduler's limits."""
+"""Pressure: what makes requests wait besides the device: the KV cache, the queue, the front end, limits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llmprobe.compute.host import ThreadLoad
 from llmprobe.compute.thresholds import Thresholds
 
-KINDS = ("kv_cache", "queue", "preemption", "token_budget", "sequence_limit")
+KINDS = ("kv_cache", "queue", "preemption", "token_budget", "sequence_limit", "front_end")
+
+_TELLING_WAIT_RATIO = 0.05  # from which waiting for a core is worth a word
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,15 @@ class EngineLoad:
 
     Attributes:
         kv_usage: share of the KV cache in use, now.
-        queue_seconds: mean time in the queue of requests that finished in the window.
-        first_token_seconds: mean TTFT of first tokens in the window.
+        queue_seconds: mean time in the queue of requests that had their first token in the window, and
+            told it. Requests that ended without one are not among them.
+        first_token_seconds: mean TTFT of requests that had their first token in the window.
         request_seconds: mean duration of requests that finished in the window.
         requests: how many finished.
         full_steps_ratio: share of prefill and mixed steps that filled `max_num_batched_tokens`.
         max_num_seqs: the scheduler's limit.
+        starved_seconds: for how long requests have been waiting while none had its first token.
+        front_end: the thread of its front ends that has least time left.
     """
 
     engine: int
@@ -35,10 +41,26 @@ class EngineLoad:
     request_seconds: float | None
     full_steps_ratio: float | None
     max_num_seqs: int | None
+    starved_seconds: float | None = None
+    front_end: ThreadLoad | None = None
+
+    @property
+    def waited_seconds(self) -> float | None:
+        """How long requests wait: those that had their first token, or those that still have none."""
+        known = [seconds for seconds in (self.queue_seconds, self.starved_seconds) if seconds is not None]
+        return max(known, default=None)
+
+    @property
+    def requests_now(self) -> int:
+        """How many run or wait, as far as is known."""
+        return (self.running or 0) + (self.waiting or 0)
 
     @property
     def queue_share(self) -> float | None:
-        """Share of TTFT spent in the queue; at most 1, as the two means are of different requests."""
+        """Share of TTFT spent in the queue, by requests that had their first token in the window.
+
+        At most 1: a few of them may not have told their time in the queue, and the two means differ by those.
+        """
         if self.queue_seconds is None or not self.first_token_seconds:
             return None
         return min(self.queue_seconds / self.first_token_seconds, 1.0)
@@ -65,6 +87,7 @@ def pressures(load: EngineLoad, limits: Thresholds) -> tuple[Pressure, ...]:
         _preemption(load, limits),
         _budget(load, limits),
         _seqs(load),
+        _front_end(load, limits),
     )
     return tuple(pressure for pressure in found if pressure is not None)
 
@@ -88,12 +111,26 @@ def _kv(load: EngineLoad, limits: Thresholds) -> Pressure | None:
 
 
 def _queue(load: EngineLoad, limits: Thresholds) -> Pressure | None:
+    if load.waiting and (load.starved_seconds or 0.0) >= limits.starved_seconds:
+        return _starved(load, limits)
     share = load.queue_share
-    if share is None:
+    if share is None or load.queue_seconds is None:
         return None
-    text = f"queueing is {share:.0%} of TTFT"
-    active, high = share >= limits.queue_share_ratio, share >= limits.queue_share_high_ratio
+    text = f"queueing is {share:.0%} of TTFT, {_seconds(load.queue_seconds)}"
+    long = load.queue_seconds >= limits.queue_wait_seconds
+    active, high = long and share >= limits.queue_share_ratio, long and share >= limits.queue_share_high_ratio
     return Pressure("queue", load.engine, active, high, share, limits.queue_share_ratio, text)
+
+
+def _starved(load: EngineLoad, limits: Thresholds) -> Pressure:
+    """Whoever waits has had nothing but the queue so far, whatever those had that came before."""
+    who = "1 request waits" if load.waiting == 1 else f"{load.waiting} requests wait"
+    text = f"{who} and none had its first token for {load.starved_seconds:.0f} s"
+    return Pressure("queue", load.engine, True, True, 1.0, limits.queue_share_ratio, text)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.0f} ms"
 
 
 def _preemption(load: EngineLoad, limits: Thresholds) -> Pressure | None:
@@ -122,3 +159,18 @@ def _seqs(load: EngineLoad) -> Pressure | None:
     text = f"{load.running} of {load.max_num_seqs} sequences run with {load.waiting} requests waiting"
     active = load.running >= load.max_num_seqs and load.waiting > 0
     return Pressure("sequence_limit", load.engine, active, False, ratio, 1.0, text)
+
+
+def _front_end(load: EngineLoad, limits: Thresholds) -> Pressure | None:
+    thread = load.front_end
+    if thread is None or load.running is None or load.waiting is None:
+        return None
+    waited = thread.run_queue_ratio or 0.0
+    text = f"the front end's thread {thread.name} used {thread.cpu_ratio:.0%} of a core"
+    if waited >= _TELLING_WAIT_RATIO:
+        text += f" and waited for one {waited:.0%} of the time"
+    active = thread.taken_ratio >= limits.front_end_busy_ratio and load.requests_now > 0
+    if active:
+        text += ": tokens may reach clients late"
+    limit = limits.front_end_busy_ratio
+    return Pressure("front_end", load.engine, active, active, thread.taken_ratio, limit, text)

@@ -130,6 +130,16 @@ class Thresholds:
     preemption_high_ratio: float = _at(0.05, 0, 1, "… from here it may take the headline")
     queue_share_ratio: float = _at(0.20, 0, 1, "share of TTFT that is spent in the queue")
     queue_share_high_ratio: float = _at(0.50, 0, 1, "… from here it may take the headline")
+    queue_wait_seconds: float = _at(
+        0.05,
+        0,
+        60,
+        "mean wait below which queueing presses on nobody, whatever its share",
+        "a request waits for the running step to end; half of the 0.1 s from which a delay is noticed",
+    )
+    starved_seconds: float = _at(
+        10, 1, 600, "requests wait for so long while none has its first token", _DESIGN
+    )
     token_budget_ratio: float = _at(
         0.95, 0.1, 1, "a step is full with this share of `max_num_batched_tokens`", _DESIGN
     )
@@ -138,6 +148,13 @@ class Thresholds:
     )
     thread_busy_ratio: float = _at(
         0.90, 0.1, 1, "one thread on this share of a core: it has no time left", _DESIGN
+    )
+    front_end_busy_ratio: float = _at(
+        0.95,
+        0.1,
+        1,
+        "one thread of a front end runs, or waits for a core, for this share of the time, with requests",
+        _DESIGN,
     )
     throttled_ratio: float = _at(
         0.05, 0, 1, "share of time that the container's CPU quota stopped it", _DESIGN

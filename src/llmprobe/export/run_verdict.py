@@ -56,8 +56,9 @@ def run_verdict(
             )
             told.setdefault(phase, []).append((figures.seconds, classify(seen, limits), figures))
     verdicts = {phase: combine([(time, verdict) for time, verdict, _ in of]) for phase, of in told.items()}
+    engines_before = {engine.engine: engine for engine in before.engines} if before else {}
     loads = {
-        engine.engine: _load(engine, document, view.flags)
+        engine.engine: _load(engine, engines_before.get(engine.engine), document, view.flags)
         for engine, document in zip(view.engines, engines, strict=True)
     }
     pressure = worst(found for load in loads.values() for found in pressures(load, limits))
@@ -123,11 +124,15 @@ def _figures(
     )
 
 
-def _load(engine: EngineView, document: Mapping[str, Any], flags: Mapping[str, Any]) -> EngineLoad:
+def _load(
+    engine: EngineView, before: EngineView | None, document: Mapping[str, Any], flags: Mapping[str, Any]
+) -> EngineLoad:
     def mean(name: str) -> float | None:
         found = document.get(name)
         return found["mean"] if found else None
 
+    queued = engine.first_tokens_queued - (before.first_tokens_queued if before else 0)
+    seconds = engine.first_token_queue_seconds - (before.first_token_queue_seconds if before else 0.0)
     limit = flags.get("max_num_seqs")
     return EngineLoad(
         engine=engine.engine,
@@ -136,7 +141,7 @@ def _load(engine: EngineView, document: Mapping[str, Any], flags: Mapping[str, A
         kv_usage=None,
         preemptions=document["preemptions"],
         requests=document["requests"],
-        queue_seconds=mean("queue_seconds"),
+        queue_seconds=seconds / queued if queued else None,
         first_token_seconds=mean("ttft_seconds"),
         request_seconds=mean("duration_seconds"),
         full_steps_ratio=None,

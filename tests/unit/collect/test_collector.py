@@ -271,6 +271,36 @@ def test_a_server_that_just_began_is_recent_from_its_first_token(
     assert recent["time_to_first_token"]["count"] == 1
 
 
+def test_the_queue_is_that_of_requests_that_had_their_first_token(
+    tmp_path: Path, clock: Clock, server: Server
+) -> None:
+    """Requests that end now were queued long ago, or had no first token: neither is part of TTFT now."""
+    server.fronts[0].update_facts(started=time.time())
+    server.fronts[0].request(1, 60 * SECOND, queue_ns=50 * SECOND)
+    server.fronts[0].tokens(10, 4, first_token_ns=(SECOND, SECOND), first_token_queue_ns=(SECOND // 4,))
+    (engine,) = only(collector(tmp_path, clock, server)).engines
+    assert engine.recent_queue_seconds == pytest.approx(0.25)
+    assert (engine.first_tokens_queued, engine.first_token_queue_seconds) == (1, pytest.approx(0.25))
+    assert engine.recent_latency["request_queue"]["mean"] == pytest.approx(50)
+
+
+def test_requests_starve_while_they_wait_and_none_has_a_first_token() -> None:
+    recent, counts = Recent(), np.zeros(layout.BUCKETS, np.uint64)
+
+    def look(second: int, waiting: int, first_tokens: int) -> float:
+        seen = counts.copy()
+        seen[0] = first_tokens
+        recent.update(second * SECOND, {}, {"time_to_first_token": HistogramView(seen, 0.0)}, False, waiting)
+        return recent.starved_seconds
+
+    assert [look(second, 5, 7) for second in range(4)] == [0, 1, 2, 3]
+    assert look(4, 4, 8) == 0  # one had its first token
+    assert look(6, 4, 8) == 2
+    assert look(7, 0, 8) == 0
+    assert look(8, 1, 8) == 0  # another one that came just now
+    assert look(9, 1, 8) == 1
+
+
 def test_counts_that_fall_are_no_latencies() -> None:
     recent = Recent()
     counts = np.zeros(layout.BUCKETS, np.uint64)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compute.verdicts import host
 
 from llmprobe.collect.collector import Collector
+from llmprobe.collect.process import Process
 from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.collect.views import ServerView
 from llmprobe.compute.evidence import CounterEvidence
 from llmprobe.compute.hardware import Peaks
+from llmprobe.compute.host import HostSignals, ThreadLoad
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import BOTTLENECKS
 from llmprobe.export.report import report, text
@@ -182,7 +186,10 @@ def test_a_queue_takes_the_headline(world: World) -> None:
     front = world.server.fronts[0]
     front.load(kv_usage=0.98, running=8, waiting=40, unfinished=48)
     for second in range(16):
-        front.tokens(10, 4, first_token_ns=(2 * SECOND,), inter_token_ns={MS: 3})
+        front.tokens(
+            10, 4, first_token_ns=(2 * SECOND,),
+            first_token_queue_ns=(round(1.6 * SECOND),), inter_token_ns={MS: 3},
+        )  # fmt: skip
         front.request(
             second, 3 * SECOND, tpot_ns=MS, queue_ns=round(1.6 * SECOND), prompt_tokens=10, generated_tokens=4
         )
@@ -191,9 +198,78 @@ def test_a_queue_takes_the_headline(world: World) -> None:
     assert view.pressure["kv_cache"].active
     assert view.pressure["sequence_limit"].active
     assert view.headline.startswith(
-        "SLOW: queueing is 80% of TTFT (KV cache 98% full with 40 requests waiting"
+        "SLOW: queueing is 80% of TTFT, 1.6 s (KV cache 98% full with 40 requests waiting"
     )
     assert {"queue", "kv_cache"} <= set(view.advice)
+
+
+def test_a_lone_request_that_waits_for_the_running_step_is_in_no_queue(world: World) -> None:
+    front = world.server.fronts[0]
+    front.load(kv_usage=0.01, running=1, waiting=0, unfinished=1)
+    for _ in range(16):
+        front.tokens(10, 4, first_token_ns=(13 * MS,), first_token_queue_ns=(7 * MS,))
+        view = world.second()
+    assert view.pressure["queue"].value == pytest.approx(7 / 13, rel=0.02)
+    assert not view.pressure["queue"].active
+    assert view.headline.startswith("Decode memory-bound")
+
+
+def test_once_nothing_runs_the_last_queue_is_the_past(world: World) -> None:
+    front = world.server.fronts[0]
+    front.load(kv_usage=0.5, running=8, waiting=4, unfinished=12)
+    for _ in range(16):
+        front.tokens(10, 4, first_token_ns=(2 * SECOND,), first_token_queue_ns=(round(1.6 * SECOND),))
+        view = world.second()
+    assert view.headline.startswith("SLOW: queueing is 80% of TTFT")
+    front.load(kv_usage=0.0, running=0, waiting=0)
+    for _ in range(15):
+        view = world.second(busy=False)
+    assert view.pressure["queue"].high
+    assert view.headline == "IDLE: fewer steps in the last 10 s than a verdict needs."
+    front.load(kv_usage=0.1, running=1, waiting=0, unfinished=1)
+    for _ in range(20):
+        view = world.second(busy=False)
+    assert view.headline.endswith("than a verdict needs; requests: 1 running, 0 waiting.")
+
+
+def test_a_front_end_without_time_left_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine has finished; it still works on what the engine made."""
+    front = world.server.fronts[0]
+    front.load(kv_usage=0.3, running=16, waiting=0, unfinished=16)
+    world.seconds(12)
+    signals = host(threads=(ThreadLoad("pool", 0.1, 0.0), ThreadLoad("vllm", 0.9, 0.09)))
+    for window, seen in ((1.0, False), (10.0, True)):
+        told = dataclasses.replace(signals, window_seconds=window)
+        monkeypatch.setattr(world.collector._watches, "front_end", lambda process, told=told: told)
+        for _ in range(12):
+            view = world.second(busy=False)
+        assert ("front_end" in view.pressure) is seen
+    assert view.pressure["front_end"].value == pytest.approx(0.99)
+    assert view.headline == (
+        "SLOW: the front end's thread vllm used 90% of a core and waited for one 9% of the time: "
+        "tokens may reach clients late."
+    )
+    assert [item.finding for item in view.advice["front_end"]] == ["pressure.front_end.work"]
+    assert view.engines[0].front_end == told
+
+
+def test_the_busiest_of_several_front_ends_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, server = Clock(), Server(tmp_path, fronts=3)
+    own = {one.writer.path: one.writer for one in (server.worker, *server.fronts)}
+    found = Collector(tmp_path, clock=clock, own_writers=lambda: own)
+    busy = dict(zip((front.writer.path for front in server.fronts), (0.2, 0.97, None), strict=True))
+
+    def front_end(process: Process) -> HostSignals | None:
+        ratio = busy[process.path]
+        return None if ratio is None else host(threads=(ThreadLoad("vllm", ratio, None),))
+
+    monkeypatch.setattr(found._watches, "front_end", front_end)
+    server.fronts[0].load(1, 0)
+    found.tick()
+    (view,) = found.views()
+    assert view.pressure["front_end"].value == 0.97
+    assert view.pressure["front_end"].active
+    server.close()
 
 
 def test_a_probe_that_is_off_is_not_judged(world: World) -> None:
@@ -288,6 +364,22 @@ def test_the_report_of_a_part_judges_that_part_alone(world: World) -> None:
     (whole,) = report(world.collector.views())["servers"]
     assert part["verdicts"]["decode"]["bottleneck"] == "memory_bound"
     assert whole["verdicts"]["decode"]["bottleneck"] == "sync_bound"
+
+
+def test_the_report_tells_the_queue_of_its_part_of_the_run(world: World) -> None:
+    front = world.server.fronts[0]
+    for _ in range(20):
+        front.tokens(10, 4, first_token_ns=(SECOND,), first_token_queue_ns=(SECOND // 100,))
+        world.second()
+    before = world.collector.views()
+    for _ in range(20):
+        front.tokens(10, 4, first_token_ns=(SECOND,), first_token_queue_ns=(SECOND * 9 // 10,))
+        front.request(1, 60 * SECOND, queue_ns=SECOND // 10)  # it began before
+        world.second()
+    (part,) = report(world.collector.views(), before)["servers"]
+    assert part["pressure"]["queue"]["value"] == pytest.approx(0.9, rel=0.02)
+    (whole,) = report(world.collector.views())["servers"]
+    assert whole["pressure"]["queue"]["value"] == pytest.approx(0.455, rel=0.02)
 
 
 def test_thresholds_decide(tmp_path: Path) -> None:

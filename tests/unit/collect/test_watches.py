@@ -19,28 +19,37 @@ import sys, time
 from pathlib import Path
 from llmprobe.record.recorder import Recorder, prepare_directory
 prepare_directory(Path(sys.argv[1]))
-recorder = Recorder.open(Path(sys.argv[1]), sys.argv[2], {"role": sys.argv[2], "started": time.time()})
-print(recorder.writer.path, flush=True)
+recorders = [
+    Recorder.open(Path(sys.argv[1]), role, {"role": role, "started": time.time()}) for role in sys.argv[2:]
+]
+for recorder in recorders:
+    print(recorder.writer.path, flush=True)
 sys.stdin.read()
-recorder.close()
+for recorder in recorders:
+    recorder.close()
 """
+
+
+def more(child: subprocess.Popen[str]) -> Process:
+    """The process by the next journal that it has told of."""
+    assert child.stdout is not None
+    path = Path(child.stdout.readline().strip())
+    return Process(path, JournalReader(path))
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[object]:
     children: list[subprocess.Popen[str]] = []
 
-    def begin(role: str) -> tuple[subprocess.Popen[str], Process]:
+    def begin(*roles: str) -> tuple[subprocess.Popen[str], Process]:
         child = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), role],
+            [sys.executable, "-c", WRITER, str(tmp_path), *roles],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         children.append(child)
-        assert child.stdout is not None
-        path = Path(child.stdout.readline().strip())
-        return child, Process(path, JournalReader(path))
+        return child, more(child)
 
     yield begin
     for child in children:
@@ -82,16 +91,45 @@ def test_totals_go_on_after_a_restart(start) -> None:  # type: ignore[no-untyped
     process.close()
 
 
-def test_front_ends_and_the_dead_are_not_watched(start) -> None:  # type: ignore[no-untyped-def]
-    _, front = start("frontend")
+def test_the_dead_are_not_watched(start) -> None:  # type: ignore[no-untyped-def]
     watches = Watches()
-    look(watches, front)
-    assert watches.signals(front) is None
     child, worker = start("worker")
     look(watches, worker)
     child.communicate("", timeout=10)
     worker.poll(time.monotonic_ns())
     look(watches, worker, times=1)
     assert watches.signals(worker) is None
+    worker.close()
+
+
+def test_a_front_end_is_watched_apart_from_engines(start) -> None:  # type: ignore[no-untyped-def]
+    _, front = start("frontend")
+    _, worker = start("worker")
+    watches = Watches()
+    for _ in range(3):
+        watches.sample([front, worker], time.monotonic_ns())
+        time.sleep(0.3)
+    assert watches.front_end(front) is not None
+    assert watches.front_end(worker) is None
+    assert set(watches.save([front, worker])) == {worker.identity}
     for process in (front, worker):
+        process.close()
+
+
+def test_journals_of_one_process_share_a_watch(start) -> None:  # type: ignore[no-untyped-def]
+    """A front end has one for each engine; one that is in an engine's process too has no time of its own."""
+    child, first = start("frontend", "frontend")
+    second = more(child)
+    watches = Watches()
+    watches.sample([first, second], time.monotonic_ns())
+    assert watches._watches[first.path] is watches._watches[second.path]
+    child, both = start("frontend", "worker")
+    worker = more(child)
+    for _ in range(3):
+        watches.sample([first, second, both, worker], time.monotonic_ns())
+        time.sleep(0.3)
+    assert watches.front_end(first) is not None
+    assert watches.signals(worker) is not None
+    assert watches.front_end(both) is None
+    for process in (first, second, both, worker):
         process.close()

@@ -24,12 +24,12 @@ from llmprobe.compute.signs import SIGNS
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import BOTTLENECKS, CAUSES, UNKNOWN_CAUSES
 
-from .test_pressure import load
+from .test_pressure import load, thread
 from .verdicts import figures, kernels, seen, verdict
 
 SRC = Path(__file__).resolve().parents[3] / "src/llmprobe"
 ABOUT = {"@framework", "@clock", "@phase", "@operator", "@healthy", "@kv_usage", "@waiting"} | {
-    *("@batch", "@batch_ratio", "@running_ratio")
+    *("@batch", "@batch_ratio", "@running_ratio", "@front_end_wait")
 }
 VLLM_FLAGS = {
     "enforce_eager": False,
@@ -76,8 +76,9 @@ def test_every_class_and_cause_has_advice_whatever_is_set(
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_pressure_has_advice(kind: str) -> None:
     under = load(
-        kv_usage=0.99, waiting=9, running=16, queue_seconds=0.09, preemptions=50, full_steps_ratio=1.0
-    )
+        kv_usage=0.99, waiting=9, running=16, queue_seconds=0.09, preemptions=50, full_steps_ratio=1.0,
+        front_end=thread(1.0),
+    )  # fmt: skip
     found = worst(pressures(under, Thresholds()))
     assert found[kind].active
     assert advise_pressure(found[kind], under, Target("s", "vllm", {}))
@@ -144,11 +145,18 @@ def engine_arguments() -> set[str]:
         for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
     )
-    return {
+    of_engine = {
         node.target.id
         for node in args.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
+    return of_engine | serve_arguments(Path(found.origin).parent)
+
+
+def serve_arguments(vllm: Path) -> set[str]:
+    """Those that only ``vllm serve`` has, of which advice knows one."""
+    sources = [path.read_text() for path in vllm.glob("entrypoints/**/cli_args.py")]
+    return {"api_server_count"} if any('"--api-server-count"' in source for source in sources) else set()
 
 
 def test_every_vllm_setting_is_one_of_its_arguments() -> None:
@@ -255,6 +263,25 @@ def test_a_queue_below_the_limit_is_not_blamed_on_it() -> None:
         found = worst(pressures(under, Thresholds()))["queue"]
         names = [item.finding for item in advise_pressure(found, under, target())]
         assert ("pressure.queue.batch" in names) is named
+
+
+def test_a_front_end_is_helped_by_what_its_server_has() -> None:
+    def found(waited: float = 0.0, **flags: Any) -> list[str]:
+        under = load(front_end=thread(0.99 - waited, waited))
+        pressed = worst(pressures(under, Thresholds()))["front_end"]
+        return [
+            item.change or item.finding.rpartition(".")[2]
+            for item in advise_pressure(pressed, under, target(**flags))
+        ]
+
+    assert found(api_server_count=1, stream_interval=1) == [
+        "--api-server-count 2 (now: 1)",
+        "--stream-interval 10 (now: 1)",
+        "work",
+    ]
+    assert found(api_server_count=4, stream_interval=10) == ["--api-server-count 8 (now: 4)", "work"]
+    assert found(stream_interval=1) == ["work"], "a program that uses vllm.LLM has no servers, and no streams"
+    assert found(0.3) == ["crowded", "work"]
 
 
 def test_a_setting_that_another_fact_tells_is_shown_by_it() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from llmprobe.compute.headline import headline
+from llmprobe.compute.host import ThreadLoad
 from llmprobe.compute.pressure import EngineLoad, Pressure, pressures, worst
 from llmprobe.compute.thresholds import Thresholds
 
 from .verdicts import verdict
 
 LIMITS = Thresholds()
+
+
+def thread(cpu: float, waited: float | None = 0.0) -> ThreadLoad:
+    return ThreadLoad("vllm", cpu, waited)
 
 
 def load(**changes: Any) -> EngineLoad:
@@ -28,6 +34,8 @@ def load(**changes: Any) -> EngineLoad:
         "request_seconds": 2.0,
         "full_steps_ratio": 0.1,
         "max_num_seqs": 16,
+        "starved_seconds": 0.0,
+        "front_end": thread(0.2),
     }
     return EngineLoad(**{**values, **changes})
 
@@ -39,7 +47,7 @@ def active(**changes: Any) -> set[str]:
 def test_an_unhurried_engine_is_under_no_pressure() -> None:
     assert active() == set()
     assert {found.kind for found in pressures(load(), LIMITS)} == {
-        "kv_cache", "queue", "preemption", "token_budget", "sequence_limit"
+        "kv_cache", "queue", "preemption", "token_budget", "sequence_limit", "front_end"
     }  # fmt: skip
 
 
@@ -48,11 +56,24 @@ def test_an_unhurried_engine_is_under_no_pressure() -> None:
     [
         ({"kv_usage": 0.98}, set()),  # full, yet nobody waits
         ({"kv_usage": 0.98, "waiting": 5}, {"kv_cache"}),
-        ({"queue_seconds": 0.03}, {"queue"}),
+        ({"queue_seconds": 0.3, "first_token_seconds": 1.0}, {"queue"}),
+        ({"queue_seconds": 0.1, "first_token_seconds": 1.0}, set()),
+        ({"queue_seconds": 0.007, "first_token_seconds": 0.0127}, set()),  # the rest of the running step
+        ({"queue_seconds": 0.049, "first_token_seconds": 0.05}, set()),
+        ({"queue_seconds": 0.051, "first_token_seconds": 0.06}, {"queue"}),
+        ({"waiting": 3, "starved_seconds": 9.0}, set()),
+        ({"waiting": 3, "starved_seconds": 11.0}, {"queue"}),
         ({"preemptions": 2}, {"preemption"}),
         ({"full_steps_ratio": 0.9, "waiting": 1}, {"token_budget"}),
         ({"running": 16, "waiting": 1}, {"sequence_limit"}),
         ({"running": 16}, set()),
+        ({"front_end": thread(0.94)}, set()),
+        ({"front_end": thread(0.96)}, {"front_end"}),
+        ({"front_end": thread(0.96, None)}, {"front_end"}),
+        ({"front_end": thread(0.6, 0.37)}, {"front_end"}),  # it wanted a core all the time
+        ({"front_end": thread(0.3, 0.2)}, set()),
+        ({"front_end": thread(1.0), "running": 0}, set()),  # nobody waits for a token
+        ({"front_end": thread(1.0), "running": 0, "waiting": 1}, {"front_end"}),
     ],
 )
 def test_each_kind_has_its_threshold(changes: dict[str, Any], kinds: set[str]) -> None:
@@ -61,13 +82,45 @@ def test_each_kind_has_its_threshold(changes: dict[str, Any], kinds: set[str]) -
 
 def test_what_is_not_known_is_missing() -> None:
     nothing = load(
-        running=None, waiting=None, kv_usage=None, requests=0, queue_seconds=None, full_steps_ratio=None
-    )
+        running=None, waiting=None, kv_usage=None, requests=0, queue_seconds=None, full_steps_ratio=None,
+        starved_seconds=None, front_end=thread(1.0),
+    )  # fmt: skip
     assert pressures(nothing, LIMITS) == ()
+    assert "front_end" not in {found.kind for found in pressures(load(front_end=None), LIMITS)}
+
+
+def test_the_least_wait_that_counts_can_be_set() -> None:
+    lone = load(queue_seconds=0.007, first_token_seconds=0.0127)
+    (found,) = (
+        item
+        for item in pressures(lone, Thresholds.from_mapping({"queue_wait_seconds": 0.005}))
+        if item.kind == "queue"
+    )
+    assert found.active
+    assert found.high
+    assert found.text == "queueing is 55% of TTFT, 7 ms"
+
+
+def test_those_that_wait_count_though_nobody_had_a_first_token_lately() -> None:
+    """As where clients give up and others come: none of them ever tells how long it was queued."""
+    starved = load(waiting=40, queue_seconds=None, first_token_seconds=None, starved_seconds=31.0)
+    (found,) = (item for item in pressures(starved, LIMITS) if item.kind == "queue")
+    assert (found.value, found.high) == (1.0, True)
+    assert found.text == "40 requests wait and none had its first token for 31 s"
+    text = said(starved, BUSY)
+    assert text.startswith("SLOW: 40 requests wait and none had its first token for 31 s. Decode healthy")
+
+
+def test_first_tokens_of_those_before_do_not_hide_that_others_starve() -> None:
+    """A burst: as many as may run had their first token at once, the others still have none."""
+    text = said(load(waiting=24, running=16, starved_seconds=12.0), BUSY)
+    assert text.startswith("SLOW: 24 requests wait and none had its first token for 12 s.")
+    assert said(load(waiting=1, starved_seconds=12.0), BUSY).startswith("SLOW: 1 request waits and none")
 
 
 def test_the_engine_under_most_pressure_speaks_for_the_server() -> None:
     both = [*pressures(load(engine=0), LIMITS), *pressures(load(engine=1, queue_seconds=0.09), LIMITS)]
+    assert worst(both)["queue"].active
     assert worst(both)["queue"].engine == 1
 
 
@@ -89,7 +142,9 @@ def said(engine: EngineLoad, *verdicts: Any) -> str:
 
 def test_queueing_that_costs_most_leads_and_says_why() -> None:
     text = said(load(queue_seconds=1.42, first_token_seconds=2.0, kv_usage=0.98, waiting=30), BUSY)
-    assert text.startswith("SLOW: queueing is 71% of TTFT (KV cache 98% full with 30 requests waiting).")
+    assert text.startswith(
+        "SLOW: queueing is 71% of TTFT, 1.4 s (KV cache 98% full with 30 requests waiting)."
+    )
     assert "Decode healthy: 0.88 of attainable" in text
 
 
@@ -105,16 +160,68 @@ def test_high_pressure_leads_where_no_floor_is_known() -> None:
     text = said(
         load(queue_seconds=0.1, first_token_seconds=0.15), verdict("unknown", "no_peaks", share_ratio=0.9)
     )
-    assert text.startswith("SLOW: queueing is 67% of TTFT.")
+    assert text.startswith("SLOW: queueing is 67% of TTFT, 0.10 s.")
 
 
 def test_slight_pressure_does_not_lead() -> None:
-    assert not said(load(queue_seconds=0.03), BUSY).startswith("SLOW")
+    assert not said(load(queue_seconds=0.3, first_token_seconds=1.0), BUSY).startswith("SLOW")
+
+
+IDLE = verdict("idle", share_ratio=0.01)
 
 
 def test_an_idle_server_is_said_to_be_idle() -> None:
-    assert said(load(), verdict("idle", share_ratio=0.01)).startswith("IDLE")
+    assert said(load(running=0), IDLE) == "IDLE: fewer steps in the last 10 s than a verdict needs."
     assert said(load(running=0, waiting=0)) == "IDLE: no steps yet."
+
+
+def test_an_idle_server_is_not_slow_for_what_was() -> None:
+    """Requests are looked at over 30 s, steps over 10: what waited has ended meanwhile."""
+    past = load(running=0, queue_seconds=2.0, first_token_seconds=2.1, preemptions=90, front_end=thread(1.0))
+    assert {item.kind for item in pressures(past, LIMITS) if item.high} == {"queue", "preemption"}
+    assert said(past, IDLE, verdict("idle", phase="prefill")).startswith("IDLE: ")
+    assert said(past, BUSY).startswith("SLOW: queueing")
+    for now in ({"running": 1}, {"waiting": 1}):
+        assert said(dataclasses.replace(past, **now), IDLE).startswith("SLOW: queueing")
+
+
+def test_requests_that_run_while_steps_are_few_are_no_idleness() -> None:
+    few = "CAN'T TELL: fewer steps in the last 10 s than a verdict needs"
+    assert said(load(running=16), IDLE) == f"{few}; requests: 16 running, 0 waiting."
+    assert said(load(running=0, waiting=2), IDLE) == f"{few}; requests: 0 running, 2 waiting."
+
+
+BEHIND = "SLOW: the front end's thread vllm used 99% of a core: tokens may reach clients late."
+
+
+def test_a_front_end_without_time_is_seen_though_its_engine_has_finished() -> None:
+    assert said(load(running=16, front_end=thread(0.99)), IDLE) == BEHIND
+
+
+@pytest.mark.parametrize(
+    ("wasted", "leads"),
+    [
+        (0.0, False),  # the device makes all it can
+        (0.02, True),  # and 2 % more tokens than now the front end cannot pass on
+        (0.5, True),
+        (None, True),
+    ],
+)
+def test_a_full_front_end_leads_where_it_caps_what_the_device_could_give(
+    wasted: float | None, leads: bool
+) -> None:
+    seconds = None if wasted is None else wasted / 100
+    slow = verdict("sync_bound", headroom_seconds=seconds, steps_per_second=100.0, share_ratio=1.0)
+    text = said(load(front_end=thread(0.99)), slow)
+    assert text.startswith(BEHIND if leads else "Decode sync-bound")
+
+
+def test_waiting_for_a_core_is_said() -> None:
+    text = said(load(front_end=thread(0.6, 0.37)), IDLE)
+    assert text == (
+        "SLOW: the front end's thread vllm used 60% of a core and waited for one 37% of the time: "
+        "tokens may reach clients late."
+    )
 
 
 def test_requests_without_a_step_are_no_idleness() -> None:

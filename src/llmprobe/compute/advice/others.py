@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmprobe.compute.advice.entry import CAPTURE, GPU, STATUS, VLLM, Change, Entry, When
 
+_THREADS = "top -H -b -n 1 | head -n 20"
 _UNKNOWN = "unknown"
 
 NOT_JUDGED = (
@@ -181,6 +182,46 @@ PRESSURE = (
         "As many sequences run as are allowed while requests wait.",
         "TPOT of single requests rises.",
         STATUS,
+    ),
+    Entry(
+        "pressure.front_end.crowded",
+        "pressure",
+        "front_end",
+        "The front end waits for a core: others use those that it may run on.",
+        "Cores given to the front end are missing elsewhere.",
+        _THREADS,
+        "",
+        (When("@front_end_wait", "above", 0.1),),
+    ),
+    Entry(
+        "pressure.front_end.servers",
+        "pressure",
+        "front_end",
+        "One process reads requests and sends the tokens of all of them: several share that work.",
+        "A core and some memory for each more; processors of multimodal inputs cache in each of them.",
+        _THREADS,
+        "",
+        (VLLM, When("api_server_count", "known")),
+        Change("api_server_count", "x2"),
+    ),
+    Entry(
+        "pressure.front_end.interval",
+        "pressure",
+        "front_end",
+        "Each token of a stream is sent by itself: several in one piece leave the front end time.",
+        "Streams come in larger pieces, the first token as before; clients may show that as stutter.",
+        _THREADS,
+        "",
+        (VLLM, When("api_server_count", "known"), When("stream_interval", "at_most", 1)),
+        Change("stream_interval", 10),
+    ),
+    Entry(
+        "pressure.front_end.work",
+        "pressure",
+        "front_end",
+        "One thread of the front end has no time left: it turns tokens into text and JSON, and sends them.",
+        "Less of it (logprobs, stop strings, tools, streams), or a faster core.",
+        _THREADS,
     ),
 )
 

@@ -79,7 +79,7 @@ SECTIONS = (
                 (*SERVER, "kind"),
                 ("reported", "measured"),
                 "1 where an engine of the server is beyond the threshold: kv_cache, queue, preemption, "
-                "token_budget, sequence_limit. Absent where it is not known.",
+                "token_budget, sequence_limit, front_end. Absent where it is not known.",
             ),
         ),
     ),
