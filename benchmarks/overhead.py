@@ -28,6 +28,7 @@ from support.gpu_models import CONFIGURATIONS, served
 from support.machine import has_gpu, machine_line
 from support.own_time import OwnTime
 from support.paired import Difference
+from support.serving import variable
 from support.table import Results, bar, command
 
 _HEADER = ("", "off", "on", "on − off", "95 % interval", "bar")
@@ -184,13 +185,6 @@ def _own_rows(own: OwnTime, most: float) -> list[list[str]]:
     ]
 
 
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
@@ -215,7 +209,7 @@ def _options() -> argparse.Namespace:
         "[the demo's tiny Llama]",
     )
     group.add_argument(
-        "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="of the server"
+        "--env", type=variable, action="append", default=[], metavar="NAME=VALUE", help="of the server"
     )
     words = sys.argv[1:]
     # By hand: where `what` is given, argparse has given "no flags" away before it comes to them.

@@ -15,10 +15,9 @@ import numpy as np
 import psutil
 
 from llmprobe.agent.client import LocalAgent
-from llmprobe.compute.accounting import account
 from llmprobe.demo.server import VllmServer
 from support import flood
-from support.journals import StepLog, live_journals
+from support.journals import live_journals
 from support.load import Load
 from support.machine import has_gpu
 
@@ -52,6 +51,26 @@ class Memory:
     gpu_bytes: int | None
 
 
+@dataclass(frozen=True)
+class Gap:
+    """Sync-gap ratios of one phase in the seconds of a capture."""
+
+    phase: str
+    report: float
+    live: float
+    bound: bool  # the live one is a lower bound: there were no kernel windows
+
+    @property
+    def apart(self) -> float:
+        """Live less captured."""
+        return self.live - self.report
+
+    @property
+    def held(self) -> bool:
+        """Whether they agree; of a lower bound, whether it is not above."""
+        return self.apart <= TOLERANCE and (self.bound or self.apart >= -TOLERANCE)
+
+
 @dataclass
 class Look:
     """One deep look into the server: a capture, or vLLM's own profiler."""
@@ -67,18 +86,18 @@ class Look:
     kernels: int | None = None
     trust: str = ""
     trust_reasons: list[str] = field(default_factory=list)
-    gap_report: float | None = None  # of the report's phases together
     idle_report: float | None = None  # of the GPUs' whole time
-    gap_live: float | None = None  # from the journal's steps of the same seconds
     notes: list[str] = field(default_factory=list)
     comparison: dict[str, Any] = field(default_factory=dict)  # as in live.json
 
     @property
-    def apart(self) -> float | None:
-        """Live less captured; None where one of them is not known."""
-        if self.gap_report is None or self.gap_live is None:
-            return None
-        return self.gap_live - self.gap_report
+    def gaps(self) -> list[Gap]:
+        """By phase, where both are known."""
+        found = self.comparison.get("phases") or {}
+        return [
+            Gap(name, phase["capture"], phase["live"], phase["live_is_lower_bound"])
+            for name, phase in found.items()
+        ]
 
 
 @dataclass
@@ -109,13 +128,10 @@ class Flood:
 class Captures:
     """One server under one load, and its agent."""
 
-    def __init__(
-        self, server: VllmServer, load: Load, steps: StepLog, output_tokens: int, before_seconds: float
-    ) -> None:
+    def __init__(self, server: VllmServer, load: Load, output_tokens: int, before_seconds: float) -> None:
         self._server = server
         self._agent = LocalAgent(server.directory)
         self._load = load
-        self._steps = steps
         self._gaps = output_tokens - 1
         self._before_seconds = before_seconds
 
@@ -150,9 +166,7 @@ class Captures:
             sum(gpu["kernels"] for gpu in report["gpus"]) if report["gpus"] else None,
             report["trust"]["verdict"],
             [reason["text"] for reason in report["trust"]["reasons"]],
-            _gap(report),
             _mean([(gpu["idle_ratio"], gpu["seconds"]) for gpu in report["gpus"]]),
-            self._live_gap(times["recording"], times["importing"]),
             list(capture.get("notes") or ()),
             live.get("comparison") or {},
         )
@@ -275,26 +289,6 @@ class Captures:
             raise CaptureFailed(f"{tool}: {capture['state']}: {capture['reason']}")
         return begin, capture
 
-    def _live_gap(self, begin_ns: int, end_ns: int) -> float | None:
-        """The sync-gap ratio by the journal's steps; requests are taken to be pending all the time."""
-        self._load.wait(0.5)  # steps reach the journal a moment after they end
-        self._steps.poll()
-        steps = self._steps.steps()
-        inside = steps[(steps["e3"] > begin_ns) & (steps["e0"] < end_ns)]
-        if len(inside) < 2:
-            return None
-        always = np.array([[0, np.iinfo(np.int64).max]])
-        rows = account(
-            inside[1:],
-            cursor_ns=int(inside["e3"][0]),
-            last_step=int(inside["step"][0]),
-            pending=always,
-            model=None,
-            peaks=None,
-        )
-        gaps = float((rows.gap_s + rows.sample_gap_s).sum())
-        return gaps / float((rows.gap_s + rows.span_s).sum())
-
     def _monotonic(self, wall_seconds: float) -> int:
         return time.monotonic_ns() - round((time.time() - wall_seconds) * 1e9)
 
@@ -321,15 +315,6 @@ class Captures:
 def profiler_flags(folder: Path) -> list[str]:
     """Of ``vllm serve``: its own torch profiler with its defaults, writing into ``folder``."""
     return ["--profiler-config", json.dumps({"profiler": "torch", "torch_profiler_dir": str(folder)})]
-
-
-def _gap(report: dict[str, Any]) -> float | None:
-    rows = [
-        (phase["sync_gap_ratio"], (phase["gap_seconds"] or 0) + (phase["seconds"] or 0))
-        for phase in report["phases"]
-        if phase["part"] is None and phase["gpu"] is not None
-    ]
-    return _mean(rows)
 
 
 def _mean(rows: list[tuple[float | None, float]]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -71,6 +72,14 @@ def running_server(
                 server.process.wait(_PREFIX_SECONDS)
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def variable(text: str) -> tuple[str, str]:
+    """Of ``--env NAME=VALUE``: both."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
 
 
 def new_directory() -> Path:

@@ -21,7 +21,8 @@ def compare(
         meanwhile: these, as `llmprobe.capture.meanwhile.meanwhile` makes them.
 
     Returns:
-        ``phases`` (phase → ``live``, ``capture``, ``difference``), ``same_seconds`` (whether the live ones
+        ``phases`` (phase → ``live``, ``capture``, ``difference``, ``live_is_lower_bound``: bubbles inside
+        steps are not in it), ``same_seconds`` (whether the live ones
         are of the recording's own, neither of 30 s nor of seconds known only roughly), ``tolerance``,
         ``disagree``; if they do, ``trusted`` (``capture`` or ``live``) and ``why``.
     """
@@ -36,7 +37,12 @@ def compare(
         live = _live(ranks)
     seen = _captured(report)
     phases = {
-        phase: {"live": live[phase], "capture": seen[phase], "difference": live[phase] - seen[phase]}
+        phase: {
+            "live": live[phase],
+            "capture": seen[phase],
+            "difference": live[phase] - seen[phase],
+            "live_is_lower_bound": _is_bound(ranks, phase),
+        }
         for phase in sorted(live.keys() & seen.keys())
     }
     apart = {name: found for name, found in phases.items() if abs(found["difference"]) > TOLERANCE}
@@ -62,14 +68,14 @@ def compare(
     return result
 
 
+def _is_bound(ranks: Iterable[Mapping[str, Any]], phase: str) -> bool:
+    figures = [(rank.get("figures") or {}).get(phase) for rank in ranks]
+    return any(found.get("sync_gap_is_lower_bound", True) for found in figures if found)
+
+
 def _what_it_is(ranks: Iterable[Mapping[str, Any]], phases: Collection[str], seconds: str) -> str:
     """Where the live figures of these phases fall short of a capture's."""
-    bound = any(
-        found.get("sync_gap_is_lower_bound", True)
-        for rank in ranks
-        for phase, found in (rank.get("figures") or {}).items()
-        if phase in phases
-    )
+    bound = any(_is_bound(ranks, phase) for phase in phases)
     inside = "has no bubbles inside steps" if bound else "takes bubbles inside steps from kernel windows"
     return f"{inside} and is of {seconds}"
 

@@ -26,7 +26,9 @@ def live(*ratios: float | None) -> dict[str, Any]:
 
 def test_what_agrees_within_the_tolerance_is_shown_and_no_more() -> None:
     found = compare(report(0.10), live(0.08, 0.10))
-    assert found["phases"]["decode"] == pytest.approx({"live": 0.09, "capture": 0.10, "difference": -0.01})
+    decode = found["phases"]["decode"]
+    assert decode.pop("live_is_lower_bound") is True  # it does not say that it is none
+    assert decode == pytest.approx({"live": 0.09, "capture": 0.10, "difference": -0.01})
     assert not found["disagree"]
     assert "trusted" not in found
 
@@ -65,6 +67,8 @@ def test_why_says_what_the_live_figure_lacks(bound: bool, words: str) -> None:
     why = compare(report(0.30), live(0.30), own(0.10, bound))["why"]
     assert words in why
     assert why.endswith("is of the same seconds")
+    phases = compare(report(0.30), live(0.30), own(0.10, bound))["phases"]
+    assert phases["decode"]["live_is_lower_bound"] is bound
 
 
 def test_a_capture_that_does_not_trust_itself_is_not_trusted() -> None:
