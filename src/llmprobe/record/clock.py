@@ -39,6 +39,7 @@ class Stamps:
     ns: list[int]  #: Host nanoseconds of each mark; afterwards the step's times. 0 where not marked.
     payload: Any = None
     events: Any = None
+    stream: Any = None  # where they are recorded
     marked = 0  # bit i: mark i was set
     #: The step before this one was lost, or there is none: the gap before it is not known.
     restarted = False
@@ -169,7 +170,7 @@ class HostClock:
 
 
 class CudaClock:
-    """CUDA events on the stream that is current at each mark; only a step's last one is ever queried.
+    """CUDA events on the stream that is current at a step's first mark; only its last one is ever queried.
 
     Device times are chained: each step is placed by ``elapsed_time`` from the end of the one before, which
     keeps the single-precision milliseconds of CUDA exact to half a microsecond. The chain is tied to
@@ -250,7 +251,7 @@ class CudaClock:
     def begin(self, payload: Any) -> Stamps | None:
         """See `StepClock.begin`."""
         try:
-            stamps = self._free.popleft()
+            stamps = self._free.pop()  # used a moment ago: what the driver keeps of its events may be cached
         except IndexError:
             self.dropped += 1
             self._restarted = True
@@ -268,15 +269,18 @@ class CudaClock:
         # A step that began or ended in a capture has no times, whatever lies between.
         if self._in_captures and index in (0, 3) and self._capturing():
             return
-        if self._raw_stream is None:
-            stream = self._cuda.current_stream(self._device)
+        if index:
+            stream = stamps.stream
         else:
-            handle, stream = self._stream
-            current = self._raw_stream(self._index)
-            if current != handle:
+            if self._raw_stream is None:
                 stream = self._cuda.current_stream(self._device)
-                self._stream = (current, stream)
-        if not index:
+            else:
+                handle, stream = self._stream
+                current = self._raw_stream(self._index)
+                if current != handle:
+                    stream = self._cuda.current_stream(self._device)
+                    self._stream = (current, stream)
+            stamps.stream = stream
             stamps.ns[0] = _monotonic_ns()
         self._record(stamps.events[index], stream)
         stamps.marked |= 1 << index

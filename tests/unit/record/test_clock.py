@@ -234,6 +234,28 @@ def test_nothing_is_recorded_or_asked_while_a_graph_is_captured(device: Device) 
     assert clock.dropped == 1
 
 
+def test_all_marks_of_a_step_go_where_its_first_one_went(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps overlap, as of two threads that generate, each on a stream of its own."""
+    recorded: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(Event, "record", lambda self, stream: recorded.append((self, stream)))
+    streams = iter("ab")
+    monkeypatch.setattr(device, "current_stream", lambda _: next(streams))
+    clock = CudaClock()
+    first, second = clock.begin(1), clock.begin(2)
+    assert first is not None
+    assert second is not None
+    clock.mark(first, 0)
+    clock.mark(second, 0)
+    clock.mark(first, 3)
+    clock.mark(second, 3)
+    assert [stream for _, stream in recorded] == ["a", "b", "a", "b"]
+    assert [event for event, _ in recorded] == [
+        first.events[0], second.events[0], first.events[3], second.events[3]
+    ]  # fmt: skip
+
+
 def test_a_host_that_never_steps_in_a_capture_need_not_be_asked_whether_it_does(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
