@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pynvml
 
 from llmprobe.agent.client import LocalAgent
 from llmprobe.demo.server import VllmServer
 from support import flood
+from support.gpm import gpus
 from support.journals import live_journals
 from support.load import Load
 from support.machine import has_gpu
@@ -325,8 +327,5 @@ def _mean(rows: list[tuple[float | None, float]]) -> float | None:
 def _gpu_bytes() -> int | None:
     if not has_gpu():
         return None
-    import pynvml
-
     pynvml.nvmlInit()
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
+    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(gpu).used) for gpu in gpus())

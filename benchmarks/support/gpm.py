@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 import pynvml
@@ -25,7 +26,7 @@ class Counters:
         if not has_gpu():
             return self
         pynvml.nvmlInit()
-        self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self._gpu = gpus()[0]
         self._samples = [pynvml.nvmlGpmSampleAlloc() for _ in range(2)]
         pynvml.nvmlGpmSampleGet(self._gpu, self._samples[0])
         return self
@@ -50,10 +51,24 @@ class Counters:
         pynvml.nvmlShutdown()
 
 
+def gpus() -> list[Any]:
+    """NVML's handles of the GPUs that CUDA shows this process, in its order; NVML shows them all.
+
+    Several servers can so be measured beside each other, each on a GPU of its own. Call after ``nvmlInit``.
+    """
+    found = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    by_uuid = pynvml.nvmlDeviceGetHandleByUUID
+    return [found[int(name)] if name.isdigit() else by_uuid(name) for name in names]
+
+
 def bandwidth() -> float:
     """Nominal bytes per second of the first GPU's memory: bus width x highest clock x 2."""
     pynvml.nvmlInit()
-    gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    gpu = gpus()[0]
     width = pynvml.nvmlDeviceGetMemoryBusWidth(gpu)
     clock = pynvml.nvmlDeviceGetMaxClockInfo(gpu, pynvml.NVML_CLOCK_MEM)
     pynvml.nvmlShutdown()
@@ -63,7 +78,7 @@ def bandwidth() -> float:
 def name() -> str:
     """Of the first GPU, as NVML says it."""
     pynvml.nvmlInit()
-    found = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+    found = pynvml.nvmlDeviceGetName(gpus()[0])
     pynvml.nvmlShutdown()
     return found.decode() if isinstance(found, bytes) else str(found)
 
@@ -71,7 +86,7 @@ def name() -> str:
 def device_memory(pid: int) -> int:
     """Bytes of the first GPU's memory in use, those of ``pid`` alone where NVML knows them."""
     pynvml.nvmlInit()
-    gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    gpu = gpus()[0]
     mine = [item for item in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu) if item.pid == pid]
     used = (
         mine[0].usedGpuMemory if mine and mine[0].usedGpuMemory else pynvml.nvmlDeviceGetMemoryInfo(gpu).used
