@@ -26,7 +26,7 @@ from enum import IntEnum, IntFlag
 import numpy as np
 
 MAGIC = b"LLMPROBE"
-VERSION = 1
+VERSION = 2
 
 HEADER = struct.Struct("<8sIIIII24sI")  # magic, version, size, ring offset, record size, slots, id, CRC
 HEADER_SIZE = 64
