@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_scenarios.py --json runs.jsonl                everything; an hour
     python benchmarks/gpu_scenarios.py --json runs.jsonl --missing --minutes 9
+    CUDA_VISIBLE_DEVICES=1 taskset -c 16-31 python benchmarks/gpu_scenarios.py --server other --steady 61
     python benchmarks/gpu_scenarios.py --server graphs --server eager --seconds 30
     python benchmarks/gpu_scenarios.py --only "odd shapes, prefill" --nsys
     python benchmarks/gpu_scenarios.py --list                           what there is, and how long it takes
@@ -57,7 +58,7 @@ def main() -> int:
         workshop = Workshop(Path(folder), options.rehearse, options.nsys)
         for kind in dict.fromkeys(item.kind for item in chosen):
             series.run(kind, [item for item in chosen if item.kind == kind], workshop)
-    notes = [bars(options.seconds), f"Took {(time.monotonic() - begin) / 60:.0f} min."]
+    notes = [bars(options.seconds, options.steady), f"Took {(time.monotonic() - begin) / 60:.0f} min."]
     if series.skipped:
         notes.append(f"Not run, as {options.minutes:g} min were over: {'; '.join(series.skipped)}.")
     if options.rehearse:
@@ -91,7 +92,7 @@ class _Series:
                 with deadline.starting():
                     served = stack.enter_context(workshop.server(KINDS[kind]))
                     wait_known(served.server.directory)
-                    measuring = Measuring(served, workshop, KINDS[kind], seconds)
+                    measuring = Measuring(served, workshop, KINDS[kind], seconds, self._options.steady)
                     measuring.warm_up([item.load for item in scenarios if item.load])
                 while left:
                     scenario = left[0]
@@ -172,6 +173,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--server", action="append", choices=sorted(KINDS), help="its scenarios; repeatable")
     parser.add_argument("--only", action="append", choices=names, metavar="NAME", help="this one; repeatable")
     parser.add_argument("--seconds", type=float, default=75.0, help="of each scenario [75]")
+    parser.add_argument(
+        "--steady",
+        type=float,
+        metavar="SECONDS",
+        help="end one when its verdict has not changed for so long, before its time is over",
+    )
     parser.add_argument("--minutes", type=float, help="begin nothing that would not be over by then")
     parser.add_argument("--missing", action="store_true", help="leave out what the --json file has")
     parser.add_argument("--nsys", action="store_true", help="servers run under nsys, which decides labels")

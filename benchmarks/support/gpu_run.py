@@ -27,9 +27,9 @@ from support.nsys_truth import read_truth
 from support.outcomes import Outcome
 from support.serving import NAME
 from support.switch import until
-from support.watching import Watching, classes, score
+from support.watching import Trace, Watching, classes, score, unchanged_seconds
 
-_BETWEEN_SECONDS = 1.0
+_BETWEEN_SECONDS, _LOOK_SECONDS = 1.0, 1.0
 _STEADY_AFTER_SECONDS = 5.0
 _WARM_TOKENS = 4
 _WARM_SECONDS = 120.0
@@ -42,11 +42,15 @@ class Measuring:
 
     Args:
         seconds: of each scenario, from its first request on.
+        steady: one ends when its verdict has not changed for so many seconds, if that is earlier.
     """
 
-    def __init__(self, served: Served, workshop: Workshop, kind: Kind, seconds: float) -> None:
+    def __init__(
+        self, served: Served, workshop: Workshop, kind: Kind, seconds: float, steady: float | None = None
+    ) -> None:
         self._served, self._server = served, served.server
-        self._workshop, self._kind, self._seconds = workshop, kind, seconds
+        self._workshop, self._kind = workshop, kind
+        self._seconds, self._steady = seconds, float("inf") if steady is None else steady
         self._before: dict[str, str] = {}
         self._recordings = 0
         self._bandwidth = gpm.bandwidth() if has_gpu() else float("inf")
@@ -106,7 +110,12 @@ class Measuring:
             with Watching(server) as watching:
                 wait(steady)
                 with counters:
-                    wait(seconds - steady)
+                    until_ns = begin_ns + round(seconds * 1e9)
+                    least_ns = begin_ns + round(scenario.least_seconds * 1e9)
+                    while (now := time.monotonic_ns()) < until_ns:
+                        if now >= least_ns and self._is_steady(watching.trace, scenario):
+                            break
+                        wait(min(_LOOK_SECONDS, (until_ns - now) / 1e9))
             traced = self._traced() if load is not None else None
             rows = load.requests() if load is not None else None
         requests, client = scenario.load or Requests(0, 0, 0), Client(0, None, None)
@@ -135,6 +144,9 @@ class Measuring:
         steady_at = 0.0 if goes_on else _steady_at(rows, begin_ns, requests.concurrency)
         scored = score(trace, label, scenario.phase, before, steady_at)
         return Outcome(scenario.name, facts, label, scored, trace)
+
+    def _is_steady(self, trace: Trace, scenario: Scenario) -> bool:
+        return unchanged_seconds(trace, scenario.phase) >= self._steady
 
     def _traced(self) -> Idle | None:
         """What nsys says while the load goes on, after the verdicts were taken down."""

@@ -96,12 +96,14 @@ def line(run: Run) -> str:
     )
 
 
-def bars(seconds: float) -> str:
-    """What a scenario that ran for so long has to hold."""
+def bars(seconds: float, steady: float | None = None) -> str:
+    """What a scenario that ran for so long, or until it was steady for so long, has to hold."""
+    each = f"{seconds:.0f} s that each ran"
+    if steady is not None:
+        each += f", or sooner if a verdict had not changed for {steady:.0f} s"
     return (
-        f"Bars: right within {RIGHT_SECONDS:.0f} s of a steady load, no flip until the end of the "
-        f"{seconds:.0f} s that each ran, no third class, and after {RIGHT_SECONDS:.0f} s none that is wrong "
-        f"above confidence {SURE:g}."
+        f"Bars: right within {RIGHT_SECONDS:.0f} s of a steady load, no flip until the end of the {each}, no "
+        f"third class, and after {RIGHT_SECONDS:.0f} s none that is wrong above confidence {SURE:g}."
     )
 
 

@@ -202,6 +202,16 @@ def score(
     return Score(after, flips, third, wrong, judged, last.headline, tuple(faults), steady)
 
 
+def unchanged_seconds(trace: Trace, phase: str | None) -> float:
+    """For how long the last classes and causes have been said."""
+    said = list(trace.said)  # the looks go on
+    if not said:
+        return 0.0
+    last = _key(said[-1], phase)
+    same = itertools.takewhile(lambda look: _key(look, phase) == last, reversed(said))
+    return said[-1].at - [look.at for look in same][-1]
+
+
 def classes(trace: Trace) -> dict[str, str]:
     """The class of each phase at the end."""
     return (

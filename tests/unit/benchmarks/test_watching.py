@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from support.labels import Label
-from support.watching import Said, Trace, score
+from support.watching import Said, Trace, score, unchanged_seconds
 
 MEMORY = Label(("memory_bound",), "a rule", True)
 HOST = Label(("sync_bound",), "a rule", True, "host_between_steps")
@@ -51,6 +51,13 @@ def test_a_flip_counts_both_ways_and_late_is_a_fault() -> None:
         (10, verdict("memory_bound")),
     )  # fmt: skip
     assert score(looks, MEMORY, "decode", {}).faults == ("right only after 17 s", "2 flips")
+
+
+def test_how_long_a_verdict_has_stood() -> None:
+    looks = trace((16, verdict("memory_bound")), (3, verdict("unknown")), (10, verdict("memory_bound")))
+    assert unchanged_seconds(looks, "decode") == 9.0
+    assert unchanged_seconds(looks, "prefill") == 28.0  # nothing was ever said of it
+    assert unchanged_seconds(Trace(), None) == 0.0
 
 
 def test_a_change_may_show_the_old_class_or_none_and_never_a_third() -> None:
