@@ -33,7 +33,7 @@ _IDLE_NS = 100_000_000
 #: many, and then writes some at a time.
 _UNSEEN_AT_MOST = 128
 _AT_ONCE = 4
-#: On a device's clock a stamp is a CUDA event, which costs the engine some 4 us: where the forward ends and
+#: On a device's clock a stamp is a CUDA event, which costs the engine 7 to 10 us: where the forward ends and
 #: sampling begins is stamped in every fifth step only (no multiple of two: steps may alternate).
 _PARTS_EVERY = 5
 _NO_SAMPLE, _NO_PARTS = int(Flag.NO_SAMPLE), int(Flag.NO_PARTS)
