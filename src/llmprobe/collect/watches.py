@@ -51,11 +51,15 @@ class Watches:
         return watch.signals() if watch is not None else None
 
     def front_end(self, process: Process) -> HostSignals | None:
-        """Likewise of a front end with a process of its own: beside an engine its time is not told apart."""
+        """Likewise of a front end with a process of its own: beside an engine its time is not told apart.
+
+        An engine's core spins while its workers work, in whichever processes these are. A front end that does
+        not say that its process holds none is taken to hold one.
+        """
         watch = self._watches.get(process.path)
         if watch is None or process.role != "frontend" or watch.pid in self._engines:
             return None
-        return watch.signals()
+        return watch.signals() if process.facts.get("engine_core_inside") is False else None
 
     def totals(self, process: Process) -> HostTotals | None:
         """What one process used so far; None while nothing is known."""

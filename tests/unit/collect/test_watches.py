@@ -19,9 +19,12 @@ import sys, time
 from pathlib import Path
 from llmprobe.record.recorder import Recorder, prepare_directory
 prepare_directory(Path(sys.argv[1]))
-recorders = [
-    Recorder.open(Path(sys.argv[1]), role, {"role": role, "started": time.time()}) for role in sys.argv[2:]
-]
+recorders = []
+for argument in sys.argv[2:]:
+    role, _, core = argument.partition("+")  # a front end, and whether its process holds an engine's core
+    inside = {"": False, "core": True, "?": None}[core]
+    facts = {"role": role, "started": time.time(), "engine_core_inside": inside}
+    recorders.append(Recorder.open(Path(sys.argv[1]), role, facts))
 for recorder in recorders:
     print(recorder.writer.path, flush=True)
 sys.stdin.read()
@@ -132,4 +135,21 @@ def test_journals_of_one_process_share_a_watch(start) -> None:  # type: ignore[n
     assert watches.signals(worker) is not None
     assert watches.front_end(both) is None
     for process in (first, second, both, worker):
+        process.close()
+
+
+@pytest.mark.parametrize("told", ["frontend+core", "frontend+?"])
+def test_a_front_end_beside_an_engines_core_is_not_told_apart_though_workers_are_elsewhere(
+    start, told
+) -> None:  # type: ignore[no-untyped-def]
+    """`vllm.LLM` with VLLM_ENABLE_V1_MULTIPROCESSING=0 and two workers: the core spins while these work."""
+    _, front = start(told)
+    _, worker = start("worker")
+    watches = Watches()
+    for _ in range(3):
+        watches.sample([front, worker], time.monotonic_ns())
+        time.sleep(0.3)
+    assert watches.signals(front) is not None
+    assert watches.front_end(front) is None
+    for process in (front, worker):
         process.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import llmprobe
 from llmprobe.hooks.naming import is_serve
+from llmprobe.hooks.vllm import engine_core
 from llmprobe.hooks.vllm.kv_cache import kv_cache
 from llmprobe.hooks.vllm.weights import weights
 from llmprobe.settings import Settings
@@ -41,6 +42,7 @@ def process_facts(settings: Settings, server: str, role: str, config: Any, engin
         "started": time.time(),
         "flags": flags(config),
         "notes": [],
+        **({engine_core.FACT: engine_core.inside()} if role == "frontend" else {}),
     }
 
 
