@@ -263,7 +263,7 @@ class CudaClock:
         return stamps
 
     def mark(self, stamps: Stamps, index: int) -> None:
-        """See `StepClock.mark`. Does nothing while the stream is being captured into a CUDA graph."""
+        """See `StepClock.mark`. If ``in_captures``, nothing while the stream is captured into a graph."""
         if index and not stamps.marked:
             return
         # A step that began or ended in a capture has no times, whatever lies between.
@@ -316,7 +316,11 @@ class CudaClock:
         return not self.elsewhere or len(self._free) < self._few
 
     def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
-        """See `StepClock.harvest`. Empty while another thread harvests, or a CUDA graph is captured."""
+        """See `StepClock.harvest`. Empty while another thread harvests, or a CUDA graph is captured.
+
+        Raises:
+            RuntimeError: the device has an error, or a step's events cannot be read: that step is dropped.
+        """
         if self._capturing() or not self._harvesting.acquire(blocking=False):
             return []
         try:
@@ -327,28 +331,36 @@ class CudaClock:
                 self._give_back(stamps)
             self._harvested = []
             while len(self._harvested) < most and self._flying:
-                whole = self._flying[0].marked & 0b1001 == 0b1001
-                if whole:
-                    try:
-                        if not self._flying[0].events[3].query():
+                stamps = self._flying[0]
+                whole = stamps.marked & 0b1001 == 0b1001
+                try:
+                    if whole:
+                        if not stamps.events[3].query():
                             break
-                    except RuntimeError:  # recorded in a capture after all: it never has a time
-                        whole = False
-                # Taken out first: a step whose times cannot be read must not come up for ever.
-                stamps = self._flying.popleft()
+                        self._place(stamps)
+                except Exception as error:
+                    if _IN_A_CAPTURE not in str(error):
+                        if not self._harvested:
+                            self._drop(self._flying.popleft())  # it must not come up for ever
+                            raise
+                        break  # those that are good first; it comes up again
+                    whole = False
+                self._flying.popleft()
                 if not whole:
-                    self.dropped += 1
-                    self._lost = True
-                    self._give_back(stamps)
+                    self._drop(stamps)
                     continue
                 if self._lost:
                     self._lost = False
                     stamps.restarted = True
-                self._place(stamps)
                 self._harvested.append(stamps)
             return self._harvested
         finally:
             self._harvesting.release()
+
+    def _drop(self, stamps: Stamps) -> None:
+        self.dropped += 1
+        self._lost = True
+        self._give_back(stamps)
 
     def restart(self) -> None:
         """See `StepClock.restart`."""
@@ -376,10 +388,9 @@ class CudaClock:
         if start + span > seen:
             start = max(seen - span, recorded)
         marked = stamps.marked
-        stamps.ns[0] = start
-        stamps.ns[1] = start + _ns(e0.elapsed_time(e1)) if marked & 2 else 0
-        stamps.ns[2] = start + _ns(e0.elapsed_time(e2)) if marked & 4 else 0
-        stamps.ns[3] = start + span
+        forward = start + _ns(e0.elapsed_time(e1)) if marked & 2 else 0
+        sample = start + _ns(e0.elapsed_time(e2)) if marked & 4 else 0
+        stamps.ns = [start, forward, sample, start + span]
         # On the same stream it is done with the step. Elsewhere it may not be, and asking would raise.
         encodes = iter(stamps.encodes)
         stamps.encode_ns = sum(
@@ -392,6 +403,8 @@ class CudaClock:
         stamps.events[3], self._last_event = self._last_event, e3
 
 
+#: What CUDA says of an event that was recorded in a capture (``cudaErrorCapturedEvent``); it has no time.
+_IN_A_CAPTURE = "last recorded in a capturing stream"
 #: ``CU_STREAM_CAPTURE_MODE_THREAD_LOCAL``: calls of this thread do not break captures of others.
 _THREAD_LOCAL = 1
 

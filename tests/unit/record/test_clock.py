@@ -284,6 +284,46 @@ def test_a_step_recorded_in_a_capture_all_the_same_is_dropped_and_the_next_one_c
     assert clock.dropped == 1
 
 
+def test_a_part_of_a_step_recorded_in_a_capture_drops_the_step(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = CudaClock(in_captures=False)
+    submit(clock, device, 0)
+
+    def elapsed_time(other: Event) -> float:
+        raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+    monkeypatch.setattr(clock._flying[0].events[0], "elapsed_time", elapsed_time)
+    submit(clock, device, 1)
+    device.host_ns += 10_000
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(1, True)]
+    assert clock.dropped == 1
+
+
+@pytest.mark.parametrize("asked", ["query", "elapsed_time"])
+def test_an_error_of_the_device_is_heard_of_and_no_step_is_lost_uncounted(
+    device: Device, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    clock = CudaClock(pool_size=3, in_captures=False)
+    for payload in range(3):
+        submit(clock, device, payload)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    failing = clock._flying[1].events[3 if asked == "query" else 0]
+    with monkeypatch.context() as broken:
+        broken.setattr(failing, asked, fails)
+        device.host_ns += 10_000
+        assert [stamps.payload for stamps in clock.harvest()] == [0]
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            clock.harvest()
+    assert clock.dropped == 1
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(2, True)]
+    assert clock.harvest() == []
+    assert len(clock._free) == 3
+
+
 def test_stamps_of_dropped_steps_are_used_again(device: Device) -> None:
     clock = CudaClock(pool_size=2)
     for _ in range(5):
