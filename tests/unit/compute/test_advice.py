@@ -266,8 +266,8 @@ def test_a_queue_below_the_limit_is_not_blamed_on_it() -> None:
 
 
 def test_a_front_end_is_helped_by_what_its_server_has() -> None:
-    def found(waited: float = 0.0, **flags: Any) -> list[str]:
-        under = load(front_end=thread(0.99 - waited, waited))
+    def found(waited: float | None = 0.0, **flags: Any) -> list[str]:
+        under = load(front_end=thread(0.99 - (waited or 0.0), waited))
         pressed = worst(pressures(under, Thresholds()))["front_end"]
         return [
             item.change or item.finding.rpartition(".")[2]
@@ -282,6 +282,13 @@ def test_a_front_end_is_helped_by_what_its_server_has() -> None:
     assert found(api_server_count=4, stream_interval=10) == ["--api-server-count 8 (now: 4)", "work"]
     assert found(stream_interval=1) == ["work"], "a program that uses vllm.LLM has no servers, and no streams"
     assert found(0.3) == ["crowded", "work"]
+    # More processes would wait for the same cores.
+    assert found(0.3, api_server_count=1, stream_interval=1) == [
+        "crowded",
+        "--stream-interval 10 (now: 1)",
+        "work",
+    ]
+    assert found(None, api_server_count=1) == ["--api-server-count 2 (now: 1)", "work"], "no schedstat"
 
 
 def test_a_setting_that_another_fact_tells_is_shown_by_it() -> None:

@@ -79,7 +79,7 @@ def advise_pressure(pressure: Pressure, load: EngineLoad, target: Target) -> tup
         "@waiting": load.waiting,
         "@kv_usage": load.kv_usage,
         "@running_ratio": _of_limit(load.running, target.flags),
-        "@front_end_wait": load.front_end.run_queue_ratio if load.front_end else None,
+        "@front_end_wait": (load.front_end.run_queue_ratio or 0.0) if load.front_end else None,
     }
     found = (_advice(entry, target, None, None) for entry in _applying("pressure", pressure.kind, facts))
     return tuple(item for item in found if item is not None)[:MOST]

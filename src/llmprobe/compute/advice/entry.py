@@ -16,7 +16,7 @@ class When:
     ``@framework`` · ``@clock`` · ``@phase`` · ``@operator`` · ``@healthy`` · ``@sign.NAME``
     (`llmprobe.compute.signs.SIGNS`) · ``@batch`` (sequences that decode in a step) · ``@batch_ratio`` and, of
     pressure, ``@running_ratio`` (how many decode, or run, of ``max_num_seqs``), ``@front_end_wait`` (share of
-    the time that the front end's thread waited for a core). A fact that is not known
+    the time that the front end's thread is known to have waited for a core). A fact that is not known
     fulfils ``is_not`` and ``absent`` alone.
     ``above_fact`` compares with the fact that ``value`` names.
     """

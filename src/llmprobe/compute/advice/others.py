@@ -6,6 +6,8 @@ from llmprobe.compute.advice.entry import CAPTURE, GPU, STATUS, VLLM, Change, En
 
 _THREADS = "top -H -b -n 1 | head -n 20"
 _UNKNOWN = "unknown"
+_CROWDED = When("@front_end_wait", "above", 0.1)
+_NOT_CROWDED = When("@front_end_wait", "at_most", 0.1)
 
 NOT_JUDGED = (
     Entry(
@@ -187,21 +189,21 @@ PRESSURE = (
         "pressure.front_end.crowded",
         "pressure",
         "front_end",
-        "The front end waits for a core: others use those that it may run on.",
+        "The front end waits for a core: others use those that it may run on, or a CPU quota stops it.",
         "Cores given to the front end are missing elsewhere.",
         _THREADS,
         "",
-        (When("@front_end_wait", "above", 0.1),),
+        (_CROWDED,),
     ),
     Entry(
         "pressure.front_end.servers",
         "pressure",
         "front_end",
-        "One process reads requests and sends the tokens of all of them: several share that work.",
+        "Each process of the front end reads requests and sends their tokens: more of them share that work.",
         "A core and some memory for each more; processors of multimodal inputs cache in each of them.",
         _THREADS,
         "",
-        (VLLM, When("api_server_count", "known")),
+        (VLLM, When("api_server_count", "known"), _NOT_CROWDED),  # else they wait for cores too
         Change("api_server_count", "x2"),
     ),
     Entry(
