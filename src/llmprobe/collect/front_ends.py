@@ -111,7 +111,8 @@ class FrontEnds:
             known = FrontTotals.of(all_of, self._left.get((key, engine)))
             began = min(float(front.facts.get("started", 0.0)) for front in all_of)
             # Every front end hears of the whole engine's load; the one that heard last knows best.
-            load = max((front.load for front in of if front.load), key=lambda seen: seen.time, default=None)
+            told = (front.load for front in of if front.load and front.load.armed and not front.load.inert)
+            load = max(told, key=lambda seen: seen.time, default=None)  # none while nobody tells
             just_began = 0 <= time.time() - began < _JUST_BEGAN_SECONDS
             recent = self._recent.setdefault((key, engine), Recent())
             recent.update(now, known.counters, known.latency, just_began, load.waiting if load else 0)

@@ -284,6 +284,28 @@ def test_the_queue_is_that_of_requests_that_had_their_first_token(
     assert engine.recent_latency["request_queue"]["mean"] == pytest.approx(50)
 
 
+def test_while_the_probe_is_off_nobody_knows_what_waits_and_nothing_starves(
+    tmp_path: Path, clock: Clock, server: Server
+) -> None:
+    found = collector(tmp_path, clock, server)
+    front = server.fronts[0]
+    front.load(kv_usage=0.5, running=16, waiting=3, unfinished=19)
+
+    def look() -> Any:
+        clock.now += 20 * SECOND
+        found.tick()
+        (view,) = found.views()
+        return view.engines[0]
+
+    look()
+    assert (look().requests_waiting, look().starved_seconds) == (3, 40)
+    front.status(armed=False, inert=False)
+    off = look()
+    assert (off.requests_running, off.requests_waiting, off.kv_usage, off.starved_seconds) == (None,) * 4
+    front.status(armed=True, inert=False)
+    assert (look().requests_waiting, look().starved_seconds) == (3, 20)
+
+
 def test_requests_starve_while_they_wait_and_none_has_a_first_token() -> None:
     recent, counts = Recent(), np.zeros(layout.BUCKETS, np.uint64)
 

@@ -68,6 +68,13 @@ class Engine:
             self.clock.after(0.25)
             self.front.look(active)
 
+    def load(self) -> tuple[int, int]:
+        """Requests that run and wait, by the journal."""
+        self.recorder.publish()
+        load = self._reader.load()
+        assert load is not None
+        return load.running, load.waiting
+
     def told(self) -> list[tuple[int, int]]:
         """(time, whether anything is pending) of every record so far."""
         self._told += [(int(row["time"]), int(row["unfinished"] > 0)) for row in self._reader.read().pending]
@@ -132,6 +139,19 @@ def test_requests_that_end_while_the_probe_is_off_are_not_pending_afterwards(
     assert engine.told()[-1][0] - off <= 0.25 * SECOND
     engine.arrive("b")
     assert engine.pending()
+
+
+def test_what_waited_when_the_probe_went_off_does_not_wait_for_ever(engine: Engine) -> None:
+    """Else an idle engine has requests until the next one comes, and they starve."""
+    engine.say(16, 3)
+    engine.look()
+    assert engine.load() == (16, 3)
+    engine.look(active=False)
+    engine.look()
+    assert engine.load() == (0, 0)
+    engine.say(1, 2)
+    engine.look(3)
+    assert engine.load() == (1, 2)
 
 
 def test_requests_that_came_while_the_probe_was_off_are_pending_once_it_is_on(

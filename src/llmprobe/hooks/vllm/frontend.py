@@ -38,6 +38,7 @@ class FrontEnd:
         self._probe = probe
         self._first_tokens = FirstTokens()
         self._plain = PlainIterations()
+        self._heard = True  # as of the last `look`
         self._unfinished = Unfinished(told=told, settled=self._settled, clock=lambda: _now())
         self._engines = self._unfinished.engines
         for engine in engines:
@@ -104,6 +105,13 @@ class FrontEnd:
         """
         self._plain.write()
         self._unfinished.look(active)
+        if active is self._heard:
+            return
+        self._heard = active
+        if not active:  # what comes and goes from here on nobody tells: an idle engine would for ever have it
+            for engine in self._engines.values():
+                if engine.recorder is not None:
+                    engine.recorder.load(0, 0)
 
     def record(self, scheduler: Any, iteration: Any, engine: int) -> None:
         """vLLM's statistics of one engine iteration; either may be None."""
