@@ -89,9 +89,11 @@ def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, Eng
         # It can pass on 1 / value times the tokens that it does. Where the device without its waste would
         # make more than that, users gain nothing from the device alone.
         return pressure.value >= 1 - wasted
-    if load.waited_seconds is None or not load.request_seconds:
+    waited = load.waited_seconds
+    # For how long nobody had a first token does not say how long those queued that had one.
+    if load.queue_seconds is None or waited is None or not load.request_seconds:
         return True
-    return load.waited_seconds >= wasted * max(load.request_seconds - load.waited_seconds, 0.0)
+    return waited >= wasted * max(load.request_seconds - waited, 0.0)
 
 
 def wasted_share(busy: list[Verdict]) -> float | None:

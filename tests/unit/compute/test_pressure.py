@@ -163,6 +163,15 @@ def test_high_pressure_leads_where_no_floor_is_known() -> None:
     assert text.startswith("SLOW: queueing is 67% of TTFT, 0.10 s.")
 
 
+def test_a_full_cache_leads_where_nobody_tells_how_long_requests_queue() -> None:
+    """As of a vLLM that does not say it with the first token, a moment after a request began to wait."""
+    full = load(kv_usage=0.98, waiting=5, queue_seconds=None, starved_seconds=1.0, request_seconds=60.0)
+    slow = verdict("sync_bound", headroom_seconds=0.005, steps_per_second=100.0, share_ratio=1.0)
+    assert said(full, slow).startswith("SLOW: KV cache 98% full with 5 requests waiting.")
+    told = dataclasses.replace(full, queue_seconds=0.1)
+    assert said(told, slow).startswith("Decode sync-bound")
+
+
 def test_slight_pressure_does_not_lead() -> None:
     assert not said(load(queue_seconds=0.3, first_token_seconds=1.0), BUSY).startswith("SLOW")
 
