@@ -129,6 +129,21 @@ def test_parallel_requests_are_all_counted(server: VllmServer, steps: Steps) -> 
     assert found["sampled"].sum() == 12 * 12
 
 
+def test_how_long_outputs_wait_in_the_front_end_is_told(server: VllmServer) -> None:
+    front = next(iter(readers(server.directory, "frontend")))
+
+    def known() -> tuple[int, int]:
+        return int(front.histogram("output_lag").sum()), front.counters()["sum_ns_output_lag"]
+
+    before = known()
+    asked = time.monotonic_ns()
+    complete(server, tokens(32, 20), 8)
+    took = time.monotonic_ns() - asked
+    until(lambda: known()[0] >= before[0] + 8, "what each of eight iterations waited")
+    count, lag = (now - then for now, then in zip(known(), before, strict=True))
+    assert 0 < lag < count * took  # each is a part of the request
+
+
 def test_a_first_token_counts_once_and_before_its_client_has_it(server: VllmServer) -> None:
     front = next(iter(readers(server.directory, "frontend")))
 

@@ -21,7 +21,10 @@ LATENCIES = (
     "inter_token_latency",
     "request_duration",
     "request_queue",
+    "output_lag",
 )
+#: What only vLLM's front ends have.
+_OF_FRONT_ENDS = ("output_lag",)
 _JUST_BEGAN_SECONDS = 5.0
 
 
@@ -51,9 +54,10 @@ class FrontTotals:
     @classmethod
     def restore(cls, saved: dict[str, Any]) -> FrontTotals:
         """From `save`."""
+        nothing = [np.zeros(layout.BUCKETS, dtype=np.uint64), 0.0]
         latency = {
             name: HistogramView(np.array(counts, dtype=np.uint64), total)
-            for name, (counts, total) in saved["latency"].items()
+            for name, (counts, total) in {**dict.fromkeys(LATENCIES, nothing), **saved["latency"]}.items()
         }
         return cls({**dict.fromkeys(layout.COUNTERS, 0), **saved["counters"]}, latency)
 
@@ -156,7 +160,9 @@ def _view(
         preemptions=totals["preemptions"],
         requests=totals["requests"],
         requests_aborted=totals["requests_aborted"],
-        latency=known.latency,
+        latency={
+            name: seen for name, seen in known.latency.items() if frontend or name not in _OF_FRONT_ENDS
+        },
         recent_latency=recent.latency,
         recent_counts=recent.counts,
         first_tokens_queued=totals["first_tokens_queued"],

@@ -269,6 +269,7 @@ def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> En
         max_num_seqs=limit,
         starved_seconds=engine.starved_seconds,
         front_end=front.fullest if front is not None and settled else None,
+        output_lag_seconds=mean("output_lag"),
     )
 
 

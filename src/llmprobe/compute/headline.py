@@ -85,6 +85,9 @@ def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, Eng
     wasted = wasted_share(busy)
     if pressure.kind == "preemption" or load is None or wasted is None:
         return True
+    if pressure.kind == "front_end" and load.output_lag_seconds is not None:
+        lag = load.output_lag_seconds
+        return not load.request_seconds or lag >= wasted * max(load.request_seconds - lag, 0.0)
     if pressure.kind == "front_end":
         # It can pass on 1 / value times the tokens that it does. Where the device without its waste would
         # make more than that, users gain nothing from the device alone.

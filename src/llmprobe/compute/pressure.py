@@ -28,6 +28,7 @@ class EngineLoad:
         max_num_seqs: the scheduler's limit.
         starved_seconds: for how long requests have been waiting while none had its first token.
         front_end: the thread of its front ends that has least time left.
+        output_lag_seconds: mean time that outputs waited in a front end in the window, detokenizing included.
     """
 
     engine: int
@@ -43,6 +44,7 @@ class EngineLoad:
     max_num_seqs: int | None
     starved_seconds: float | None = None
     front_end: ThreadLoad | None = None
+    output_lag_seconds: float | None = None
 
     @property
     def waited_seconds(self) -> float | None:
@@ -162,15 +164,25 @@ def _seqs(load: EngineLoad) -> Pressure | None:
 
 
 def _front_end(load: EngineLoad, limits: Thresholds) -> Pressure | None:
-    thread = load.front_end
-    if thread is None or load.running is None or load.waiting is None:
+    """By how late tokens are; else, and where nobody says that, by the thread that has least time left."""
+    thread, lag = load.front_end, load.output_lag_seconds
+    if load.running is None or load.waiting is None:
+        return None
+    if lag is not None and lag >= limits.output_lag_seconds and load.requests_now > 0:
+        text = f"tokens wait {_seconds(lag)} in the front end"
+        if thread is not None:
+            text += f", whose thread {thread.name} used {thread.cpu_ratio:.0%} of a core"
+        return Pressure("front_end", load.engine, True, True, lag, limits.output_lag_seconds, text)
+    if thread is None:
         return None
     waited = thread.run_queue_ratio or 0.0
     text = f"the front end's thread {thread.name} used {thread.cpu_ratio:.0%} of a core"
     if waited >= _TELLING_WAIT_RATIO:
         text += f" and waited for one {waited:.0%} of the time"
     active = thread.taken_ratio >= limits.front_end_busy_ratio and load.requests_now > 0
-    if active:
+    if lag is not None:
+        text += f": tokens wait {_seconds(lag)} in it"
+    elif active:
         text += ": tokens may reach clients late"
-    limit = limits.front_end_busy_ratio
-    return Pressure("front_end", load.engine, active, active, thread.taken_ratio, limit, text)
+    high, limit = active and lag is None, limits.front_end_busy_ratio
+    return Pressure("front_end", load.engine, active, high, thread.taken_ratio, limit, text)

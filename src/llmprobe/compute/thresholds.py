@@ -156,6 +156,13 @@ class Thresholds:
         "one thread of a front end runs, or waits for a core, for this share of the time, with requests",
         _DESIGN,
     )
+    output_lag_seconds: float = _at(
+        0.1,
+        0.001,
+        3600,
+        "mean time from the engine core's having outputs until the front end has handed them on",
+        _DESIGN,
+    )
     throttled_ratio: float = _at(
         0.05, 0, 1, "share of time that the container's CPU quota stopped it", _DESIGN
     )

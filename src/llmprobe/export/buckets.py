@@ -22,5 +22,7 @@ def _decades(series: tuple[float, ...], first: float, last: float) -> tuple[floa
 TOKEN_SECONDS = _decades(_TEN, 0.001, 0.25) + _decades(_THREE, 0.5, 50)
 #: Time to first token.
 FIRST_TOKEN_SECONDS = _decades(_THREE, 0.001, 0.005) + _decades(_TEN, 0.01, 10) + _decades(_THREE, 20, 1000)
+#: What outputs wait in a front end: next to nothing, or too long.
+LAG_SECONDS = _decades((1.0, 3.0), 0.001, 10)
 #: Whole requests and their time in the queue.
 REQUEST_SECONDS = _decades(_FIVE, 0.001, 1000)

@@ -27,6 +27,7 @@ _LATENCIES = {
     "inter_token_latency": "inter_token_seconds",
     "request_duration": "duration_seconds",
     "request_queue": "queue_seconds",
+    "output_lag": "output_lag_seconds",
 }
 _GAPS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
 

@@ -23,6 +23,7 @@ _TPOT = layout.HISTOGRAM_INDEX["time_per_output_token"]
 _ITL = layout.HISTOGRAM_INDEX["inter_token_latency"]
 _DURATION = layout.HISTOGRAM_INDEX["request_duration"]
 _QUEUE = layout.HISTOGRAM_INDEX["request_queue"]
+_LAG = layout.HISTOGRAM_INDEX["output_lag"]
 _STEP_PROMPT = _INDEX["step_prompt_tokens"]
 _STEP_DECODE = _INDEX["step_decode_tokens"]
 _OWN_STEP = _INDEX["own_ns_step"]
@@ -38,6 +39,7 @@ _SUM_TPOT = _INDEX["sum_ns_time_per_output_token"]
 _SUM_ITL = _INDEX["sum_ns_inter_token_latency"]
 _SUM_DURATION = _INDEX["sum_ns_request_duration"]
 _SUM_QUEUE = _INDEX["sum_ns_request_queue"]
+_SUM_LAG = _INDEX["sum_ns_output_lag"]
 _FIRST_QUEUED = _INDEX["first_tokens_queued"]
 _SUM_FIRST_QUEUE = _INDEX["sum_ns_first_token_queue"]
 # Plain integers: enum members cost a microsecond a step.
@@ -143,6 +145,13 @@ class JournalEvents:
             self.tokens_due = True
         else:
             self.flush_requests()
+
+    def output_lags(self, lags_ns: tuple[int, ...]) -> None:
+        """The front end was done with outputs of the engine; as `Recorder.output_lags`."""
+        for lag in lags_ns:
+            self._writer.observe(_LAG, lag)
+        self._writer.counters[_SUM_LAG] += sum(lags_ns)
+        self.tokens_due = True
 
     def flush_requests(self) -> None:
         """Let readers see the totals of requests and tokens."""

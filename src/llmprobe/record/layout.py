@@ -192,6 +192,7 @@ REQUEST_COUNTERS = (
     "sum_ns_inter_token_latency",
     "sum_ns_request_duration",
     "sum_ns_request_queue",
+    "sum_ns_output_lag",
     # Of requests when they have their first token: how many told how long they were queued, and the sum.
     "first_tokens_queued",
     "sum_ns_first_token_queue",
@@ -206,6 +207,7 @@ HISTOGRAMS = (
     "inter_token_latency",
     "request_duration",
     "request_queue",
+    "output_lag",  # of each iteration's outputs: engine core to front end, see `Recorder.output_lags`
     *(f"step_{phase}" for phase in PHASES[:3]),
 )
 HISTOGRAM_INDEX = {name: index for index, name in enumerate(HISTOGRAMS)}

@@ -285,6 +285,14 @@ class Recorder:
             ),
         )
 
+    def output_lags(self, lags_ns: tuple[int, ...]) -> None:
+        """How long after the engine core had made them outputs were ready for their streams, in nanoseconds.
+
+        One an iteration of the engine: what its tokens waited in the front end, detokenizing included.
+        Published with the next `publish`.
+        """
+        self._submit(self._events.output_lags, (lags_ns,))
+
     def request(
         self,
         time_ns: int,

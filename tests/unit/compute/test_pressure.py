@@ -74,6 +74,11 @@ def test_an_unhurried_engine_is_under_no_pressure() -> None:
         ({"front_end": thread(0.3, 0.2)}, set()),
         ({"front_end": thread(1.0), "running": 0}, set()),  # nobody waits for a token
         ({"front_end": thread(1.0), "running": 0, "waiting": 1}, {"front_end"}),
+        ({"output_lag_seconds": 0.09}, set()),
+        ({"output_lag_seconds": 0.11}, {"front_end"}),
+        ({"output_lag_seconds": 0.11, "front_end": None}, {"front_end"}),
+        ({"output_lag_seconds": 0.11, "running": 0}, set()),
+        ({"output_lag_seconds": 0.01, "front_end": thread(0.96)}, {"front_end"}),
     ],
 )
 def test_each_kind_has_its_threshold(changes: dict[str, Any], kinds: set[str]) -> None:
@@ -223,6 +228,32 @@ def test_a_full_front_end_leads_where_it_caps_what_the_device_could_give(
     slow = verdict("sync_bound", headroom_seconds=seconds, steps_per_second=100.0, share_ratio=1.0)
     text = said(load(front_end=thread(0.99)), slow)
     assert text.startswith(BEHIND if leads else "Decode sync-bound")
+
+
+def test_how_late_tokens_are_is_what_counts_where_it_is_known() -> None:
+    """A thread without time left that hands tokens on at once costs nobody anything yet."""
+    in_time = load(front_end=thread(0.99), output_lag_seconds=0.004)
+    (found,) = (item for item in pressures(in_time, LIMITS) if item.kind == "front_end")
+    assert (found.active, found.high, found.value) == (True, False, 0.99)
+    assert found.text == "the front end's thread vllm used 99% of a core: tokens wait 4 ms in it"
+    assert said(in_time, IDLE).startswith("CAN'T TELL")
+    late = load(front_end=thread(0.99), output_lag_seconds=1.25)
+    (found,) = (item for item in pressures(late, LIMITS) if item.kind == "front_end")
+    assert (found.high, found.value, found.threshold) == (True, 1.25, LIMITS.output_lag_seconds)
+    assert said(late, IDLE) == (
+        "SLOW: tokens wait 1.2 s in the front end, whose thread vllm used 99% of a core."
+    )
+    unseen = load(front_end=None, output_lag_seconds=0.3)
+    assert said(unseen, IDLE) == "SLOW: tokens wait 0.30 s in the front end."
+
+
+@pytest.mark.parametrize(("lag", "leads"), [(0.2, False), (0.7, True), (1.9, True)])
+def test_late_tokens_lead_where_they_cost_a_request_more_than_the_device_s_waste(
+    lag: float, leads: bool
+) -> None:
+    """Of a request of 2 s the device wastes 30 % of what the lag leaves."""
+    slow = verdict("sync_bound", headroom_seconds=0.003, steps_per_second=100.0, share_ratio=1.0)
+    assert said(load(output_lag_seconds=lag), slow).startswith("SLOW: tokens wait") is leads
 
 
 def test_waiting_for_a_core_is_said() -> None:

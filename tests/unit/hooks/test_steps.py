@@ -36,7 +36,7 @@ class Rig:
 
     def __init__(self, directory: Path) -> None:
         self.probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(directory)}))
-        recorder = self.probe.arm("worker", dict, size=1 << 20)
+        recorder = self.probe.arm("worker", dict, size=5 << 18)
         assert recorder is not None
         self.recorder = recorder
         self.steps = WorkerSteps(self.probe)

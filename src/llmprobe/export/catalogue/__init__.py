@@ -23,5 +23,6 @@ LATENCIES = {
         "inter_token_latency",
         "request_duration",
         "request_queue",
+        "output_lag",
     )
 }

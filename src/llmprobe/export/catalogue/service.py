@@ -89,6 +89,16 @@ SECTIONS = (
                 "From a request's arrival at vLLM until it was first scheduled.",
                 buckets.REQUEST_SECONDS,
             ),
+            Family(
+                "llmprobe_output_lag_seconds",
+                "histogram",
+                "seconds",
+                ENGINE,
+                ("measured",),
+                "From when the engine core had made an iteration's outputs until the front end had "
+                "detokenized them and handed them to their streams. Empty for engines on other machines.",
+                buckets.LAG_SECONDS,
+            ),
         ),
     ),
     Section(

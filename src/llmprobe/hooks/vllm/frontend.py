@@ -18,13 +18,14 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import facts
 from llmprobe.hooks.vllm.arrival import FirstToken, FirstTokens
 from llmprobe.hooks.vllm.iterations import PlainIterations, add_gaps, token_gaps
+from llmprobe.hooks.vllm.output_lag import OutputLags
 from llmprobe.hooks.vllm.unfinished import Engine, Unfinished, engine_index
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
 
 _now = time.monotonic_ns
-_JOURNAL_BYTES = 1024 * 1024  # one a front end and engine: histograms and about 1700 requests
+_JOURNAL_BYTES = 1152 * 1024  # one a front end and engine: histograms and about 1700 requests
 
 
 class FrontEnd:
@@ -39,6 +40,7 @@ class FrontEnd:
         self._first_tokens = FirstTokens()
         self._plain = PlainIterations()
         self._heard = True  # as of the last `look`
+        self._lags = OutputLags()
         self._unfinished = Unfinished(told=told, settled=self._settled, clock=lambda: _now())
         self._engines = self._unfinished.engines
         for engine in engines:
@@ -74,8 +76,10 @@ class FrontEnd:
         """vLLM's client has chosen the engine that a request goes to."""
         self._unfinished.sent(client, request.request_id, engine_index(identity))
 
-    def outputs(self, processor: Any, outputs: Any) -> None:
-        """Outputs of the engine were detokenized and handed to their streams."""
+    def outputs(self, processor: Any, outputs: Any, made_seconds: float | None = None) -> None:
+        """Outputs that the engine made at that time were detokenized and handed to their streams."""
+        if outputs:
+            self._lags.handed(made_seconds or 0.0)
         self._first_tokens.outputs(outputs)
         self._unfinished.outputs(processor, outputs)
 
@@ -104,6 +108,7 @@ class FrontEnd:
             active: whether the hooks are at work.
         """
         self._plain.write()
+        self._lags.write()
         self._unfinished.look(active)
         if active is self._heard:
             return
@@ -119,6 +124,7 @@ class FrontEnd:
         first_tokens = self._first_tokens.take()
         of = self._engines.get(engine)
         recorder = of.recorder if of is not None else None
+        self._lags.note(recorder)
         if of is None or recorder is None:
             return
         if scheduler is not None:
@@ -302,17 +308,18 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
 
         return add_request
 
-    def outputs(processor: Any, those: Any) -> None:
+    def outputs(processor: Any, those: Any, made_seconds: Any) -> None:
         front_end = _the_front_end(probe)
         if front_end is not None:
-            front_end.outputs(processor, those)
+            front_end.outputs(processor, those, made_seconds)
 
     def make_process(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def process_outputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
             if patch.active and probe.active:
                 those = args[0] if args else kwargs.get("engine_core_outputs")
-                guard.call("vllm.process_outputs", outputs, self, those)
+                made = args[1] if len(args) > 1 else kwargs.get("engine_core_timestamp")
+                guard.call("vllm.process_outputs", outputs, self, those, made)
             return result
 
         return process_outputs
