@@ -115,11 +115,13 @@ class FrontEnds:
             known = FrontTotals.of(all_of, self._left.get((key, engine)))
             began = min(float(front.facts.get("started", 0.0)) for front in all_of)
             # Every front end hears of the whole engine's load; the one that heard last knows best.
-            told = (front.load for front in of if front.load and front.load.armed and not front.load.inert)
+            told = [front.load for front in of if front.load and front.load.armed and not front.load.inert]
             load = max(told, key=lambda seen: seen.time, default=None)  # none while nobody tells
+            # Whoever had a token waits for something else: room to go on, more of the client's input.
+            starving = min(load.waiting, sum(seen.tokenless for seen in told)) if load else 0
             just_began = 0 <= time.time() - began < _JUST_BEGAN_SECONDS
             recent = self._recent.setdefault((key, engine), Recent())
-            recent.update(now, known.counters, known.latency, just_began, load.waiting if load else 0)
+            recent.update(now, known.counters, known.latency, just_began, starving)
             usage = load.kv_usage if load is not None and load.kv_usage == load.kv_usage else None
             used = None
             if usage is not None and engine in capacity:

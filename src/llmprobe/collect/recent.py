@@ -25,7 +25,8 @@ class Recent:
         latency: name → p50, p99, mean (seconds) and count.
         counts: by `COUNTS`, and ``seconds``: how long the time is that they are of.
         queue_seconds: how long requests were queued that had their first token, mean; None if none told.
-        starved_seconds: for how long requests have been waiting at each look, and none had its first token.
+        starved_seconds: for how long requests that had no token yet have been waiting at each look, and none
+            had its first one.
     """
 
     def __init__(self, window_ns: int = 30 * 10**9) -> None:
@@ -46,7 +47,7 @@ class Recent:
         began_now: bool = False,
         waiting: int = 0,
     ) -> None:
-        """Take in the totals as they are now, and how many requests are ``waiting``.
+        """Take in the totals as they are now, and how many requests are ``waiting`` that had no token yet.
 
         The first totals are the past of a process found late, and not recent, unless it ``began_now``.
         """

@@ -171,7 +171,7 @@ class EngineView:
     first_tokens_queued: int = 0
     first_token_queue_seconds: float = 0.0
     recent_queue_seconds: float | None = None
-    #: For how long requests have been waiting while none had its first token; 0 while none waits.
+    #: For how long requests without a token have been waiting while none had its first; 0 while none waits.
     starved_seconds: float | None = None
     #: Of the front end's process that has least time left; None where nobody watches one of its own.
     front_end: HostSignals | None = None

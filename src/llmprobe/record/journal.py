@@ -159,10 +159,13 @@ class JournalWriter:
         unfinished: int,
         armed: bool,
         inert: bool,
+        tokenless: int = 0,
     ) -> None:
         """Publish the load as it is now; ``kv_usage`` is NaN where it is not known."""
         self._loads += 1
-        payload = layout.LOAD.pack(self._loads, time_ns, running, waiting, kv_usage, unfinished, armed, inert)
+        payload = layout.LOAD.pack(
+            self._loads, time_ns, running, waiting, kv_usage, unfinished, armed, inert, tokenless
+        )
         sealed = payload + _CRC.pack(_crc32(payload))
         os.pwrite(self._fd, sealed + sealed, layout.LOAD_OFFSET)
 

@@ -40,6 +40,7 @@ class Load(NamedTuple):
     unfinished: int
     armed: int
     inert: int
+    tokenless: int
 
 
 class Progress(NamedTuple):

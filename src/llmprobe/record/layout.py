@@ -223,9 +223,13 @@ CELL_PAIR = 2 * CELL.size
 _POSITION_VALUE = struct.Struct("<QQ")
 
 PROGRESS = struct.Struct("<QqQII")  # step begun last, when, step ended last, phase, tokens
-#: update number, time, running, waiting, KV use (ratio of capacity), unfinished, armed, inert
-LOAD = struct.Struct("<QqIIdIII4x")
-LOAD_FIELDS = ("update", "time", "running", "waiting", "kv_usage", "unfinished", "armed", "inert")
+#: update number, time, running, waiting, KV use (ratio of capacity), unfinished, armed, inert, and requests of
+#: this front end, at any of its engines, that had no token yet
+LOAD = struct.Struct("<QqIIdIIII")
+LOAD_FIELDS = (
+    *("update", "time", "running", "waiting", "kv_usage", "unfinished", "armed", "inert"),
+    "tokenless",
+)
 #: Totals of steps follow the ring by a moment: first the ``seq`` up to which (exclusive) they count.
 STEP_TOTALS = struct.Struct(f"<Q{len(STEP_COUNTERS)}Q")
 REQUEST_TOTALS = struct.Struct(f"<Q{len(REQUEST_COUNTERS)}Q")  # update number, totals

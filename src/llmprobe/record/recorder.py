@@ -48,6 +48,7 @@ class Recorder:
         self._published = (0, 0, 0)
         #: When, then what `load` was told.
         self._load: tuple[int, int, int, float, int] = (0, 0, 0, float("nan"), 0)
+        self._tokenless = 0
         self._load_due = False
         self._load_written_ns = 0
         self._status = (True, False)
@@ -240,6 +241,15 @@ class Recorder:
             self._load_written_ns = now
             self._submit(self._write_load, ())
 
+    def tokenless(self, requests: int) -> None:
+        """So many requests of this front end, at whichever engine, had no token yet. With the next `publish`.
+
+        Not a part of `load`: an engine tells that to one of its front ends, and each knows its own requests.
+        """
+        if requests != self._tokenless:
+            self._tokenless = requests
+            self._load_due = True
+
     def status(self, *, armed: bool, inert: bool) -> None:
         """Publish whether the hooks of this process are at work."""
         self._status = (armed, inert)
@@ -247,7 +257,7 @@ class Recorder:
 
     def _write_load(self) -> None:
         self._load_due = False
-        self.writer.load(*self._load, *self._status)
+        self.writer.load(*self._load, *self._status, self._tokenless)
 
     def tokens(
         self,

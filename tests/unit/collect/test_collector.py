@@ -289,6 +289,7 @@ def test_while_the_probe_is_off_nobody_knows_what_waits_and_nothing_starves(
 ) -> None:
     found = collector(tmp_path, clock, server)
     front = server.fronts[0]
+    front.tokenless(3)
     front.load(kv_usage=0.5, running=16, waiting=3, unfinished=19)
 
     def look() -> Any:
@@ -304,6 +305,30 @@ def test_while_the_probe_is_off_nobody_knows_what_waits_and_nothing_starves(
     assert (off.requests_running, off.requests_waiting, off.kv_usage, off.starved_seconds) == (None,) * 4
     front.status(armed=True, inert=False)
     assert (look().requests_waiting, look().starved_seconds) == (3, 20)
+
+
+def test_whoever_had_a_token_waits_and_does_not_starve(tmp_path: Path, clock: Clock) -> None:
+    """Preempted ones, and sessions whose client has more to say. Each front end knows its own requests, an
+    engine's load one of them."""
+    server = Server(tmp_path, fronts=2)
+    found = collector(tmp_path, clock, server)
+
+    def look() -> Any:
+        clock.now += 20 * SECOND
+        for front in server.fronts:
+            front.publish()
+        return only(found).engines[0]
+
+    server.fronts[0].load(kv_usage=0.99, running=16, waiting=2, unfinished=18)
+    look()
+    waits = look()
+    assert (waits.requests_waiting, waits.starved_seconds) == (2, 0)
+    server.fronts[1].tokenless(1)
+    look()
+    assert look().starved_seconds == 20
+    server.fronts[1].tokenless(0)
+    assert look().starved_seconds == 0
+    server.close()
 
 
 def test_requests_starve_while_they_wait_and_none_has_a_first_token() -> None:

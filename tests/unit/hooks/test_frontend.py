@@ -75,6 +75,13 @@ class Engine:
         assert load is not None
         return load.running, load.waiting
 
+    def tokenless(self) -> int:
+        """Requests without a token, by the journal."""
+        self.front.look(True)
+        self.recorder.publish()
+        load = self._reader.load()
+        return 0 if load is None else load.tokenless
+
     def told(self) -> list[tuple[int, int]]:
         """(time, whether anything is pending) of every record so far."""
         self._told += [(int(row["time"]), int(row["unfinished"] > 0)) for row in self._reader.read().pending]
@@ -139,6 +146,26 @@ def test_requests_that_end_while_the_probe_is_off_are_not_pending_afterwards(
     assert engine.told()[-1][0] - off <= 0.25 * SECOND
     engine.arrive("b")
     assert engine.pending()
+
+
+def test_a_front_end_says_how_many_of_its_requests_had_no_token(engine: Engine, clock: Clock) -> None:
+    for name in "abc":
+        engine.arrive(name)
+    assert engine.tokenless() == 3
+    engine.front.outputs(engine.processor, [SimpleNamespace(request_id="a")], None)
+    assert engine.tokenless() == 2
+    engine.say(1, 2)
+    told = engine._reader.load()
+    assert told is not None
+    clock.after(5)
+    engine.abort("b")
+    assert engine.tokenless() == 1
+    now = engine._reader.load()
+    assert now is not None
+    assert (now.time, now.waiting) == (told.time, 2), "what the engine said last is not newer for it"
+    engine.look(active=False)
+    engine.recorder.publish()
+    assert engine._reader.load().tokenless == 0  # type: ignore[union-attr]
 
 
 def test_what_waited_when_the_probe_went_off_does_not_wait_for_ever(engine: Engine) -> None:

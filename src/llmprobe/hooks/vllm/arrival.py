@@ -126,6 +126,10 @@ class FirstTokens:
         self._waiting: dict[str, tuple[int, HttpRequest | None]] = {}
         self._there: list[FirstToken] = []
 
+    def __len__(self) -> int:
+        """How many requests had no token yet."""
+        return len(self._waiting)
+
     def arrived(self, request_id: str, arrived_ns: int) -> None:
         """The engine was asked; without an HTTP request it arrived at ``arrived_ns`` (CLOCK_MONOTONIC)."""
         http = _http_request.get()

@@ -110,6 +110,9 @@ class FrontEnd:
         self._plain.write()
         self._lags.write()
         self._unfinished.look(active)
+        for engine in self._engines.values():
+            if engine.recorder is not None:
+                engine.recorder.tokenless(len(self._first_tokens) if active else 0)
         if active is self._heard:
             return
         self._heard = active
