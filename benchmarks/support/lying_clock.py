@@ -10,7 +10,8 @@ import os
 import sys
 from typing import Any
 
-from llmprobe.record.clock import CudaClock, HostClock, Stamps
+from llmprobe.record.clock import HostClock, Stamps
+from llmprobe.record.cuda_clock import CudaClock
 from support import slow_host
 
 

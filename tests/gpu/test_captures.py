@@ -25,7 +25,7 @@ from llmprobe.capture.work import finish
 from llmprobe.record import kernel_trace
 from llmprobe.record.asked import Ask, Paths, Said, read_said, write
 from llmprobe.record.asked_capture import AskedCaptures
-from llmprobe.record.clock import step_clock
+from llmprobe.record.clocks import step_clock
 from llmprobe.record.kernels import KernelWindowThread
 from llmprobe.record.layout import Phase
 from llmprobe.record.recorder import Recorder

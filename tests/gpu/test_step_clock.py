@@ -213,7 +213,7 @@ def test_components_add_up_to_the_wall_clock(ran: Ran) -> None:
 _EVENTS = """
 import json, os, sys, time
 import torch
-from llmprobe.record.clock import step_clock
+from llmprobe.record.clocks import step_clock
 
 STEPS = 400
 device = torch.device("cuda", 0)

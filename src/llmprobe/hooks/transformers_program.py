@@ -12,7 +12,8 @@ from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.transformers_cache import measure_groups
 from llmprobe.hooks.transformers_generation import Generation
 from llmprobe.hooks.transformers_model import ModelDescription, describe, flags, model_name, program_facts
-from llmprobe.record.clock import StepClock, step_clock
+from llmprobe.record.clock import StepClock
+from llmprobe.record.clocks import step_clock
 from llmprobe.record.recorder import Recorder
 
 FULL_ONLY: tuple[tuple[str, int | None], ...] = (("full", None),)

@@ -8,7 +8,8 @@ import pytest
 from support import slow_host
 from support.lying_clock import make_clocks_lie
 
-from llmprobe.record.clock import CudaClock, HostClock
+from llmprobe.record.clock import HostClock
+from llmprobe.record.cuda_clock import CudaClock
 
 
 def test_spans_are_told_to_be_a_share_of_what_they_are(

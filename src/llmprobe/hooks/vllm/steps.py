@@ -19,7 +19,8 @@ from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, note_drafts, note_new
 from llmprobe.hooks.vllm.records import StepRecords
 from llmprobe.hooks.vllm.unread import FORGET, NO_ROW
-from llmprobe.record.clock import Stamps, StepClock, step_clock
+from llmprobe.record.clock import Stamps, StepClock
+from llmprobe.record.clocks import step_clock
 from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
 from llmprobe.record.recorder import Recorder

@@ -1,0 +1,383 @@
+"""The step clock of a CUDA device: its arithmetic over given event times.
+
+The device here does what no real one can be made to do on purpose (drift, queues of any length). The same
+code meets a real one in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmprobe.record import cuda_clock
+from llmprobe.record.clock import Stamps
+from llmprobe.record.cuda_clock import CudaClock
+
+
+class Device:
+    """A device that runs ``speed`` times as fast as the host's clock says and is some way behind it."""
+
+    def __init__(self, speed: float = 1.0) -> None:
+        self.host_ns = 1_000_000_000
+        self.busy_until = 0.0  # device time, host nanoseconds
+        self.capturing = False
+        self.speed = speed
+        self.chosen: list[tuple[bool, Any]] = []  # in another thread, the device made current there
+
+    def monotonic_ns(self) -> int:
+        return self.host_ns
+
+    def work(self, nanoseconds: int) -> None:
+        self.busy_until = max(self.busy_until, self.host_ns) + nanoseconds
+
+    # What CudaClock uses of torch.cuda:
+
+    def Event(self, enable_timing: bool) -> Event:
+        assert enable_timing
+        return Event(self)
+
+    def current_stream(self, device: Any) -> None:
+        return None
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
+
+    def set_device(self, device: Any) -> None:
+        self.chosen.append((threading.current_thread() is not threading.main_thread(), device))
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.at: float | None = None
+
+    def record(self, stream: None) -> None:
+        self.at = max(self.device.busy_until, self.device.host_ns)
+
+    def query(self) -> bool:
+        return self.at is not None and self.at <= self.device.host_ns
+
+    def elapsed_time(self, other: Event) -> float:
+        assert self.at is not None and other.at is not None
+        return (other.at - self.at) * self.device.speed / 1e6
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return attach(monkeypatch, Device())
+
+
+def attach(monkeypatch: pytest.MonkeyPatch, device: Device) -> Device:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "cuda", device)
+    monkeypatch.setattr(cuda_clock, "_monotonic_ns", device.monotonic_ns)
+    return device
+
+
+def submit(clock: CudaClock, device: Device, payload: int, forward: int = 800, sample: int = 200) -> None:
+    stamps = clock.begin(payload)
+    assert stamps is not None
+    clock.mark(stamps, 0)
+    device.work(forward)
+    clock.mark(stamps, 1)
+    clock.mark(stamps, 2)
+    device.work(sample)
+    clock.mark(stamps, 3)
+    clock.finish(stamps)
+
+
+def test_device_times_come_once_the_step_is_done_and_not_before(device: Device) -> None:
+    clock = CudaClock()
+    submit(clock, device, 7)
+    assert clock.harvest() == []
+    device.host_ns += 1000
+    (done,) = clock.harvest()
+    start = 1_000_000_000
+    assert done.times == (start, start + 800, start + 800, start + 1000)
+    assert (done.payload, done.restarted) == (7, True)
+
+
+def test_steps_that_queue_up_follow_each_other_without_a_gap(device: Device) -> None:
+    clock = CudaClock()
+    for payload in range(3):
+        submit(clock, device, payload)
+        device.host_ns += 10
+    device.host_ns += 5000
+    done = [(stamps.payload, stamps.times) for stamps in clock.harvest()]
+    assert [payload for payload, _ in done] == [0, 1, 2]
+    assert [times[0] - done[0][1][0] for _, times in done] == [0, 1000, 2000]
+    assert all(times[3] - times[0] == 1000 for _, times in done)
+
+
+def test_when_all_stamps_are_in_flight_steps_are_dropped_and_counted(device: Device) -> None:
+    clock = CudaClock(pool_size=2)
+    submit(clock, device, 0)
+    submit(clock, device, 1)
+    assert clock.begin(2) is None
+    assert clock.dropped == 1
+    device.host_ns += 10_000
+    assert [stamps.payload for stamps in clock.harvest()] == [0, 1]
+    assert clock.harvest() == []  # gives the stamps back
+    submit(clock, device, 3)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    assert (done.payload, done.restarted) == (3, True)
+
+
+def test_nothing_is_recorded_or_asked_while_a_graph_is_captured(device: Device) -> None:
+    clock = CudaClock()
+    submit(clock, device, 0)
+    device.host_ns += 10_000
+    device.capturing = True
+    assert clock.harvest() == []
+    stamps = clock.begin(1)
+    assert stamps is not None
+    for index in range(4):
+        clock.mark(stamps, index)
+    assert all(event.at is None for event in stamps.events)
+    clock.finish(stamps)
+    device.capturing = False
+    submit(clock, device, 2)
+    device.host_ns += 10_000
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(0, True), (2, True)]
+    assert clock.dropped == 1
+
+
+def test_all_marks_of_a_step_go_where_its_first_one_went(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps overlap, as of two threads that generate, each on a stream of its own."""
+    recorded: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(Event, "record", lambda self, stream: recorded.append((self, stream)))
+    streams = iter("ab")
+    monkeypatch.setattr(device, "current_stream", lambda _: next(streams))
+    clock = CudaClock()
+    first, second = clock.begin(1), clock.begin(2)
+    assert first is not None
+    assert second is not None
+    clock.mark(first, 0)
+    clock.mark(second, 0)
+    clock.mark(first, 3)
+    clock.mark(second, 3)
+    assert [stream for _, stream in recorded] == ["a", "b", "a", "b"]
+    assert [event for event, _ in recorded] == [
+        first.events[0], second.events[0], first.events[3], second.events[3]
+    ]  # fmt: skip
+
+
+def test_a_host_that_never_steps_in_a_capture_need_not_be_asked_whether_it_does(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = CudaClock(in_captures=False)
+    monkeypatch.setattr(clock, "_capturing", lambda: pytest.fail("the driver was asked"))
+    submit(clock, device, 0)
+    monkeypatch.setattr(clock, "_capturing", lambda: False)
+    device.host_ns += 10_000
+    assert [stamps.payload for stamps in clock.harvest()] == [0]
+
+
+def test_a_step_recorded_in_a_capture_all_the_same_is_dropped_and_the_next_one_comes(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = CudaClock(in_captures=False)
+    submit(clock, device, 0)
+    captured = clock._flying[0].events[3]
+
+    def query() -> bool:
+        raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+    monkeypatch.setattr(captured, "query", query)
+    submit(clock, device, 1)
+    device.host_ns += 10_000
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(1, True)]
+    assert clock.dropped == 1
+
+
+def test_a_part_of_a_step_recorded_in_a_capture_drops_the_step(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = CudaClock(in_captures=False)
+    submit(clock, device, 0)
+
+    def elapsed_time(other: Event) -> float:
+        raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+
+    monkeypatch.setattr(clock._flying[0].events[0], "elapsed_time", elapsed_time)
+    submit(clock, device, 1)
+    device.host_ns += 10_000
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(1, True)]
+    assert clock.dropped == 1
+
+
+@pytest.mark.parametrize("asked", ["query", "elapsed_time"])
+def test_an_error_of_the_device_is_heard_of_and_no_step_is_lost_uncounted(
+    device: Device, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    clock = CudaClock(pool_size=3, in_captures=False)
+    for payload in range(3):
+        submit(clock, device, payload)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    failing = clock._flying[1].events[3 if asked == "query" else 0]
+    with monkeypatch.context() as broken:
+        broken.setattr(failing, asked, fails)
+        device.host_ns += 10_000
+        assert [stamps.payload for stamps in clock.harvest()] == [0]
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            clock.harvest()
+    assert clock.dropped == 1
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(2, True)]
+    assert clock.harvest() == []
+    assert len(clock._free) == 3
+
+
+def test_stamps_of_dropped_steps_are_used_again(device: Device) -> None:
+    clock = CudaClock(pool_size=2)
+    for _ in range(5):
+        stamps = clock.begin(0)
+        assert stamps is not None
+        clock.finish(stamps)
+        assert clock.harvest() == []
+    assert clock.dropped == 5
+
+
+def test_marks_of_an_earlier_use_do_not_show_in_a_later_one(device: Device) -> None:
+    clock = CudaClock(pool_size=1)
+    submit(clock, device, 0)
+    device.host_ns += 10_000
+    clock.harvest()
+    clock.harvest()
+    stamps = clock.begin(1)
+    assert stamps is not None
+    clock.mark(stamps, 0)
+    device.work(500)
+    clock.mark(stamps, 3)
+    clock.finish(stamps)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    e0, e1, e2, e3 = done.times
+    assert e1 == e2 == e3 == e0 + 500
+
+
+def encode(clock: CudaClock, device: Device, times: int) -> Stamps:
+    stamps = clock.begin(None)
+    assert stamps is not None
+    for _ in range(times):
+        clock.encode_begin(stamps)
+        device.work(300)
+        clock.encode_end(stamps)
+    device.work(50)  # what is enqueued between the encoder and the forward
+    clock.mark(stamps, 0)
+    device.work(700)
+    clock.mark(stamps, 3)
+    clock.finish(stamps)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    return done
+
+
+def test_an_encoder_is_timed_by_a_pair_of_its_own(device: Device) -> None:
+    clock = CudaClock(pool_size=1)
+    done = encode(clock, device, 2)
+    assert (done.encode_ns, done.times[3] - done.times[0]) == (600, 700)
+    clock.harvest()  # gives the stamps back
+    assert encode(clock, device, 0).encode_ns == 0
+    clock.harvest()
+    assert encode(clock, device, 20).encode_ns == 8 * 300, "bounded"
+
+
+def test_events_of_encoders_are_used_again(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = CudaClock(pool_size=1)
+    made: list[Event] = []
+    monkeypatch.setattr(clock, "_new_event", lambda: made.append(Event(device)) or made[-1])
+    for _ in range(5):
+        encode(clock, device, 1)
+        clock.harvest()
+    assert len(made) == 2 + 1, "one pair, and the end of the step before"
+
+
+def test_an_encoder_that_is_not_done_with_the_step_has_no_time(device: Device) -> None:
+    """On a stream of its own, say: asking CUDA for the time of an event that has not happened raises."""
+    clock = CudaClock()
+    stamps = clock.begin(None)
+    assert stamps is not None
+    clock.encode_begin(stamps)
+    clock.encode_end(stamps)
+    stamps.encodes[1].at = 1e15
+    clock.mark(stamps, 0)
+    clock.mark(stamps, 3)
+    clock.finish(stamps)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    assert done.encode_ns == 0
+
+
+def test_an_encoder_that_begins_in_a_capture_or_never_ends_has_no_time(device: Device) -> None:
+    clock = CudaClock()
+    stamps = clock.begin(None)
+    assert stamps is not None
+    clock.encode_end(stamps)
+    device.capturing = True
+    clock.encode_begin(stamps)
+    device.capturing = False
+    clock.encode_begin(stamps)
+    for index in (0, 3):
+        clock.mark(stamps, index)
+    clock.finish(stamps)
+    device.host_ns += 10_000
+    (done,) = clock.harvest()
+    assert done.encode_ns == 0
+
+
+@given(
+    speed=st.floats(1 - 2e-4, 1 + 2e-4),
+    steps=st.lists(
+        st.tuples(st.integers(1, 2_000_000), st.integers(0, 3_000_000), st.booleans()),
+        min_size=1,
+        max_size=80,
+    ),
+)
+@settings(deadline=None, max_examples=60)
+def test_times_stay_between_recording_and_seeing_whatever_the_drift(
+    speed: float, steps: list[tuple[int, int, bool]]
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        device = attach(monkeypatch, Device(speed))
+        clock = CudaClock(pool_size=4)
+        recorded: list[int] = []
+        for number, (forward, pause, wait) in enumerate(steps):
+            stamps = clock.begin(number)
+            recorded.append(device.host_ns)
+            if stamps is not None:
+                clock.mark(stamps, 0)
+                device.work(forward)
+                clock.mark(stamps, 3)
+                clock.finish(stamps)
+            if wait:
+                device.host_ns = int(max(device.busy_until, device.host_ns)) + 1
+            device.host_ns += pause
+            for done in clock.harvest():
+                e0, _, _, e3 = done.times
+                assert recorded[done.payload] <= e0 <= e3
+                # A device clock that runs fast may make a single span end a shade late.
+                assert e3 <= device.host_ns + (e3 - e0) * 3e-4 + 1
+                assert abs((e3 - e0) - steps[done.payload][0] * speed) <= 1
+
+
+def test_another_thread_first_makes_the_clocks_device_its_own(device: Device) -> None:
+    """On a rank other than 0 it would otherwise open a context on device 0."""
+    clock = CudaClock("cuda:1")
+    for payload in range(2):
+        submit(clock, device, payload)
+        device.host_ns += 10_000
+        thread = threading.Thread(target=clock.harvest)
+        thread.start()
+        thread.join()
+    clock.harvest()
+    assert device.chosen == [(True, "cuda:1")] * 2  # once a thread, and never in the engine's
