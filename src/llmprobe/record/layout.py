@@ -223,8 +223,8 @@ CELL_PAIR = 2 * CELL.size
 _POSITION_VALUE = struct.Struct("<QQ")
 
 PROGRESS = struct.Struct("<QqQII")  # step begun last, when, step ended last, phase, tokens
-#: update number, time, running, waiting, KV use (ratio of capacity), unfinished, armed, inert, and requests of
-#: this front end, at any of its engines, that had no token yet
+#: update number, time, running, waiting, KV use (ratio of capacity), unfinished, armed, inert; then how many
+#: requests of this front end, at any of its engines, had no token yet
 LOAD = struct.Struct("<QqIIdIIII")
 LOAD_FIELDS = (
     *("update", "time", "running", "waiting", "kv_usage", "unfinished", "armed", "inert"),

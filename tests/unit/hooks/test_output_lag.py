@@ -13,6 +13,7 @@ import pytest
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import output_lag
+from llmprobe.hooks.vllm.facts import engine_is_here
 from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.output_lag import OutputLags
 from llmprobe.hooks.vllm.unfinished import Engine
@@ -116,3 +117,44 @@ def test_a_front_end_tells_it_once_somebody_looks(
     assert told(recorders[0]) == (0, 0)
     front.look(True)
     assert told(recorders[0]) == (1, 3 * SECOND)
+
+
+def parallel(size: int, local: int | None, first: int = 0, **more: Any) -> Any:
+    settings = {"data_parallel_size": size, "data_parallel_rank": first, **more}
+    if local is not None:
+        settings["data_parallel_size_local"] = local
+    return SimpleNamespace(parallel_config=SimpleNamespace(**settings))
+
+
+@pytest.mark.parametrize(
+    ("config", "here"),
+    [
+        (parallel(1, 1), [0]),
+        (parallel(4, 4), [0, 1, 2, 3]),
+        (parallel(4, 2), [0, 1]),  # the others run on a headless node
+        (parallel(4, 0), []),
+        (parallel(4, 2, first=2), [2, 3]),  # a front end for each node
+        (parallel(4, 1, first=3), [3]),  # or for each engine
+        (parallel(4, 2, data_parallel_backend="ray"), []),  # which puts them where it likes
+        (parallel(4, None), []),
+    ],
+)
+def test_engines_of_this_machine_have_its_clock(config: Any, here: list[int]) -> None:
+    engines = range(config.parallel_config.data_parallel_size)
+    assert [engine for engine in engines if engine_is_here(config, engine)] == here
+
+
+def test_an_engine_on_another_machine_has_no_lag_however_near_its_clock_is(
+    recorders: list[Recorder], now: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines that were started together have clocks that are seconds apart."""
+    monkeypatch.setattr(FrontEnd, "_open", lambda self, config, engine: recorders[engine])
+    front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(tmp_path)})), parallel(2, 1), [0, 1])
+    processor: Any = SimpleNamespace(request_states={})
+    stats = SimpleNamespace(num_running_reqs=1, num_waiting_reqs=0, kv_cache_usage=0.0)
+    for engine in (0, 1):
+        front.outputs(processor, [SimpleNamespace(request_id="a", events=None)], 4997.0)
+        front.record(stats, None, engine)
+    front.look(True)
+    assert told(recorders[0]) == (1, 3 * SECOND)
+    assert told(recorders[1]) == (0, 0)

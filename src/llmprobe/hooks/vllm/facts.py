@@ -46,6 +46,22 @@ def process_facts(settings: Settings, server: str, role: str, config: Any, engin
     }
 
 
+def engine_is_here(config: Any, engine: int) -> bool:
+    """Whether an engine's core is known to be on its front end's machine, and so to have the same clock.
+
+    Args:
+        config: the front end's ``VllmConfig``.
+        engine: data-parallel index.
+    """
+    parallel = config.parallel_config
+    if parallel.data_parallel_size <= 1:
+        return True
+    if getattr(parallel, "data_parallel_backend", "mp") != "mp":  # Ray puts engines where it likes
+        return False
+    local = getattr(parallel, "data_parallel_size_local", 0)
+    return bool(0 <= engine - parallel.data_parallel_rank < local)
+
+
 def flags(config: Any) -> dict[str, Any]:
     """The engine settings that advice depends on, by the names of vLLM's own flags."""
     scheduler, cache, parallel = config.scheduler_config, config.cache_config, config.parallel_config

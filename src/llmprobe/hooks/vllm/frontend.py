@@ -41,6 +41,8 @@ class FrontEnd:
         self._plain = PlainIterations()
         self._heard = True  # as of the last `look`
         self._lags = OutputLags()
+        #: Engines whose core may have another machine's clock.
+        self._elsewhere = {engine for engine in engines if not facts.engine_is_here(config, engine)}
         self._unfinished = Unfinished(told=told, settled=self._settled, clock=lambda: _now())
         self._engines = self._unfinished.engines
         for engine in engines:
@@ -127,7 +129,7 @@ class FrontEnd:
         first_tokens = self._first_tokens.take()
         of = self._engines.get(engine)
         recorder = of.recorder if of is not None else None
-        self._lags.note(recorder)
+        self._lags.note(None if engine in self._elsewhere else recorder)
         if of is None or recorder is None:
             return
         if scheduler is not None:
