@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -26,9 +27,11 @@ from llmprobe.collect.watches import Watches
 from llmprobe.compute import intervals
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.record.asked import Paths
-from llmprobe.record.journal import JournalError, JournalWriter
+from llmprobe.record.journal import JournalError, JournalVersionError, JournalWriter
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.window_file import window_path
+
+log = logging.getLogger("llmprobe.agent")
 
 _VIEW_EVERY_NS, _VIEW_EVERY_NS_A_RANK, _VIEW_AT_LATEST_NS = 10**9, 375_000_000, 3 * 10**9
 _FACTS_EVERY_NS = 2 * 10**9
@@ -219,9 +222,13 @@ class Collector:
             try:
                 reader = JournalReader(path, self._own_writers().get(path))
                 process = Process(path, reader)
+            except JournalVersionError as error:
+                self._ignored.add(path)
+                log.warning("%s: that process is not watched; give it and the agent the same llmprobe", error)
+                continue
             except (JournalError, ValueError):
                 self._unread = True
-                continue  # still being made, or of another version: looked at again next time
+                continue  # still being made: looked at again next time
             if self._only_group is not None and process.group != self._only_group:
                 reader.close()
                 self._ignored.add(path)

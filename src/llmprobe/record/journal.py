@@ -45,6 +45,10 @@ class JournalError(Exception):
     """A journal could not be made or read; the message says which and why, in one line."""
 
 
+class JournalVersionError(JournalError):
+    """A journal of another llmprobe, which this one does not read."""
+
+
 def _seal(payload: bytes) -> bytes:
     return payload + _CRC.pack(_crc32(payload))
 

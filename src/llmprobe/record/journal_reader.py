@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmprobe.record import layout
-from llmprobe.record.journal import JournalError, JournalWriter
+from llmprobe.record.journal import JournalError, JournalVersionError, JournalWriter
 
 _ANY = np.dtype(f"V{layout.RECORD_SIZE}")
 _CELL_WORDS = layout.CELL_PAIR // 8  # of each of two cells: its value, then its CRC below four unused bytes
@@ -74,7 +74,8 @@ class JournalReader:
                 closing another descriptor of the same file would drop the writer's lock (POSIX).
 
         Raises:
-            JournalError: ``path`` is not a journal this version reads, or is still being made.
+            JournalVersionError: ``path`` is a journal that this version does not read.
+            JournalError: it is none, or is still being made.
         """
         self.path = path
         self._writer = writer
@@ -107,7 +108,7 @@ class JournalReader:
         if crc != zlib.crc32(head[:-4]):
             raise JournalError(f"the header of {self.path} is damaged")
         if (version, ring, record) != (layout.VERSION, layout.RING_OFFSET, layout.RECORD_SIZE):
-            raise JournalError(
+            raise JournalVersionError(
                 f"{self.path} has journal version {version}; this llmprobe reads {layout.VERSION}"
             )
         if slots <= 0 or os.fstat(self._fd).st_size < size:

@@ -21,6 +21,7 @@ from llmprobe.export.report import report, text
 from llmprobe.record import layout
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import Flag, Phase
+from llmprobe.record.recorder import Recorder
 
 from .pretended import (
     MODEL,
@@ -305,6 +306,29 @@ def test_while_the_probe_is_off_nobody_knows_what_waits_and_nothing_starves(
     assert (off.requests_running, off.requests_waiting, off.kv_usage, off.starved_seconds) == (None,) * 4
     front.status(armed=True, inert=False)
     assert (look().requests_waiting, look().starved_seconds) == (3, 20)
+
+
+def test_a_journal_of_another_version_is_told_of_once_and_left_alone(
+    tmp_path: Path,
+    clock: Clock,
+    server: Server,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An engine that was started before an upgrade, or after one beside an agent from before."""
+    with monkeypatch.context() as older:
+        older.setattr(layout, "VERSION", 1)
+        other = Recorder.open(tmp_path, "worker", {"role": "worker"})
+    found = collector(tmp_path, clock, server)
+    for _ in range(3):
+        clock.now += 2 * SECOND
+        found.tick()
+    assert not found._unread  # else the folder is looked through at every tick
+    assert len(found.views()) == 1
+    (said,) = caplog.messages
+    assert "has journal version 1; this llmprobe reads" in said
+    assert other.writer.path.exists()
+    other.close(remove=True)
 
 
 def test_whoever_had_a_token_waits_and_does_not_starve(tmp_path: Path, clock: Clock) -> None:
