@@ -99,9 +99,14 @@ def worst(found: Iterable[Pressure]) -> dict[str, Pressure]:
     result: dict[str, Pressure] = {}
     for pressure in found:
         known = result.get(pressure.kind)
-        if known is None or (pressure.active, pressure.value) > (known.active, known.value):
+        if known is None or _badness(pressure) > _badness(known):
             result[pressure.kind] = pressure
     return {kind: result[kind] for kind in KINDS if kind in result}
+
+
+def _badness(pressure: Pressure) -> tuple[bool, bool, float]:
+    # The value last: that of a front end may be seconds that tokens wait, or how busy a thread is.
+    return pressure.active, pressure.high, pressure.value
 
 
 def _kv(load: EngineLoad, limits: Thresholds) -> Pressure | None:

@@ -177,6 +177,13 @@ def test_a_full_cache_leads_where_nobody_tells_how_long_requests_queue() -> None
     assert said(told, slow).startswith("Decode sync-bound")
 
 
+def test_an_engine_whose_tokens_wait_is_worse_off_than_one_whose_front_end_is_just_busy() -> None:
+    late, busy = load(output_lag_seconds=0.3), load(engine=1, front_end=thread(0.99), output_lag_seconds=0.01)
+    for both in ((late, busy), (busy, late)):
+        found = worst(item for engine in both for item in pressures(engine, LIMITS))["front_end"]
+        assert (found.engine, found.high) == (0, True)
+
+
 def test_slight_pressure_does_not_lead() -> None:
     assert not said(load(queue_seconds=0.3, first_token_seconds=1.0), BUSY).startswith("SLOW")
 
