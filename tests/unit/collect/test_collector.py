@@ -285,6 +285,20 @@ def test_the_queue_is_that_of_requests_that_had_their_first_token(
     assert engine.recent_latency["request_queue"]["mean"] == pytest.approx(50)
 
 
+def test_the_queue_is_not_known_where_first_tokens_do_not_tell_it(
+    tmp_path: Path, clock: Clock, server: Server
+) -> None:
+    server.fronts[0].update_facts(started=time.time())
+    server.fronts[0].load(running=1, waiting=0, kv_usage=0.1)
+    server.fronts[0].tokens(10, 4, first_token_ns=(SECOND,))
+    found = collector(tmp_path, clock, server)
+    view = only(found)
+    assert view.engines[0].recent_latency["time_to_first_token"]["count"] == 1
+    assert view.engines[0].recent_queue_seconds is None
+    assert "sequence_limit" in view.pressure or "kv_cache" in view.pressure
+    assert "queue" not in view.pressure
+
+
 def test_while_the_probe_is_off_nobody_knows_what_waits_and_nothing_starves(
     tmp_path: Path, clock: Clock, server: Server
 ) -> None:

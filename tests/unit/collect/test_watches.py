@@ -94,6 +94,25 @@ def test_totals_go_on_after_a_restart(start) -> None:  # type: ignore[no-untyped
     process.close()
 
 
+def test_totals_of_an_engine_go_on_though_its_front_end_is_in_the_same_process(start) -> None:  # type: ignore[no-untyped-def]
+    child, front = start("frontend", "worker")
+    worker = more(child)
+    before = Watches()
+    for _ in range(2):
+        before.sample([front, worker], time.monotonic_ns())
+        time.sleep(0.1)
+    saved = before.save([front, worker])
+    saved[worker.identity]["other_seconds"] += 1000
+    after = Watches()
+    after.restore(saved)
+    after.sample([front, worker], time.monotonic_ns())
+    totals = after.totals(worker)
+    assert totals is not None
+    assert sum(totals.cpu_seconds.values()) > 1000
+    for process in (front, worker):
+        process.close()
+
+
 def test_the_dead_are_not_watched(start) -> None:  # type: ignore[no-untyped-def]
     watches = Watches()
     child, worker = start("worker")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.vllm import arrival
+from llmprobe.hooks.vllm.arrival import HttpRequest
 from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.iterations import PlainIterations
 from llmprobe.hooks.vllm.unfinished import Engine
@@ -144,6 +146,45 @@ def test_only_requests_with_a_first_token_tell_how_long_they_were_queued(
     assert (counters["first_tokens_queued"], counters["sum_ns_first_token_queue"]) == (1, 2_000_000_000)
     assert int(reader.histogram("time_to_first_token").sum()) == 1
     assert counters["sum_ns_time_to_first_token"] >= 8_000_000_000
+
+
+def test_a_first_token_that_waits_for_its_piece_of_a_stream_tells_its_queue_once_it_has_left(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, reader = journal
+    front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(tmp_path)})), None, [])
+    front._engines[0] = Engine(0, recorder)
+    now = time.monotonic_ns()
+    http = HttpRequest(now - 8 * 10**9)
+    http._streaming = True
+    monkeypatch.setattr(arrival, "_http_request", SimpleNamespace(get=lambda: http))
+    processor = SimpleNamespace(request_states={"a": object()})
+    front.arrived(processor, SimpleNamespace(request_id="a", arrival_time=time.time()), True)
+    events = [SimpleNamespace(type=1, timestamp=70.0), SimpleNamespace(type=2, timestamp=72.0)]
+    front.outputs(processor, [SimpleNamespace(request_id="a", events=events)], None)
+    front.record(None, iteration(time_to_first_tokens_iter=[8.0], num_generation_tokens=1), 0)
+    recorder.publish()
+    assert reader.counters()["first_tokens_queued"] == 0
+    http.let_go(now)
+    counters = reader.counters()
+    assert (counters["first_tokens_queued"], counters["sum_ns_first_token_queue"]) == (1, 2_000_000_000)
+    assert counters["sum_ns_time_to_first_token"] == 8_000_000_000
+
+
+@pytest.mark.parametrize("more", [{}, {"events": None}, {"events": []}])
+def test_where_an_engine_does_not_say_how_long_a_request_was_queued_nothing_is_counted(
+    journal: Journal, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    recorder, reader = journal
+    front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(tmp_path)})), None, [])
+    front._engines[0] = Engine(0, recorder)
+    processor = SimpleNamespace(request_states={"a": object()})
+    front.arrived(processor, SimpleNamespace(request_id="a", arrival_time=time.time() - 8), True)
+    front.outputs(processor, [SimpleNamespace(request_id="a", **more)], None)
+    front.record(None, iteration(time_to_first_tokens_iter=[8.0], num_generation_tokens=1), 0)
+    recorder.publish()
+    assert int(reader.histogram("time_to_first_token").sum()) == 1
+    assert reader.counters()["first_tokens_queued"] == 0
 
 
 def test_when_a_request_ends_all_its_tokens_are_counted(journal: Journal, tmp_path: Path) -> None:
