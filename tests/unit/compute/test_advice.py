@@ -291,6 +291,16 @@ def test_a_front_end_is_helped_by_what_its_server_has() -> None:
     assert found(None, api_server_count=1) == ["--api-server-count 2 (now: 1)", "work"], "no schedstat"
 
 
+def test_where_tokens_wait_in_the_front_end_nobody_says_that_its_thread_is_full() -> None:
+    """Two threads that wait for each other's interpreter lock are each busy for a part of the time."""
+    under = load(front_end=thread(0.5), output_lag_seconds=0.4)
+    pressed = worst(pressures(under, Thresholds()))["front_end"]
+    assert pressed.high
+    (work,) = advise_pressure(pressed, under, target())
+    assert work.finding == "pressure.front_end.work"
+    assert "no time left" not in work.reason
+
+
 def test_a_setting_that_another_fact_tells_is_shown_by_it() -> None:
     bubbles = seen(figures(mbu=0.17, mfu=0.001), kernels=kernels(0.77))
     found = advise(

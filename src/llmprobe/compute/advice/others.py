@@ -221,7 +221,7 @@ PRESSURE = (
         "pressure.front_end.work",
         "pressure",
         "front_end",
-        "One thread of the front end has no time left: it turns tokens into text and JSON, and sends them.",
+        "One thread of the front end turns tokens into text and JSON and sends them: it can hardly keep up.",
         "Less of it (logprobs, stop strings, tools, streams), or a faster core.",
         _THREADS,
     ),
