@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from llmprobe.hooks import patch, session
-from llmprobe.hooks.vllm.steps import STEP_METHODS
+from llmprobe.hooks.vllm.worker_facts import STEP_METHODS
 
 _SEAMS = ("forward_start", "_model_forward", "pre_forward", "set_forward_context")
 _ERROR = 2  # of torch.cuda.set_sync_debug_mode

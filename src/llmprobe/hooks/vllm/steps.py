@@ -12,21 +12,18 @@ import functools
 import time
 from typing import Any
 
-from llmprobe.hooks.naming import server_name
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.batch import DUMMY, note_drafts, note_new
 from llmprobe.hooks.vllm.records import StepRecords
 from llmprobe.hooks.vllm.unread import FORGET, NO_ROW
+from llmprobe.hooks.vllm.worker_facts import worker_facts
 from llmprobe.record.clock import Stamps, StepClock
 from llmprobe.record.clocks import step_clock
 from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
-
-STEP_METHODS = ("execute_model", "sample_tokens", "execute_dummy_batch")
 
 _now = time.monotonic_ns
 _IDLE_NS = 100_000_000
@@ -105,7 +102,7 @@ class WorkerSteps:
         said: list[dict[str, Any]] = []
 
         def say() -> dict[str, Any]:
-            said.append(self._facts(worker, clock, seam))
+            said.append(worker_facts(probe, worker, clock.name, seam, self._kv_cache_config))
             return said[-1]
 
         recorder = probe.arm("worker", say)
@@ -168,37 +165,6 @@ class WorkerSteps:
         ):
             if mine in calls:
                 calls.remove(mine)
-
-    def _facts(self, worker: Any, clock: StepClock, seam: seams.Seam | None) -> dict[str, Any]:
-        probe = self._probe
-        config = worker.vllm_config
-        engine = getattr(config.parallel_config, "data_parallel_index", None)
-        if engine is None:
-            engine = config.parallel_config.data_parallel_rank
-        said = facts.process_facts(
-            probe.settings, server_name(probe.settings), "worker", config, int(engine or 0)
-        )
-        said["runner"] = seams.runner_kind(worker.model_runner)
-        said["rank"] = int(worker.rank)
-        said["clock"] = clock.name
-        said["device"] = device_facts(worker.device)
-        said["hooks"] = [
-            f"{owner.__name__}.{name}" for owner, name in seams.methods(type(worker), STEP_METHODS)
-        ]
-        if seam is None:
-            said["notes"].append(
-                "this vLLM has no known place where the forward pass begins: gaps are lower bounds"
-            )
-        if not seams.tried(said["framework_version"]):
-            said["notes"].append(f"vLLM {said['framework_version']} has not been tried with this llmprobe")
-        said["model"] = None
-        model = probe.guard.call("vllm.model_facts", facts.model_facts, worker, self._kv_cache_config)
-        if model is None:
-            said["notes"].append("the model could not be read: no MBU, no MFU")
-        said["model"] = model
-        for line in said["notes"]:
-            logger().warning("%s", line)
-        return said
 
     def entered(self, scheduled: Any) -> None:
         """``execute_model`` is entered, with a ``SchedulerOutput``."""

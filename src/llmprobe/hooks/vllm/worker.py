@@ -15,7 +15,8 @@ from typing import Any
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import seams
-from llmprobe.hooks.vllm.steps import STEP_METHODS, WorkerSteps
+from llmprobe.hooks.vllm.steps import WorkerSteps
+from llmprobe.hooks.vllm.worker_facts import STEP_METHODS
 
 _LIFE_METHODS = ("initialize_from_config", "compile_or_warm_up_model")
 
