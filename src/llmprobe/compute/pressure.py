@@ -70,7 +70,13 @@ class EngineLoad:
 
 @dataclass(frozen=True)
 class Pressure:
-    """One kind of pressure on one engine. ``high``: it may take the headline."""
+    """One kind of pressure on one engine.
+
+    Attributes:
+        high: it may take the headline.
+        value: of ``quantity``, in the unit that stands in its name.
+        quantity: what is held against ``threshold``: the name of that threshold, where it has one.
+    """
 
     kind: str
     engine: int
@@ -79,6 +85,7 @@ class Pressure:
     value: float
     threshold: float
     text: str
+    quantity: str
 
 
 def pressures(load: EngineLoad, limits: Thresholds) -> tuple[Pressure, ...]:
@@ -114,7 +121,9 @@ def _kv(load: EngineLoad, limits: Thresholds) -> Pressure | None:
         return None
     active = load.kv_usage >= limits.kv_usage_ratio and load.waiting > 0
     text = f"KV cache {load.kv_usage:.0%} full with {load.waiting} requests waiting"
-    return Pressure("kv_cache", load.engine, active, active, load.kv_usage, limits.kv_usage_ratio, text)
+    return Pressure(
+        "kv_cache", load.engine, active, active, load.kv_usage, limits.kv_usage_ratio, text, "kv_usage_ratio"
+    )
 
 
 def _queue(load: EngineLoad, limits: Thresholds) -> Pressure | None:
@@ -126,14 +135,18 @@ def _queue(load: EngineLoad, limits: Thresholds) -> Pressure | None:
     text = f"queueing is {share:.0%} of TTFT, {_seconds(load.queue_seconds)}"
     long = load.queue_seconds >= limits.queue_wait_seconds
     active, high = long and share >= limits.queue_share_ratio, long and share >= limits.queue_share_high_ratio
-    return Pressure("queue", load.engine, active, high, share, limits.queue_share_ratio, text)
+    return Pressure(
+        "queue", load.engine, active, high, share, limits.queue_share_ratio, text, "queue_share_ratio"
+    )
 
 
 def _starved(load: EngineLoad, limits: Thresholds) -> Pressure:
     """Whoever waits has had nothing but the queue so far, whatever those had that came before."""
     who = "1 request waits" if load.waiting == 1 else f"{load.waiting} requests wait"
     text = f"{who} and none had its first token for {load.starved_seconds:.0f} s"
-    return Pressure("queue", load.engine, True, True, 1.0, limits.queue_share_ratio, text)
+    return Pressure(
+        "queue", load.engine, True, True, 1.0, limits.queue_share_ratio, text, "queue_share_ratio"
+    )
 
 
 def _seconds(value: float) -> str:
@@ -147,7 +160,9 @@ def _preemption(load: EngineLoad, limits: Thresholds) -> Pressure | None:
     text = f"{load.preemptions} preemptions for {load.requests} finished requests"
     active = load.preemptions > 0 and ratio >= limits.preemption_ratio
     high = active and ratio >= limits.preemption_high_ratio
-    return Pressure("preemption", load.engine, active, high, ratio, limits.preemption_ratio, text)
+    return Pressure(
+        "preemption", load.engine, active, high, ratio, limits.preemption_ratio, text, "preemption_ratio"
+    )
 
 
 def _budget(load: EngineLoad, limits: Thresholds) -> Pressure | None:
@@ -156,7 +171,16 @@ def _budget(load: EngineLoad, limits: Thresholds) -> Pressure | None:
     active = load.full_steps_ratio >= limits.token_budget_steps_ratio and load.waiting > 0
     text = f"{load.full_steps_ratio:.0%} of prefill steps fill max_num_batched_tokens"
     limit = limits.token_budget_steps_ratio
-    return Pressure("token_budget", load.engine, active, False, load.full_steps_ratio, limit, text)
+    return Pressure(
+        "token_budget",
+        load.engine,
+        active,
+        False,
+        load.full_steps_ratio,
+        limit,
+        text,
+        "token_budget_steps_ratio",
+    )
 
 
 def _seqs(load: EngineLoad) -> Pressure | None:
@@ -165,7 +189,7 @@ def _seqs(load: EngineLoad) -> Pressure | None:
     ratio = load.running / load.max_num_seqs
     text = f"{load.running} of {load.max_num_seqs} sequences run with {load.waiting} requests waiting"
     active = load.running >= load.max_num_seqs and load.waiting > 0
-    return Pressure("sequence_limit", load.engine, active, False, ratio, 1.0, text)
+    return Pressure("sequence_limit", load.engine, active, False, ratio, 1.0, text, "running_ratio")
 
 
 def _front_end(load: EngineLoad, limits: Thresholds) -> Pressure | None:
@@ -177,7 +201,9 @@ def _front_end(load: EngineLoad, limits: Thresholds) -> Pressure | None:
         text = f"tokens wait {_seconds(lag)} in the front end"
         if thread is not None:
             text += f", whose thread {thread.name} used {thread.cpu_ratio:.0%} of a core"
-        return Pressure("front_end", load.engine, True, True, lag, limits.output_lag_seconds, text)
+        return Pressure(
+            "front_end", load.engine, True, True, lag, limits.output_lag_seconds, text, "output_lag_seconds"
+        )
     if thread is None:
         return None
     waited = thread.run_queue_ratio or 0.0
@@ -190,4 +216,6 @@ def _front_end(load: EngineLoad, limits: Thresholds) -> Pressure | None:
     elif active:
         text += ": tokens may reach clients late"
     high, limit = active and lag is None, limits.front_end_busy_ratio
-    return Pressure("front_end", load.engine, active, high, thread.taken_ratio, limit, text)
+    return Pressure(
+        "front_end", load.engine, active, high, thread.taken_ratio, limit, text, "front_end_busy_ratio"
+    )

@@ -229,6 +229,7 @@ def _pressure(view: ServerView, standing: dict[str, dict[str, Any]], now: float)
             {
                 "pressure": kind,
                 "engine": pressure.engine,
+                "quantity": pressure.quantity,
                 "value": plain(pressure.value),
                 "threshold": plain(pressure.threshold),
                 "text": pressure.text,

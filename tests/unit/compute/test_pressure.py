@@ -85,6 +85,17 @@ def test_each_kind_has_its_threshold(changes: dict[str, Any], kinds: set[str]) -
     assert active(**changes) == kinds
 
 
+@pytest.mark.parametrize("lag", [None, 0.01, 3.0])
+def test_each_names_the_threshold_that_its_value_is_held_against(lag: float | None) -> None:
+    found = {item.kind: item for item in pressures(load(output_lag_seconds=lag), LIMITS)}
+    assert found.pop("sequence_limit").quantity == "running_ratio"  # the engine's own limit
+    assert {kind: getattr(LIMITS, item.quantity) for kind, item in found.items()} == {
+        kind: item.threshold for kind, item in found.items()
+    }
+    late = lag is not None and lag > 0.1
+    assert found["front_end"].quantity == ("output_lag_seconds" if late else "front_end_busy_ratio")
+
+
 def test_what_is_not_known_is_missing() -> None:
     nothing = load(
         running=None, waiting=None, kv_usage=None, requests=0, queue_seconds=None, full_steps_ratio=None,

@@ -155,7 +155,7 @@ def verdict(**changes: Any) -> Verdict:
 
 
 def pressure(**changes: Any) -> Pressure:
-    found = Pressure("queue", 0, True, False, 0.4, 0.2, "queueing is 40% of TTFT")
+    found = Pressure("queue", 0, True, False, 0.4, 0.2, "queueing is 40% of TTFT", "queue_share_ratio")
     return dataclasses.replace(found, **changes)
 
 
