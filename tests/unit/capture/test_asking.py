@@ -13,23 +13,19 @@ import pytest
 from llmprobe.analysis import analyze
 from llmprobe.capture import asking, run
 from llmprobe.capture.manager import Manager
-from llmprobe.capture.session import FINAL, Capture, Request
+from llmprobe.capture.session import Capture, Request
 from llmprobe.capture.store import Store
 from llmprobe.record.asked import Paths
 from llmprobe.record.layout import Clock
 
+from .managed import left, until
 from .scripted_engine import SECRET, ScriptedEngine
 from .scripted_nsys import PretendedServer
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return tmp_path / "shared"
-
-
-@pytest.fixture
-def server() -> PretendedServer:
-    return PretendedServer()
+def nsys() -> None:
+    """The server was not started under it."""
 
 
 @pytest.fixture
@@ -52,44 +48,9 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "captures", 1 << 24, least_free_bytes=0)
 
 
-@pytest.fixture
-def make(store: Store, directory: Path, server: PretendedServer) -> Iterator[Callable[[], Manager]]:
-    """Makes managers over the same disk; all are closed at the end."""
-    made: list[Manager] = []
-
-    def manager() -> Manager:
-        made.append(Manager(store, directory, server, max_seconds=60.0))
-        return made[-1]
-
-    yield manager
-    for one in made:
-        one.close()
-
-
-@pytest.fixture
-def manager(make: Callable[[], Manager]) -> Manager:
-    return make()
-
-
 def ask(tool: str = "kernels", steps: int | None = None, ranks: tuple[int, ...] | None = None) -> Request:
     seconds = None if steps else 30.0
     return Request(tool, seconds, steps, ranks=ranks)  # type: ignore[arg-type]
-
-
-def until(manager: Manager, capture: Capture, *states: str) -> Capture:
-    deadline = time.monotonic() + 60
-    while (now := manager.get(capture.id)).state not in states:
-        assert now.state not in FINAL, now
-        assert time.monotonic() < deadline, now
-        time.sleep(0.01)
-    while now.state in FINAL and manager.busy():  # the end is noted a moment later
-        assert time.monotonic() < deadline, now
-        time.sleep(0.01)
-    return now
-
-
-def left(store: Store, capture: Capture) -> set[str]:
-    return {path.name for path in store.folder(capture.id).iterdir()}
 
 
 def test_kernels_become_a_report_with_phases(
