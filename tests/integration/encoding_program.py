@@ -1,4 +1,7 @@
-"""Makes a tiny audio model and serves it offline: one request with a second of sound, one without."""
+"""Makes a tiny audio model and serves it offline: one request with a second of sound, one without.
+
+python encoding_program.py FOLDER [DTYPE]
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,8 @@ def main() -> None:
     llm = LLM(
         str(path),
         load_format="dummy",
-        dtype="float32",
+        dtype=sys.argv[2] if len(sys.argv) > 2 else "float32",
+        gpu_memory_utilization=0.3,
         enforce_eager=True,
         max_model_len=1536,
         limit_mm_per_prompt={"audio": 1},

@@ -1,0 +1,71 @@
+"""A model on two GPUs: both ranks are measured, and both are in every capture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprobe.agent.client import LocalAgent
+
+from .captured_server import Requests, capture, serving, tools, wait
+from .limits import limited
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
+FLAGS = ("--tensor-parallel-size", "2")
+PROGRAM = Path(sys.executable).with_name("llmprobe")
+
+
+def _two_ranks(agent: LocalAgent) -> list[dict[str, Any]] | None:
+    ranks = list(agent.request("GET", "/api/status", timeout=30)[1]["servers"][0]["ranks"])
+    return ranks if len(ranks) == 2 and all(rank["gpu"] for rank in ranks) else None
+
+
+def _check_report(agent: LocalAgent, done: dict[str, Any]) -> None:
+    report = agent.request("GET", done["report"], timeout=30)[1]
+    print(json.dumps({name: report[name] for name in ("trust", "gpus", "phases", "operators")}, indent=1))
+    assert report["trust"]["verdict"] != "untrusted", report["trust"]
+    assert len(report["gpus"]) == 2
+    first, second = (gpu["kernels"] for gpu in report["gpus"])
+    assert min(first, second) > 1000
+    assert abs(first - second) < 0.1 * max(first, second), "both run the same steps"
+    operators = {row["name"]: row for row in report["operators"]}
+    assert operators["communication"]["share"] > 0
+
+
+@limited(330)
+def test_both_ranks_are_measured_and_captured(tmp_path: Path) -> None:
+    with serving(tmp_path, FLAGS) as server:
+        agent = LocalAgent(server.directory)
+        with Requests(server) as requests:
+            wait(lambda: requests.answered >= 8 or requests.failures, "answers", 60)
+            ranks = wait(lambda: _two_ranks(agent), "two ranks, each with a GPU", 30)
+            print(json.dumps(ranks, indent=1)[:6000])
+            assert sorted(rank["rank"] for rank in ranks) == [0, 1]
+            assert len({rank["gpu"]["uuid"] for rank in ranks}) == 2
+            for tool in ("kernels", "torch"):
+                before = requests.answered
+                _check_report(agent, capture(agent, tool=tool, seconds=1.0))
+                wait(lambda before=before: requests.answered > before + 4, "further answers", 30)
+        assert requests.failures == []
+
+
+@limited(330)
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="needs nsys")
+def test_nsys_sees_both_ranks(tmp_path: Path) -> None:
+    prefix = [str(PROGRAM), "run", "--nsys", "--no-summary", "--"]
+    with serving(tmp_path, FLAGS, prefix) as server:
+        agent = LocalAgent(server.directory)
+        with Requests(server) as requests:
+            wait(lambda: requests.answered >= 8 or requests.failures, "answers", 60)
+            wait(lambda: tools(agent)["nsys"] is None, "nsys", 15)
+            _check_report(agent, capture(agent, tool="nsys", seconds=1.0))
+        assert requests.failures == []
