@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support import gpm
 from support.gpu_models import make_configuration
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load
@@ -53,12 +54,17 @@ _HEADER = (
     "bar",
     "sum of components",
     "bar",
+    "MBU",
+    "DRAM counter − MBU",
+    "bar",
 )
 _MACHINE = "machine.txt"
 _RECORD_SECONDS = 0.6
 _ELAPSED_SECONDS, _FRESH_SECONDS = 10.0, 1.5
 _STEADY_STEPS, _STEADY_SECONDS = 12, 60.0
 _GAP_GRAPHS, _ELAPSED = 0.02, 0.01
+_COUNTED_SECONDS = 4.0
+_DRAM_LEAST, _DRAM_MOST = -0.02, 0.08
 _COMMON = ("--max-model-len", "10240", "--max-num-seqs", "128", "--max-num-batched-tokens", "2048")
 _GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32,64,128]}')
 
@@ -130,6 +136,8 @@ class Measured:
     eager: bool
     agreement: Agreement
     elapsed_error: float | None  # (sum of components / wall clock) - 1
+    mbu: float | None  # traffic / elapsed / nominal bandwidth ...
+    dram: float | None  # ... and the hardware's counter of the same seconds
 
     @property
     def graphs(self) -> bool:
@@ -179,7 +187,7 @@ def _again(names: Sequence[str], folder: Path, runs: list[Measured], failed: lis
                 except (NoMatch, ValueError) as error:
                     failed.append(f"{name}, {shape.label}: {error}")
                     continue
-                runs.append(Measured(name, shape, SERVERS[name].eager, found, None))
+                runs.append(Measured(name, shape, SERVERS[name].eager, found, None, None, None))
 
 
 @contextlib.contextmanager
@@ -226,7 +234,7 @@ def _measure(
             continue
         try:
             with Polling(log):
-                runs.append(_run(name, server, log, shape, None if number else collector, options))
+                runs.append(_run(name, server, log, shape, collector, number == 0, options))
             print(f"{name}, {shape.label}: {runs[-1]}", file=sys.stderr, flush=True)
         except Exception as error:  # noqa: BLE001 - a load that fails is named, the others go on
             failed.append(f"{name}, {shape.label}: {error!r}"[:300])
@@ -243,26 +251,30 @@ def _run(
     server: NsysServer,
     log: StepLog,
     shape: Shape,
-    collector: Collector | None,
+    collector: Collector,
+    elapsed: bool,
     options: argparse.Namespace,
 ) -> Measured:
-    """One load; with a collector, the sum of components too."""
+    """One load; with ``elapsed``, the sum of components too."""
     output = 4 if shape.prefill else 1600
     load = Load(server.server.port, NAME, shape.batch, shape.context, output)
-    error = None
+    error, counted = None, (None, None)
     with load:
         if shape.prefill:
             load.wait(3.0)
         else:
             _wait_steady(load, log, shape.batch)
-        if collector is not None:
+        if elapsed:
             error = _elapsed_error(collector, load)
+        if not shape.prefill:
+            counted = _counted(collector, load)
         sqlite = server.record(shape.file, _RECORD_SECONDS)
     time.sleep(0.5)
     log.poll()
     if options.data:
         shutil.copy(sqlite, options.data / f"{name}-{sqlite.name}")
-    return Measured(name, shape, SERVERS[name].eager, agreement(log.steps(), read_truth(sqlite)), error)
+    found = agreement(log.steps(), read_truth(sqlite))
+    return Measured(name, shape, SERVERS[name].eager, found, error, *counted)
 
 
 def _wait_steady(load: Load, log: StepLog, batch: int) -> None:
@@ -303,6 +315,25 @@ def _ahead(collector: Collector, load: Load) -> tuple[float, float]:
     return max(looks)
 
 
+def _counted(collector: Collector, load: Load) -> tuple[float | None, float | None]:
+    """MBU by the journal over some seconds, and what the DRAM counter says of them."""
+    before = _work(collector)
+    with gpm.Counters() as counters:
+        load.wait(_COUNTED_SECONDS)
+    after = _work(collector)
+    moved, took = after[0] - before[0], after[1] - before[1]
+    return (moved / took / gpm.bandwidth() if took else None), counters.ratios.get("dram")
+
+
+def _work(collector: Collector) -> tuple[float, float]:
+    """Bytes that steps moved so far, and how long they took, idle time included."""
+    collector.tick(final=True)
+    (view,) = collector.views()
+    moved = sum(count for rank in view.ranks for kinds in rank.bytes.values() for count in kinds.values())
+    took = sum(time for rank in view.ranks for phase in rank.device_time.values() for time in phase.values())
+    return moved, took
+
+
 def _cache_tokens(facts: dict[str, Any]) -> int:
     model = facts.get("model") or {}
     kv = model.get("kv") or {}
@@ -313,7 +344,8 @@ def _cache_tokens(facts: dict[str, Any]) -> int:
 def _table(runs: list[Measured], machine: str, failed: list[str]) -> Results:
     notes = [
         "Bars: the median error of the span within 1 % or 20 µs; the gap ratio within "
-        f"{_GAP_GRAPHS} with CUDA graphs; the sum of components within 1 % over {_ELAPSED_SECONDS:g} s.",
+        f"{_GAP_GRAPHS} with CUDA graphs; the sum of components within 1 % over {_ELAPSED_SECONDS:g} s; the "
+        f"DRAM counter less the MBU of the same {_COUNTED_SECONDS:g} s from {_DRAM_LEAST} to +{_DRAM_MOST}.",
         "The launch call: the device is idle and the host in the call that launches a step's first kernel. "
         "It belongs to the step clock's span. The bars leave it out, because "
         f"{GRAPH_TRACE_FLAG} makes the launch of a graph take some hundred microseconds instead of twenty.",
@@ -343,7 +375,21 @@ def _row(run: Measured) -> list[str]:
         f"± {_GAP_GRAPHS}: {'held' if _gap_holds(run) else 'MISSED'}" if run.graphs else "lower bound",
         "" if run.elapsed_error is None else f"{run.elapsed_error:+.2%}",
         "" if run.elapsed_error is None else bar(abs(run.elapsed_error) * 100, _ELAPSED * 100, "%"),
+        *_dram(run),
     ]
+
+
+def _dram(run: Measured) -> list[str]:
+    if run.mbu is None:
+        return ["", "", ""]
+    if run.dram is None:
+        return [f"{run.mbu:.3f}", "no counter", ""]
+    most = f"{_DRAM_LEAST} … +{_DRAM_MOST}: {'held' if _dram_holds(run) else 'MISSED'}"
+    return [f"{run.mbu:.3f}", f"{run.dram - run.mbu:+.3f}", most]
+
+
+def _dram_holds(run: Measured) -> bool:
+    return run.mbu is None or run.dram is None or _DRAM_LEAST <= run.dram - run.mbu <= _DRAM_MOST
 
 
 def _gap_holds(run: Measured) -> bool:
@@ -355,7 +401,7 @@ def _holds(run: Measured) -> bool:
     found = run.agreement
     span = found.span_error_without_launch_seconds <= found.span_most_seconds
     elapsed = run.elapsed_error is None or abs(run.elapsed_error) <= _ELAPSED
-    return span and elapsed and (not run.graphs or _gap_holds(run))
+    return span and elapsed and _dram_holds(run) and (not run.graphs or _gap_holds(run))
 
 
 def _options() -> argparse.Namespace:
