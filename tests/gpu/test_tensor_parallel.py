@@ -36,7 +36,9 @@ def _check_report(agent: LocalAgent, done: dict[str, Any]) -> None:
     assert len(report["gpus"]) == 2
     first, second = (gpu["kernels"] for gpu in report["gpus"])
     assert min(first, second) > 1000
-    assert abs(first - second) < 0.1 * max(first, second), "both run the same steps"
+    assert abs(first - second) < 0.3 * max(first, second), (
+        "both run the same steps, recorded for about as long"
+    )
     operators = {row["name"]: row for row in report["operators"]}
     assert operators["communication"]["share"] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import secrets
@@ -153,20 +154,31 @@ class _Housekeeping(threading.Thread):
         # Engines pin workers to processors that their threads then fill. A thread there takes what those
         # need, and an agent that it starts answers no one for minutes.
         run_on(self._probe.processors)
+        atexit.register(self._write_last)
         while self._probe.recorder is self._recorder:
             guard.call("housekeeping.control", self._follow_switch)
             if not guard.inert and self._probe.settings.agent == "auto":
                 guard.call("housekeeping.agent", self._keep_agent)
             guard.call_even_inert("housekeeping.status", self._publish)
-            for write in self._probe.writers:
-                guard.call("housekeeping.write", write)
-            for recorder in self._probe.recorders():
-                guard.call("housekeeping.publish", recorder.publish)
+            self._write()
             guard.call("housekeeping.captures", self._look_for_asks)
             guard.call("housekeeping.kernels", self._watch_kernels)
             time.sleep(_POLL_SECONDS)
+        atexit.unregister(self._write_last)
         for asked in self._asked.values():
             asked.close()
+
+    def _write(self) -> None:
+        guard = self._probe.guard
+        for write in self._probe.writers:
+            guard.call("housekeeping.write", write)
+        for recorder in self._probe.recorders():
+            guard.call("housekeeping.publish", recorder.publish)
+
+    def _write_last(self) -> None:
+        """The program ends: its last steps are not left to a round that never comes."""
+        if self._recorder.pid == os.getpid():  # not in a child that it forked
+            self._write()
 
     def _control_state(self) -> tuple[int, int] | None:
         try:

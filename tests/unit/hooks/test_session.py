@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +100,41 @@ def test_readers_learn_that_the_probe_gave_up(probe: Probe, monkeypatch: pytest.
     assert load is not None and load.inert
     reader.close()
     recorder.close(remove=True)
+
+
+#: Ends right after a round of the thread, so long before the next one.
+_ENDS_SOON = """
+import os, sys, threading
+from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.session import _Housekeeping
+from llmprobe.settings import Settings
+
+probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": sys.argv[1], "LLMPROBE_AGENT": "off"}))
+came, ran = threading.Event(), []
+
+def write():
+    print(os.getpid(), *ran, flush=True)
+    came.set()
+
+probe.writers.append(write)
+probe.on_armed.append(lambda recorder: _Housekeeping(probe, recorder).start())
+probe.arm("worker", lambda: {"role": "frontend"})
+came.wait()
+ran.append("the last step")
+if not os.fork():
+    sys.exit()
+os.wait()
+"""
+
+
+def test_a_program_that_ends_leaves_nothing_unwritten(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _ENDS_SOON, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    rounds = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert rounds[-1][1:] == ["the last step"], done.stderr
+    assert len({pid for pid, *_ in rounds}) == 1, "the child that it forked writes nothing"
