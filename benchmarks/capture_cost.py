@@ -52,7 +52,10 @@ _LOOKS = (
     "done",
     "files",
 )
-_GAPS = ("", "trust", "kernels", "idle", "phase", "sync gap, report", "live", "live − report", "bar")
+_GAPS = (
+    *("", "trust", "kernels", "idle", "phase", "sync gap, report", "less what recording added"),
+    *("live", "live − report", "bar"),
+)
 _ROWS = (
     "",
     "captures",
@@ -243,13 +246,14 @@ def _gap_rows(look: Look) -> list[list[str]]:
         "–" if look.kernels is None else str(look.kernels),
         _ratio(look.idle_report),
     ]
-    return [[*seen, *_gap(gap)] for gap in look.gaps] or [[*seen, "–", "–", "–", "–", ""]]
+    return [[*seen, *_gap(gap)] for gap in look.gaps] or [[*seen, *"–––––", ""]]
 
 
 def _gap(gap: Gap) -> list[str]:
     bar = f"lower bound, + {TOLERANCE}" if gap.bound else f"± {TOLERANCE}"
     held = "held" if gap.held else "MISSED"
-    return [gap.phase, _ratio(gap.report), _ratio(gap.live), f"{gap.apart:+.4f}", f"{bar}: {held}"]
+    ratios = (_ratio(one) for one in (gap.report, gap.undisturbed, gap.live))
+    return [gap.phase, *ratios, f"{gap.apart:+.4f}", f"{bar}: {held}"]
 
 
 def _ratio(value: float | None) -> str:

@@ -61,6 +61,7 @@ class Gap:
     report: float
     live: float
     bound: bool  # the live one is a lower bound: there were no kernel windows
+    undisturbed: float  # the report's without what the recording itself added; the report's if not known
 
     @property
     def apart(self) -> float:
@@ -69,8 +70,8 @@ class Gap:
 
     @property
     def held(self) -> bool:
-        """Whether they agree; of a lower bound, whether it is not above."""
-        return self.apart <= TOLERANCE and (self.bound or self.apart >= -TOLERANCE)
+        """Whether they agree, as llmprobe says; of a lower bound, whether it is not above."""
+        return self.apart <= TOLERANCE and (self.bound or self.live >= self.undisturbed - TOLERANCE)
 
 
 @dataclass
@@ -97,7 +98,13 @@ class Look:
         """By phase, where both are known."""
         found = self.comparison.get("phases") or {}
         return [
-            Gap(name, phase["capture"], phase["live"], phase["live_is_lower_bound"])
+            Gap(
+                name,
+                phase["capture"],
+                phase["live"],
+                phase["live_is_lower_bound"],
+                phase.get("undisturbed", phase["capture"]),
+            )
             for name, phase in found.items()
         ]
 

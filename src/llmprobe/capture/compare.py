@@ -7,6 +7,7 @@ from typing import Any
 
 #: How much the two sync-gap ratios of a phase may differ.
 TOLERANCE = 0.03
+_WORTH_SAYING = 0.01
 
 
 def compare(
@@ -22,9 +23,12 @@ def compare(
 
     Returns:
         ``phases`` (phase → ``live``, ``capture``, ``difference``, ``live_is_lower_bound``: bubbles inside
-        steps are not in it), ``same_seconds`` (whether the live ones
+        steps are not in it, and, where it is known by what share of their time the recording itself made the
+        steps longer, ``lengthened_ratio`` and ``undisturbed``: the capture's ratio without that, all of which
+        is taken for idle time), ``same_seconds`` (whether the live ones
         are of the recording's own, neither of 30 s nor of seconds known only roughly), ``tolerance``,
-        ``disagree``; if they do, ``trusted`` (``capture`` or ``live``) and ``why``.
+        ``disagree``; if they do, ``trusted`` (``capture`` or ``live``) and ``why``. They agree where the live
+        one is within the tolerance of the capture's, of the undisturbed one, or between the two.
     """
     ranks = (meanwhile or {}).get("ranks") or ()
     live = _live(ranks)
@@ -35,17 +39,19 @@ def compare(
     else:
         ranks = (during.get("server") or {}).get("ranks") or ()
         live = _live(ranks)
-    seen = _captured(report)
-    phases = {
-        phase: {
+    seen, longer = _captured(report), _lengthened(ranks)
+    phases: dict[str, dict[str, Any]] = {}
+    for phase in sorted(live.keys() & seen.keys()):
+        phases[phase] = {
             "live": live[phase],
             "capture": seen[phase],
             "difference": live[phase] - seen[phase],
             "live_is_lower_bound": _is_bound(ranks, phase),
         }
-        for phase in sorted(live.keys() & seen.keys())
-    }
-    apart = {name: found for name, found in phases.items() if abs(found["difference"]) > TOLERANCE}
+        if phase in longer:
+            phases[phase]["lengthened_ratio"] = longer[phase]
+            phases[phase]["undisturbed"] = _without(seen[phase], longer[phase])
+    apart = {name: found for name, found in phases.items() if not _agree(found)}
     result: dict[str, Any] = {
         "phases": phases,
         "same_seconds": same_seconds,
@@ -55,10 +61,7 @@ def compare(
     if apart:
         verdict = (report.get("trust") or {}).get("verdict")
         trusted = "live" if verdict == "untrusted" else "capture"
-        said = ", ".join(
-            f"{name} {found['live']:.3f} live, {found['capture']:.3f} captured"
-            for name, found in apart.items()
-        )
+        said = ", ".join(_said(name, found) for name, found in apart.items())
         because = (
             "the capture's own checks say not to trust it"
             if trusted == "live"
@@ -66,6 +69,24 @@ def compare(
         )
         result.update(trusted=trusted, why=f"sync gaps disagree: {said}. Trust the {trusted} one: {because}")
     return result
+
+
+def _without(captured: float, lengthened: float) -> float:
+    """A captured ratio less the idle time that the recording made."""
+    return max(captured - lengthened, 0.0) / (1 - lengthened) if lengthened < 1 else captured
+
+
+def _agree(found: Mapping[str, Any]) -> bool:
+    least = found.get("undisturbed", found["capture"])
+    return bool(least - TOLERANCE <= found["live"] <= found["capture"] + TOLERANCE)
+
+
+def _said(phase: str, found: Mapping[str, Any]) -> str:
+    words = f"{phase} {found['live']:.3f} live, {found['capture']:.3f} captured"
+    if found.get("lengthened_ratio", 0.0) >= _WORTH_SAYING:
+        share = f"{found['lengthened_ratio']:.0%} of the steps' time"
+        words += f" ({found['undisturbed']:.3f} without the {share} that the recording added)"
+    return words
 
 
 def _is_bound(ranks: Iterable[Mapping[str, Any]], phase: str) -> bool:
@@ -83,6 +104,15 @@ def _what_it_is(ranks: Iterable[Mapping[str, Any]], phases: Collection[str], sec
 def _live(ranks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     rows = (
         (phase, found.get("sync_gap_ratio"), found.get("seconds"))
+        for rank in ranks
+        for phase, found in (rank.get("figures") or {}).items()
+    )
+    return _means(rows)
+
+
+def _lengthened(ranks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    rows = (
+        (phase, found.get("lengthened_ratio"), found.get("seconds"))
         for rank in ranks
         for phase, found in (rank.get("figures") or {}).items()
     )

@@ -16,6 +16,7 @@ import numpy as np
 from llmprobe.compute.accounting import account
 from llmprobe.compute.evidence import KernelEvidence
 from llmprobe.compute.figures import summarise
+from llmprobe.compute.lengthened import lengthened_ratios
 from llmprobe.compute.sampled import apply_windows
 from llmprobe.record.journal import JournalError
 from llmprobe.record.journal_reader import JournalReader
@@ -23,6 +24,8 @@ from llmprobe.record.layout import PHASES, STEP, Flag
 
 #: Kernel windows older than this say nothing of a capture's steps; as for what is shown live.
 _WINDOW_GOOD_SECONDS = 60.0
+#: So much time before a recording says how long steps are without it.
+_BEFORE_NS = 4 * 10**9
 _SHOWN = ("steps", "seconds", "sync_gap_ratio", "sync_gap_is_lower_bound")
 _EVIDENCE = tuple(field.name for field in dataclasses.fields(KernelEvidence))
 _NEEDED = {field.name for field in dataclasses.fields(KernelEvidence) if field.default is dataclasses.MISSING}
@@ -93,26 +96,55 @@ def figures_of(steps: np.ndarray, kernels: Mapping[str, KernelEvidence]) -> dict
 
 
 def meanwhile(
-    steps: Mapping[str, np.ndarray], before: Mapping[str, Any], *, rough: bool = False
+    steps: Mapping[str, np.ndarray],
+    before: Mapping[str, Any],
+    earlier: Mapping[str, np.ndarray] | None = None,
+    *,
+    rough: bool = False,
 ) -> dict[str, Any]:
     """What `llmprobe.capture.compare` takes.
 
-    ``rough``, and ``ranks``, each with ``name`` and ``figures`` by phase.
+    ``rough``, and ``ranks``, each with ``name`` and ``figures`` by phase; ``lengthened_ratio`` among them is
+    the share of the steps' time by which the recording itself made them longer, where that is known.
 
     Args:
         steps: as of `kept_steps` or `read_steps`.
         before: ``{"server": …}`` with the server's entry in ``/api/status`` when the recording began, which
             says what kernel windows had seen by then.
+        earlier: records of the steps right before the recording, by the same names (`steps_before`).
         rough: the steps were chosen by when the tool was told to begin and to end, not by when it recorded.
     """
     seen = _windows(before.get("server") or {})
-    return {
-        "ranks": [
-            {"name": name, "figures": figures_of(records, seen.get(name, {}))}
-            for name, records in steps.items()
-        ],
-        "rough": rough,
-    }
+    ranks = []
+    for name, records in steps.items():
+        figures = figures_of(records, seen.get(name, {}))
+        then = (earlier or {}).get(name)
+        longer = lengthened_ratios(records, then) if then is not None else {}
+        for phase, ratio in longer.items():
+            if phase in figures:
+                figures[phase]["lengthened_ratio"] = ratio
+        ranks.append({"name": name, "figures": figures})
+    return {"ranks": ranks, "rough": rough}
+
+
+def steps_before(
+    journals: Mapping[str, Path], steps: Mapping[str, np.ndarray], begin_ns: int | None = None
+) -> dict[str, np.ndarray]:
+    """By process: the records of the `_BEFORE_NS` before the recording, as far as the journals have them.
+
+    Args:
+        journals: by the names of ``steps``.
+        steps: the recorded ones.
+        begin_ns: when the recording began; without it, as the first recorded step did on the host.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, records in steps.items():
+        if name in journals and len(records):
+            begin = int(records["time"].min()) if begin_ns is None else begin_ns
+            found |= read_steps({name: journals[name]}, begin - _BEFORE_NS, begin)
+            if name in found:
+                found[name] = found[name][found[name]["e3"] <= begin]
+    return found
 
 
 def _windows(server: Mapping[str, Any]) -> dict[str, dict[str, KernelEvidence]]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from llmprobe.capture.asking import RAW_PREFIX
 from llmprobe.capture.compare import compare
 from llmprobe.capture.condition import Live, Watch, parse
-from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps
+from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps, steps_before
 from llmprobe.capture.session import Capture, State
 from llmprobe.capture.store import (
     LIVE,
@@ -293,12 +293,14 @@ class Run:
         live = _read_json(path)
         steps = kept_steps(self._folder, RAW_PREFIX)
         rough = not steps  # the tool kept none beside what it recorded, and when that was it alone knows
+        journals = {worker.name: worker.journal for worker in self._server.workers(self.capture)}
+        begin_ns = None
         if rough:
             now_ns = time.monotonic_ns()
             begin_ns, end_ns = (now_ns - round(self._since(state) * 1e9) for state in _RECORDED)
-            workers = self._server.workers(self.capture)
-            steps = read_steps({worker.name: worker.journal for worker in workers}, begin_ns, end_ns)
-        live["meanwhile"] = meanwhile(steps, live.get("before") or {}, rough=rough)
+            steps = read_steps(journals, begin_ns, end_ns)
+        earlier = steps_before(journals, steps, begin_ns)
+        live["meanwhile"] = meanwhile(steps, live.get("before") or {}, earlier, rough=rough)
         write_json(path, live)
 
     def _since(self, state: State) -> float:

@@ -22,6 +22,7 @@ from llmprobe.compute.evidence import KernelEvidence
 from llmprobe.compute.intervals import Intervals, bridge, overlap_ns
 from llmprobe.compute.kernel_classes import COMMUNICATION as COMMUNICATION_CLASS
 from llmprobe.compute.kernel_classes import kernel_class
+from llmprobe.compute.lengthened import alike
 from llmprobe.compute.steps import NO_PARTS, PHASES, RESTARTED, Ints
 
 #: Kinds of activity, as `llmprobe.record.cupti` numbers them.
@@ -31,11 +32,8 @@ _SLACK_NS = 50_000
 _TOP = 12
 #: A kernel that follows another within this time was waiting in the device's queue.
 BACK_TO_BACK_NS = 1_000
-#: Steps that ended so long before a window at most say how long steps are without one; so many at least.
+#: Steps that ended so long before a window at most say how long steps are without one.
 _BEFORE_NS = 3 * 10**9
-_LEAST_BEFORE = 8
-#: ... and their median number of tokens is that of the steps in the window, to within this ratio.
-_SAME_TOKENS = 1.1
 
 
 @dataclass(frozen=True)
@@ -196,10 +194,7 @@ def _disturbed(steps: np.ndarray, chosen: np.ndarray, begin_ns: int) -> int:
         & (steps["e3"] < begin_ns)
         & (steps["e3"] > begin_ns - _BEFORE_NS)
     ]
-    if len(before) < _LEAST_BEFORE or len(inside) < 2:
-        return 0
-    tokens = [float(np.median(rows["prompt_tokens"] + rows["decode_tokens"])) for rows in (inside, before)]
-    if max(tokens) > min(tokens) * _SAME_TOKENS:
+    if not alike(inside, before, least_inside=2):
         return 0
     spans = [float(np.median(rows["e3"] - rows["e0"])) for rows in (inside, before)]
     return max(round((spans[0] - spans[1]) * len(inside)), 0)

@@ -95,3 +95,28 @@ def test_a_real_capture_without_a_gpu_is_not_compared() -> None:
     seen = analyze(DATA / "nsys" / "transformers_cpu.sqlite").to_json()
     assert seen["phases"]
     assert compare(seen, live(0.1))["phases"] == {}
+
+
+@pytest.mark.parametrize(
+    ("shown", "agree"),
+    [(0.27, False), (0.31, True), (0.34, True), (0.40, True), (0.46, True), (0.51, False)],
+)
+def test_what_the_recording_itself_made_of_idle_time_is_no_disagreement(shown: float, agree: bool) -> None:
+    meanwhile = own(shown)
+    meanwhile["ranks"][0]["figures"]["decode"]["lengthened_ratio"] = 0.2
+    found = compare(report(0.464), live(0.1), meanwhile)
+    decode = found["phases"]["decode"]
+    assert decode["undisturbed"] == pytest.approx((0.464 - 0.2) / 0.8)  # 0.33
+    assert decode["lengthened_ratio"] == pytest.approx(0.2)
+    assert found["disagree"] is not agree
+    if not agree:
+        assert (
+            "0.464 captured (0.330 without the 20% of the steps' time that the recording added)"
+            in (found["why"])
+        )
+
+
+def test_a_recording_that_added_more_than_was_idle_leaves_nothing() -> None:
+    meanwhile = own(0.0)
+    meanwhile["ranks"][0]["figures"]["decode"]["lengthened_ratio"] = 0.5
+    assert compare(report(0.2), live(0.1), meanwhile)["phases"]["decode"]["undisturbed"] == 0.0

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmprobe.capture.meanwhile import figures_of, journal_steps, kept_steps, meanwhile, read_steps
+from llmprobe.capture.meanwhile import (
+    figures_of,
+    journal_steps,
+    kept_steps,
+    meanwhile,
+    read_steps,
+    steps_before,
+)
 from llmprobe.compute.evidence import KernelEvidence
 from llmprobe.record.journal import JournalError
 from llmprobe.record.layout import STEP, Clock, Flag, Phase
@@ -115,6 +122,33 @@ def test_steps_that_ran_in_part_in_that_time_are_read_from_the_journal(
     assert figures_of(found["rank0"], {})["decode"]["sync_gap_ratio"] == pytest.approx(0.2, abs=0.001)
     with pytest.raises((JournalError, OSError)):
         journal_steps(tmp_path / "gone", 0, 1)
+
+
+def test_what_a_recording_added_to_steps_is_known_by_those_before_it(
+    recorder: Recorder, tmp_path: Path
+) -> None:
+    end = 0
+    for number in range(1, 1001):
+        begin, end = end + 2 * MS, end + (10 if number <= 600 else 12) * MS
+        recorder.begin(int(Phase.DECODE), 1, begin)
+        recorder.step(
+            number, begin, int(Phase.DECODE), int(Clock.CUDA), 0, (begin, begin, begin, end),
+            requests=1, prefill_requests=0, prompt_tokens=0, decode_tokens=1,
+        )  # fmt: skip
+    recorder.publish()
+    journals = {"rank0": recorder.writer.path, "rank1": tmp_path / "gone"}
+    recorded = {
+        "rank0": journal_steps(journals["rank0"], 6010 * MS, end),
+        "rank1": records(),
+        "rank2": records(),
+    }
+    for begin_ns in (None, 6001 * MS):
+        earlier = steps_before(journals, recorded, begin_ns)
+        assert list(earlier) == ["rank0"]
+        assert earlier["rank0"]["step"].tolist() == list(range(201, 601))
+        (first, *_) = meanwhile(recorded, {}, earlier)["ranks"]
+        assert first["figures"]["decode"]["lengthened_ratio"] == pytest.approx(1 / 6)
+    assert "lengthened_ratio" not in meanwhile(recorded, {})["ranks"][0]["figures"]["decode"]
 
 
 def test_what_lies_beside_a_recording_is_used_if_it_is_sound(tmp_path: Path) -> None:
