@@ -50,8 +50,10 @@ _HEADER = (
     "bar",
     "gap ratio, nsys",
     "less the launch call",
+    "of it between steps",
     "llmprobe",
     "bar",
+    "slower while recorded",
     "sum of components",
     "bar",
     "MBU",
@@ -349,6 +351,8 @@ def _table(runs: list[Measured], machine: str, failed: list[str]) -> Results:
         "The launch call: the device is idle and the host in the call that launches a step's first kernel. "
         "It belongs to the step clock's span. The bars leave it out, because "
         f"{GRAPH_TRACE_FLAG} makes the launch of a graph take some hundred microseconds instead of twenty.",
+        "Slower while recorded: the spans by the step clock, beside those right before the recording. What it "
+        "adds to steps is idle time in the recording, and none of the server's.",
         "Where kernels are launched one by one (no CUDA graphs, and prefill), the gap ratio of the step "
         "clock is a lower bound: it cannot see launch bubbles. Kernel windows can.",
         *failed,
@@ -371,8 +375,10 @@ def _row(run: Measured) -> list[str]:
         bar(error * 1e6, most * 1e6, "µs"),
         f"{found.gap_truth:.4f}",
         f"{found.gap_truth - found.launch:.4f}",
+        f"{found.gap_between:.4f}",
         f"{found.gap_ours:.4f}",
         f"± {_GAP_GRAPHS}: {'held' if _gap_holds(run) else 'MISSED'}" if run.graphs else "lower bound",
+        "" if found.slower is None else f"{found.slower:+.1%}",
         "" if run.elapsed_error is None else f"{run.elapsed_error:+.2%}",
         "" if run.elapsed_error is None else bar(abs(run.elapsed_error) * 100, _ELAPSED * 100, "%"),
         *_dram(run),

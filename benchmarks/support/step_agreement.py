@@ -14,6 +14,9 @@ _CUT = 2
 _FEWEST = 8
 #: How far the host's own times of the same step may lie apart, by the middle of them.
 _MATCH_NS = 200_000
+#: Steps so many seconds before a recorded one show what they take without: a recording takes time to start.
+_BEFORE_SECONDS = (4.0, 1.0)
+_FEWEST_BEFORE = 20
 
 
 class NoMatch(Exception):
@@ -38,6 +41,12 @@ class Agreement:
     gap_truth_between: float  # of it, outside the steps' spans
     launch: float  # of it, see above
     activities: int
+    slower: float | None  # by how much the recording made spans longer, by the step clock; see `_slower`
+
+    @property
+    def gap_between(self) -> float:
+        """Outside the steps' spans, the launch call counted as span: what a step clock can see."""
+        return self.gap_truth_between - self.launch
 
     @property
     def span_most_seconds(self) -> float:
@@ -95,7 +104,32 @@ def agreement(steps: np.ndarray, truth: Truth) -> Agreement:
         1 - float(known[1:].sum()) / elapsed,
         float((begin - called)[1:].sum()) / elapsed,
         truth.activities,
+        _slower(steps, mine),
     )
+
+
+def _slower(steps: np.ndarray, recorded: np.ndarray) -> float | None:
+    """How much longer recorded spans are than those before led on to expect; None if too few were before.
+
+    Contexts grow, and steps with them: a line through the spans before the recording is drawn on to it.
+    """
+    begin, (longest, shortest) = recorded["time"][0], _BEFORE_SECONDS
+    before = steps[
+        (steps["time"] > begin - longest * 1e9)
+        & (steps["time"] < begin - shortest * 1e9)
+        & (steps["phase"] == recorded["phase"][0])
+        & (steps["requests"] == recorded["requests"][0])
+    ]
+    alike = (recorded["phase"] == recorded["phase"][0]) & (recorded["requests"] == recorded["requests"][0])
+    if len(before) < _FEWEST_BEFORE or alike.sum() < _FEWEST:
+        return None
+    line = np.polyfit(_seconds(before, begin), before["e3"] - before["e0"], 1)
+    expected = np.polyval(line, _seconds(recorded[alike], begin))
+    return float(np.median((recorded["e3"] - recorded["e0"])[alike] / expected)) - 1
+
+
+def _seconds(steps: np.ndarray, since: np.integer) -> np.ndarray:
+    return (steps["time"].astype(np.int64) - np.int64(since)) / 1e9
 
 
 def _longest(complete: np.ndarray) -> tuple[int, int]:

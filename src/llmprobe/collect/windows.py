@@ -19,8 +19,8 @@ from llmprobe.record.window_file import Seen, WindowFileError, read_window, wind
 _SETTLE_NS = 600_000_000
 #: Evidence of a phase is the newest windows with so many of its steps ...
 _ENOUGH_STEPS = 16
-#: ... that lie no further apart than this.
-_TOGETHER_NS = 25 * 10**9
+#: ... that lie no further apart than this, which is as old as evidence may be (`kernel_age_seconds`).
+_TOGETHER_NS = 60 * 10**9
 _KEPT_NS = 120 * 10**9
 
 
