@@ -351,8 +351,8 @@ def _table(runs: list[Measured], machine: str, failed: list[str]) -> Results:
         "The launch call: the device is idle and the host in the call that launches a step's first kernel. "
         "It belongs to the step clock's span. The bars leave it out, because "
         f"{GRAPH_TRACE_FLAG} makes the launch of a graph take some hundred microseconds instead of twenty.",
-        "Slower while recorded: the spans by the step clock, beside those right before the recording. What it "
-        "adds to steps is idle time in the recording, and none of the server's.",
+        "Slower while recorded: the spans by the step clock, beside those right before. What a recording "
+        "adds to steps is idle time in it, and none of the server's.",
         "Where kernels are launched one by one (no CUDA graphs, and prefill), the gap ratio of the step "
         "clock is a lower bound: it cannot see launch bubbles. Kernel windows can.",
         *failed,
