@@ -134,6 +134,8 @@ def _measure(
                         looks.append(captures.take(tool, options.seconds, **_extra(tool, options)))
                 except CaptureFailed as error:
                     failed.append(str(error))
+            if options.in_a_row and options.none_seconds:
+                rows.append(captures.none_in_a_row(options.none_seconds))
             for tool in wanted if options.in_a_row else ():
                 try:
                     rows.append(captures.in_a_row(tool, options.in_a_row, options.row_seconds))
@@ -198,7 +200,8 @@ def _tables(
         )
     if rows:
         notes = [
-            f"Captures of {options.row_seconds:g} s. Resident: the engine's processes. GPU: memory in use."
+            f"Captures of {options.row_seconds:g} s. Resident: the engine's processes. GPU: memory in use. "
+            "None: the same server so long without a capture; its memory half way and at the end."
         ]
         notes += [f"FAILED: {row.tool} {one}" for row in rows for one in row.failed]
         tables.append(Results(f"{title}: in a row", run, machine, _ROWS, [_row(row) for row in rows], notes))
@@ -299,6 +302,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--in-a-row", type=int, default=5, metavar="N", help="then N captures by each tool [5]"
+    )
+    parser.add_argument(
+        "--none-seconds", type=float, default=60.0, help="before them, so long without any; 0: not [60]"
     )
     parser.add_argument("--row-seconds", type=float, default=1.0, help="length of each of those [1]")
     parser.add_argument(

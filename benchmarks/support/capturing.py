@@ -233,6 +233,26 @@ class Captures:
             failed,
         )
 
+    def none_in_a_row(self, seconds: float) -> Row:
+        """What becomes of the same server in so much time without captures."""
+        quiet = self.quiet()
+        before = self.memory()
+        self._load.wait(seconds / 2)
+        middle = self.memory()
+        self._load.wait(seconds / 2)
+        after = self.quiet()
+        self._load.wait(_TAIL_SECONDS)
+        return Row(
+            "none",
+            0,
+            seconds,
+            self.stretch(*quiet),
+            self.stretch(*after),
+            before,
+            middle,
+            self.memory(),
+        )
+
     def flood(self, rate: float, seconds: float) -> Flood:
         """Ask the agent so many times a second. Raises CaptureFailed."""
         quiet = self.quiet()
