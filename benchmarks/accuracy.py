@@ -31,7 +31,7 @@ from support.gpu_models import make_configuration
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load
 from support.machine import machine_line
-from support.nsys_server import GRAPH_TRACE_FLAG, NsysServer, nsys_version
+from support.nsys_server import GRAPHS, NsysServer, nsys_version
 from support.nsys_truth import read_truth
 from support.serving import NAME
 from support.step_agreement import Agreement, NoMatch, agreement
@@ -171,7 +171,7 @@ def main() -> int:
 
 def _finish(runs: list[Measured], failed: list[str], machine: str, options: argparse.Namespace) -> int:
     """Print and save; returns the exit status."""
-    _table(runs, machine, failed).show(options.markdown)
+    _table(runs, machine, failed, options).show(options.markdown)
     if options.json:
         saved = {"machine": machine, "runs": [asdict(run) for run in runs], "failed": failed}
         options.json.write_text(json.dumps(saved, indent=1) + "\n")
@@ -208,7 +208,9 @@ def _running(
                 flags += ["--kv-cache-memory-bytes", str(int(options.kv_gib * 2**30))]
                 flags += ["--gpu-memory-utilization", "0.1"]
             print(f"starting {name}", file=sys.stderr, flush=True)
-            servers[name] = stack.enter_context(NsysServer(name, model, flags, spec.env))
+            servers[name] = stack.enter_context(
+                NsysServer(name, model, flags, spec.env, options.cuda_graph_trace)
+            )
         ready = {}
         for name, server in servers.items():
             try:
@@ -343,14 +345,21 @@ def _cache_tokens(facts: dict[str, Any]) -> int:
     return int(kv["capacity_bytes"] / per_token) if per_token else 0
 
 
-def _table(runs: list[Measured], machine: str, failed: list[str]) -> Results:
+def _table(runs: list[Measured], machine: str, failed: list[str], options: argparse.Namespace) -> Results:
+    by_node = options.cuda_graph_trace == "node"
     notes = [
         "Bars: the median error of the span within 1 % or 20 µs; the gap ratio within "
         f"{_GAP_GRAPHS} with CUDA graphs; the sum of components within 1 % over {_ELAPSED_SECONDS:g} s; the "
         f"DRAM counter less the MBU of the same {_COUNTED_SECONDS:g} s from {_DRAM_LEAST} to +{_DRAM_MOST}.",
         "The launch call: the device is idle and the host in the call that launches a step's first kernel. "
-        "It belongs to the step clock's span. The bars leave it out, because "
-        f"{GRAPH_TRACE_FLAG} makes the launch of a graph take some hundred microseconds instead of twenty.",
+        "It belongs to the step clock's span. The bars leave it out"
+        + (
+            ", because recording graphs by node makes the launch of one take some hundred microseconds."
+            if by_node
+            else "."
+        ),
+        "Graphs were recorded "
+        + ("by node: what lies idle between the kernels of one counts." if by_node else "as one each."),
         "Slower while recorded: the spans by the step clock, beside those right before. What a recording "
         "adds to steps is idle time in it, and none of the server's.",
         "Where kernels are launched one by one (no CUDA graphs, and prefill), the gap ratio of the step "
@@ -416,6 +425,12 @@ def _options() -> argparse.Namespace:
         epilog="example: python benchmarks/accuracy.py --only dense-v2 --only moe --together 2 --kv-gib 20",
     )
     parser.add_argument("--only", action="append", choices=list(SERVERS), help="this server; may be repeated")
+    parser.add_argument(
+        "--cuda-graph-trace",
+        choices=GRAPHS,
+        default=GRAPHS[0],
+        help="as of nsys: CUDA graphs as one each, or by kernel, which can hang the server [graph]",
+    )
     parser.add_argument("--full", action="store_true", help="every batch and context")
     parser.add_argument("--together", type=int, default=1, help="servers that start at once [1]")
     parser.add_argument("--kv-gib", type=float, help="KV cache of each server [what vLLM finds free]")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmprobe.demo.server import VllmServer
 from support.capturing import profiler_flags
-from support.nsys_server import GRAPH_TRACE_FLAG
+from support.nsys_server import GRAPHS, graphs_flag
 from support.serving import running_server
 
 _OFF = {"LLMPROBE": "0"}
@@ -79,7 +79,7 @@ def _nsys(model: Path | None, flags: Sequence[str], folder: Path) -> Iterator[Se
     name = f"side-by-side-{secrets.token_hex(4)}"
     session = f"--session={name}"
     launch = ["nsys", "launch", f"--session-new={name}", "--wait=primary", "--trace=cuda,nvtx"]
-    with running_server(model, flags, _OFF, [*launch, GRAPH_TRACE_FLAG]) as server:
+    with running_server(model, flags, _OFF, [*launch, graphs_flag(GRAPHS[0])]) as server:
 
         @contextlib.contextmanager
         def recording() -> Iterator[None]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from llmprobe.demo.server import VllmServer
 from support.serving import NAME, new_directory
 
-#: Every kernel of a graph, not the graph as one.
-GRAPH_TRACE_FLAG = "--cuda-graph-trace=node"
+#: How nsys may record CUDA graphs: each as one, or every kernel of it, which can hang the process.
+GRAPHS = ("graph", "node")
 _NSYS_SECONDS = 120.0
 
 
@@ -26,19 +26,22 @@ class NsysFailed(Exception):
 class NsysServer:
     """The server, and the nsys session around it. A context manager; starts at once, see `wait_ready`."""
 
-    def __init__(self, name: str, model: Path, flags: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, model: Path, flags: Sequence[str], env: Mapping[str, str], graphs: str = GRAPHS[0]
+    ) -> None:
         """
         Args:
             name: of what is served, for logs.
             model: a directory with a configuration; weights are made up.
             flags: further ones of ``vllm serve``.
             env: variables of the server beside those of this process.
+            graphs: one of `GRAPHS`.
         """
         self.name = name
         self._session = f"accuracy-{secrets.token_hex(4)}"
         self.folder = Path(tempfile.mkdtemp(prefix="llmprobe-accuracy-"))
         launch = ["nsys", "launch", f"--session-new={self._session}", "--wait=primary"]
-        launch += ["--trace=cuda,nvtx", GRAPH_TRACE_FLAG]
+        launch += ["--trace=cuda,nvtx", graphs_flag(graphs)]
         self.server = VllmServer.start(
             model,
             new_directory(),
@@ -74,6 +77,11 @@ class NsysServer:
             _nsys("shutdown", f"--session={self._session}", "--kill=sigkill")
         self.server.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def graphs_flag(graphs: str) -> str:
+    """Of ``nsys launch``; ``graphs`` is one of `GRAPHS`."""
+    return f"--cuda-graph-trace={graphs}"
 
 
 def nsys_version() -> str:
