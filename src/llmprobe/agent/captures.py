@@ -20,7 +20,7 @@ from llmprobe.capture.manager import Manager, Refused, choose_tool
 from llmprobe.capture.session import Capture
 from llmprobe.capture.store import REPORT_JSON, REPORT_TEXT, is_public, is_raw
 from llmprobe.capture.tool import Worker
-from llmprobe.capture.tools import tools_of
+from llmprobe.capture.tools import nsys_session, tools_of
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.export.summary import SCHEMA_VERSION, summarize
 
@@ -125,6 +125,9 @@ class Watched:
             steps,
             {phase: tuple(known) for phase, known in figures.items()},
             tuple(_known(engine, ENGINE_FIGURES) for engine in view.engines),
+            working=any(rank.step_running_seconds is not None for rank in view.ranks)
+            or any(engine.requests_running for engine in view.engines),
+            stalls=tuple((rank.rank, rank.stall) for rank in view.ranks if rank.stall is not None),
         )
 
     def figures(self, capture: Capture) -> dict[str, Any] | None:
@@ -181,14 +184,23 @@ def add_routes(app: FastAPI, manager: Manager, reader: Reader, directory: Path) 
 
 
 def overview(manager: Manager, views: list[ServerView], directory: Path) -> dict[str, Any]:
-    """What ``/api/status`` says: the tools of each server (null, or why not), and how captures ended."""
+    """What ``/api/status`` says: what can capture each server, and how captures ended."""
     return {
-        "tools": {view.server: tools_of(directory, view.group, workers_of(view)) for view in views},
+        **_ways(views, directory),
         "ended": [
             {"tool": tool, "outcome": outcome, "count": count}
             for (tool, outcome), count in sorted(manager.ended.items())
             if count
         ],
+    }
+
+
+def _ways(views: list[ServerView], directory: Path) -> dict[str, Any]:
+    """By server: its tools (null, or why not), and what nsys traces where it runs under nsys."""
+    sessions = {view.server: nsys_session(directory, view.group) for view in views}
+    return {
+        "tools": {view.server: tools_of(directory, view.group, workers_of(view)) for view in views},
+        "nsys": {server: session for server, session in sessions.items() if session is not None},
     }
 
 
@@ -228,9 +240,7 @@ def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path
         return {
             "schema_version": SCHEMA_VERSION,
             "captures": [_described(manager, capture) for capture in manager.all()],
-            "tools": {
-                view.server: tools_of(directory, view.group, workers_of(view)) for view in reader.views()
-            },
+            **_ways(reader.views(), directory),
             "directory": str(manager.store.root),
             "max_seconds": manager.max_seconds,
             "max_bytes": manager.store.max_bytes,

@@ -125,6 +125,10 @@ class AskingTool:
         """Bounded where it is recorded."""
         return 0
 
+    def hang_hint(self) -> str:
+        """Nothing is known."""
+        return ""
+
     def collect(self) -> list[str]:
         """End what still records, and fetch what each process made, once it has written it."""
         for worker in self._asked():

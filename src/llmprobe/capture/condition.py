@@ -18,6 +18,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from llmprobe.compute.stall import Stall
+
 PHASES = ("prefill", "decode", "mixed", "draft", "encode")
 #: Figures of a phase over the last 30 s, as in ``/api/status`` under ``figures``.
 PHASE_FIGURES = (
@@ -58,12 +60,15 @@ class Live:
     """What a server shows right now, as far as conditions ask for it.
 
     ``steps`` counts them by phase since the server started, for each rank by its name. ``figures`` holds, by
-    phase, the known figures of each rank; ``engines`` the known figures of each engine.
+    phase, the known figures of each rank; ``engines`` the known figures of each engine. ``working``: a step
+    or a request runs. ``stalls``: the ranks that do not get on, and in what.
     """
 
     steps: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     figures: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
     engines: tuple[Mapping[str, float], ...] = ()
+    working: bool = False
+    stalls: tuple[tuple[int, Stall], ...] = ()
 
     def steps_since(self, before: Live, phases: Collection[str] | None = None) -> int:
         """Steps since then of these phases (None: of all), on the rank that took most.

@@ -14,6 +14,7 @@ from llmprobe.capture.asking import sweep_asks
 from llmprobe.capture.boot import boot_id
 from llmprobe.capture.condition import ConditionError, parse
 from llmprobe.capture.nsys import sweep_sessions
+from llmprobe.capture.nsys_tool import ask_why_not_nsys
 from llmprobe.capture.run import Run, Server
 from llmprobe.capture.session import FINAL, Capture, Request
 from llmprobe.capture.session import Tool as ToolName
@@ -59,6 +60,8 @@ def choose_tool(
         raise Refused("invalid", f"ranks: there are {sorted(there)}.", "Leave `ranks` out for all.")
     chosen = [worker for worker in workers if ranks is None or worker.rank in ranks]
     reasons = tools_of(directory, group, chosen)
+    if wanted in ("auto", "nsys"):
+        reasons["nsys"] = ask_why_not_nsys(directory, group)
     if ranks is not None and set(ranks) != there and reasons["nsys"] is None:
         reasons["nsys"] = f"nsys records every process of the server, so ranks: {sorted(there)} or nothing"
         if wanted == "nsys":

@@ -26,18 +26,22 @@ from llmprobe.capture.words import last_words
 from llmprobe.processors import own_group
 from llmprobe.record.agent_launch import agent_environment
 
-#: States of a session, as ``nsys sessions list`` shows them.
-IDLE, RECORDING = "Launched", "Collection"
+#: States of a session, as ``nsys sessions list`` shows them. From the last one nsys never comes back.
+IDLE, RECORDING, LEAVING = "Launched", "Collection", "Shutdown"
 NOTES_NAME = "nsys"
 TEMPORARY_PREFIX = "llmprobe-nsys-"
 RAW_SQLITE = "raw.sqlite"
 TRACES = ("cuda", "nvtx", "osrt", "cublas", "cudnn", "python-gil")
 DEFAULT_TRACE = ("cuda", "nvtx")
+#: nsys's words for how CUDA graphs are recorded: each whole, or kernel by kernel. The first is the default.
+GRAPH_TRACES = ("graph", "node")
 _SESSION = re.compile(r"llmprobe-[0-9a-f]{6,32}")
 _LIST_SECONDS = 20.0
 _START_SECONDS = 60.0
 _IMPORT_SECONDS = 900.0
 _POLL_SECONDS = 0.1
+#: nsys waits 30 s for a process that does not answer, and then writes what the others recorded.
+_SETTLE_SECONDS = 90.0
 
 
 class NsysError(ToolError):
@@ -48,7 +52,8 @@ class NsysError(ToolError):
 class Session:
     """The nsys session that a server runs under.
 
-    ``temporary`` is the TMPDIR of its nsys processes: a private folder on disk.
+    ``temporary`` is the TMPDIR of its nsys processes: a private folder on disk. ``cuda_graph_trace`` is one
+    of `GRAPH_TRACES`; None where CUDA is not traced.
     """
 
     group: str
@@ -56,6 +61,7 @@ class Session:
     nsys: str
     temporary: str
     trace: tuple[str, ...]
+    cuda_graph_trace: str | None = None
 
     def note(self, directory: Path) -> Path:
         """Where the session is noted."""
@@ -69,7 +75,7 @@ class Session:
 
     def forget(self, directory: Path) -> None:
         """Remove the note and the temporary folder."""
-        for path in (self.note(directory), self.dead_man(directory)):
+        for path in (self.note(directory), self.dead_man(directory), self._lost(directory)):
             with contextlib.suppress(OSError):
                 path.unlink()
         if Path(self.temporary).name.startswith(TEMPORARY_PREFIX):
@@ -82,12 +88,34 @@ class Session:
         """
         return self.note(directory).with_suffix(".until")
 
+    def lose(self, directory: Path, reason: str | None) -> None:
+        """Note why nothing can be recorded in it any more; None: it can."""
+        path = self._lost(directory)
+        with contextlib.suppress(OSError):
+            if reason is not None:
+                write_json(path, {"reason": reason})
+            else:
+                path.unlink(missing_ok=True)
+
+    def lost(self, directory: Path) -> str | None:
+        """What was noted so."""
+        try:
+            return str(json.loads(self._lost(directory).read_text())["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _lost(self, directory: Path) -> Path:
+        return self.note(directory).with_suffix(".lost")
+
 
 def session_of(directory: Path, group: str) -> Session | None:
     """The session that the server with this group id runs under; None if it was not started so."""
     try:
         data = json.loads(_note(directory, group).read_text())
-        session = Session(**{**data, "trace": tuple(data["trace"])})
+        trace = tuple(data["trace"])
+        # Notes did not say it while it was always by node.
+        graphs = data.get("cuda_graph_trace", "node" if "cuda" in trace else None)
+        session = Session(**{**data, "trace": trace, "cuda_graph_trace": graphs})
     except (OSError, ValueError, TypeError, KeyError):
         return None
     sound = (
@@ -142,18 +170,31 @@ class Nsys:
         """Whether the session records right now."""
         return self.state() == RECORDING
 
+    def lost(self) -> str | None:
+        """Why nothing can be recorded in the session any more; None if something can."""
+        return _why_lost(self.state())
+
+    def settled(self, seconds: float = _SETTLE_SECONDS) -> str | None:
+        """As `state`, once nsys does not write a recording any more, or after so many seconds."""
+        until = time.monotonic() + seconds
+        while (state := self.state()) not in (None, IDLE, RECORDING, LEAVING) and time.monotonic() < until:
+            if self._interrupted():
+                raise Interrupted("writing")
+            time.sleep(_POLL_SECONDS)
+        return state
+
     def check_idle(self) -> None:
         """Raise `NsysError` unless the session is there and records nothing.
 
         To be asked before `start`, which makes a new session, with nothing in it, for a name that is gone.
         """
-        state = self.state()
-        if state is None:
-            raise NsysError(
-                "the server's nsys session is gone: start the server again with llmprobe run --nsys"
-            )
+        state = self.settled()
+        if why := _why_lost(state):
+            raise NsysError(why)
         if state == RECORDING:
             raise NsysError("somebody else records in the server's nsys session already")
+        if state != IDLE:
+            raise NsysError(f"nsys has not been done with the recording before for {_SETTLE_SECONDS:g} s")
 
     def start(self, folder: Path) -> None:
         """Begin to record into ``folder``."""
@@ -192,19 +233,30 @@ class Nsys:
         Returns:
             Whether nothing is recorded any more, as far as nsys says.
         """
-        quiet, ended = Nsys(self.session), False
+        quiet, state = Nsys(self.session), RECORDING
         with contextlib.suppress(NsysError, OSError):
             if quiet.recording():
                 quiet._run(["stop", f"--session={self.session.name}"], _IMPORT_SECONDS)
-            ended = True
-        with contextlib.suppress(OSError):
-            for path in Path(self.session.temporary).glob("nsys-report-*"):
-                path.unlink()
-        return ended
+            state = quiet.settled() or LEAVING
+        # An nsys that writes its recording dies where the file goes away meanwhile, and its session with it.
+        if state in (IDLE, LEAVING):
+            with contextlib.suppress(OSError):
+                for path in Path(self.session.temporary).glob("nsys-report-*"):
+                    path.unlink()
+        return state != RECORDING
 
     def _run(self, arguments: Sequence[str], seconds: float) -> str:
         environment = {**agent_environment(os.environ), "TMPDIR": self.session.temporary}
         return run_nsys([self.session.nsys, *arguments], seconds, environment, self._interrupted)
+
+
+def _why_lost(state: str | None) -> str | None:
+    again = "start the server again with llmprobe run --nsys"
+    if state is None:
+        return f"the server's nsys session is gone: {again}"
+    if state == LEAVING:
+        return f"nsys's own process of the server's session has failed or is ending: {again}"
+    return None
 
 
 def run_nsys(

@@ -7,19 +7,47 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llmprobe.capture.nsys import IDLE, RECORDING, Nsys, Session, session_of
+from llmprobe.capture.nsys import RECORDING, Nsys, NsysError, Session, session_of
 from llmprobe.capture.store import RAW, write_json
-from llmprobe.capture.tool import Interrupted, ToolError
+from llmprobe.capture.tool import ToolError
 
 #: How much longer than asked for a recording may last before `llmprobe run` ends it itself.
 _GRACE_SECONDS = 30.0
 _WRITING_SECONDS = 900.0
-_LOOK_SECONDS = 0.1
 
 HOW_TO_NSYS = (
     "the server was not started under nsys: start it with `llmprobe run --nsys -- vllm serve …` "
     "(nsys cannot attach to a process that runs)"
 )
+_START_ANEW = "If it does not get on by itself, start it anew"
+_HANGS_BY_NODE = (
+    "nsys can hang a server for good that replays CUDA graphs while it records them by node, as here "
+    "(--cuda-graph-trace node): start it anew, with graphs recorded whole, which is the default"
+)
+_BY_NODE = (
+    "CUDA graphs were recorded by node, which makes each of their launches take hundreds of microseconds: "
+    "idle time before a graph may be the recording's"
+)
+
+
+def why_not_nsys(directory: Path, group: str) -> str | None:
+    """Why nsys cannot capture the server with this group id, as far as is noted; None if it can."""
+    session = session_of(directory, group)
+    return HOW_TO_NSYS if session is None else session.lost(directory)
+
+
+def ask_why_not_nsys(directory: Path, group: str) -> str | None:
+    """The same, having asked nsys, which takes a moment; what it says is noted."""
+    session = session_of(directory, group)
+    if session is None:
+        return HOW_TO_NSYS
+    try:
+        lost = Nsys(session).lost()
+    except (NsysError, OSError):
+        return session.lost(directory)  # the capture will fail with its words
+    if lost != session.lost(directory):
+        session.lose(directory, lost)
+    return lost
 
 
 class NsysTool:
@@ -61,9 +89,7 @@ class NsysTool:
     def start(self, seconds: float, steps: int | None) -> None:
         """Begin."""
         nsys = self._nsys()
-        write_json(
-            nsys.session.dead_man(self._directory), {"until": self._clock() + seconds + _GRACE_SECONDS}
-        )
+        self._allow(nsys.session, seconds + _GRACE_SECONDS)
         nsys.start(self._folder)
 
     def resume(self) -> None:
@@ -87,24 +113,22 @@ class NsysTool:
     def collect(self) -> list[str]:
         """Stop, and export to SQLite."""
         nsys = self._nsys()
+        self._allow(nsys.session, _WRITING_SECONDS + _GRACE_SECONDS)
         # After a restart nsys may still be writing what the agent before this one told it to.
-        until = time.monotonic() + _WRITING_SECONDS
-        while (state := nsys.state()) not in (None, IDLE, RECORDING) and time.monotonic() < until:
-            if self._interrupted():
-                raise Interrupted("writing")
-            time.sleep(_LOOK_SECONDS)
+        state = Nsys(nsys.session, self._interrupted).settled(_WRITING_SECONDS)
         if state == RECORDING:
             nsys.stop(self._folder)
         elif not (self._folder / RAW).is_file():
             raise ToolError(f"nsys stopped by itself and left no {RAW}: it was killed, or the server ended")
         self.forget()
         nsys.export(self._folder)
-        return []
+        return [_BY_NODE] if nsys.session.cuda_graph_trace == "node" else []
 
     def abandon(self) -> None:
         """End the recording."""
         if session := self._known or session_of(self._directory, self._group):
             self._goes_on = not Nsys(session).abandon()
+            ask_why_not_nsys(self._directory, self._group)
 
     def forget(self) -> None:
         """`llmprobe run` need not end it any more, unless it could not be ended here."""
@@ -113,6 +137,15 @@ class NsysTool:
         if session := self._known or session_of(self._directory, self._group):
             with contextlib.suppress(OSError):
                 session.dead_man(self._directory).unlink(missing_ok=True)
+
+    def hang_hint(self) -> str:
+        """What is known of servers that hang while nsys records them."""
+        session = self._known or session_of(self._directory, self._group)
+        return _HANGS_BY_NODE if session and session.cuda_graph_trace == "node" else _START_ANEW
+
+    def _allow(self, session: Session, seconds: float) -> None:
+        """Keep `llmprobe run` from ending the recording for so long, while this agent lives or not."""
+        write_json(session.dead_man(self._directory), {"until": self._clock() + seconds})
 
     def _nsys(self) -> Nsys:
         return Nsys(self._session(), self._cancelled)

@@ -22,6 +22,7 @@ from llmprobe.capture.compare import compare
 from llmprobe.capture.condition import Live, Watch, parse
 from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps, steps_before
 from llmprobe.capture.session import Capture, State
+from llmprobe.capture.stopped import stopped, wait_for_signs
 from llmprobe.capture.store import (
     LIVE,
     REPORT_JSON,
@@ -102,6 +103,7 @@ class Run:
         self._folder = store.folder(capture.id)
         self._seen_at = time.monotonic()
         self._kept_at = 0.0
+        self._noted_hang = False
         self._tool: Tool = make_tool(
             capture,
             self._folder,
@@ -199,6 +201,7 @@ class Run:
     def _import(self) -> None:
         for note in self._tool.collect():
             self.capture = self.capture.noting(note)
+        self._note_hang()
         self._try("the live figures of the recorded steps", self._keep_meanwhile)
         self._enter("analysing")
 
@@ -220,6 +223,7 @@ class Run:
         if child.returncode != 0:
             raise Failed(f"the capture cannot be analysed: {said or f'exit status {child.returncode}'}")
         self._keep_live("after")
+        self._note_hang()
         self._try("the comparison with the live figures", self._compare)
         taken, most = self._store.size(self.capture.id), self._store.max_bytes
         if taken > most:
@@ -325,6 +329,8 @@ class Run:
             return  # it has ended already; what failed was of no matter to it
         if self.capture.state in ("recording", "importing"):
             self._quietly(self._tool.abandon)
+            if state == "failed" and (hung := self._hang(wait=True)):
+                reason = f"{reason}. {hung}"
         self._quietly(self._tool.forget)
         with contextlib.suppress(OSError):
             for path in self._folder.iterdir():
@@ -338,6 +344,26 @@ class Run:
         self.capture = ended
         self._entered(ended)
         log.warning("capture %s of %s %s: %s", self.capture.id, self.capture.server, state, reason)
+
+    def _note_hang(self) -> None:
+        if not self._noted_hang and (hung := self._hang()):
+            self._noted_hang = True
+            self.capture = self.capture.noting(hung)
+            log.warning("capture %s of %s: %s", self.capture.id, self.capture.server, hung)
+
+    def _hang(self, *, wait: bool = False) -> str | None:
+        """What to say if the server has not got on since it was recorded; may wait for signs of it.
+
+        Raises nothing.
+        """
+        try:
+            begun_ns = time.monotonic_ns() - round(self._since("recording") * 1e9)
+            if wait:
+                wait_for_signs(lambda: self._server.live(self.capture), self.leaving.wait)
+            return stopped(self._server.live(self.capture), begun_ns, self._tool.hang_hint())
+        except Exception:
+            log.exception("capture %s: whether its server gets on is not known", self.capture.id)
+            return None
 
     def _quietly(self, clean: Callable[[], None]) -> None:
         try:

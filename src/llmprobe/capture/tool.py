@@ -69,5 +69,8 @@ class Tool(Protocol):
     def abandon(self) -> None:
         """End whatever was begun, and delete what it left elsewhere. Raises nothing."""
 
+    def hang_hint(self) -> str:
+        """What is known of servers that stop getting on while this records; may be empty. Raises nothing."""
+
     def forget(self) -> None:
         """The capture has ended, well or not. Raises nothing."""

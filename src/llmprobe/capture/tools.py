@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmprobe.capture.kernels_tool import kernels_tool
 from llmprobe.capture.nsys import session_of
-from llmprobe.capture.nsys_tool import HOW_TO_NSYS, NsysTool
+from llmprobe.capture.nsys_tool import NsysTool, why_not_nsys
 from llmprobe.capture.session import Capture
 from llmprobe.capture.session import Tool as ToolName
 from llmprobe.capture.tool import Tool, Worker
@@ -20,10 +21,18 @@ TOOLS: tuple[ToolName, ...] = ("nsys", "torch", "kernels")
 
 def tools_of(directory: Path, group: str, workers: Sequence[Worker]) -> dict[str, str | None]:
     """What can capture a server: tool → None, or why it cannot."""
-    found: dict[str, str | None] = {"nsys": None if session_of(directory, group) else HOW_TO_NSYS}
+    found = {"nsys": why_not_nsys(directory, group)}
     for tool in ("torch", "kernels"):
         found[tool] = _refusal(tool, workers)
     return found
+
+
+def nsys_session(directory: Path, group: str) -> dict[str, Any] | None:
+    """What nsys traces in the session that a server runs under, JSON-ready; None if there is none."""
+    session = session_of(directory, group)
+    if session is None:
+        return None
+    return {"trace": list(session.trace), "cuda_graph_trace": session.cuda_graph_trace}
 
 
 def _refusal(tool: str, workers: Sequence[Worker]) -> str | None:

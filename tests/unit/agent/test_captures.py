@@ -158,6 +158,18 @@ def test_status_says_what_can_be_captured(client: TestClient, nsys: ScriptedNsys
     assert shown["tools"]["prog"]["nsys"] is None
     assert "has not said" in shown["tools"]["prog"]["torch"]
     assert shown["ended"] == []
+    assert shown["nsys"] == {"prog": {"trace": ["nvtx"], "cuda_graph_trace": None}}
+    assert client.get("/api/captures").json()["nsys"] == shown["nsys"]
+
+
+def test_an_nsys_that_is_no_more_is_refused_and_shown(client: TestClient, nsys: ScriptedNsys) -> None:
+    nsys.set_state("Shutdown")
+    answer = problem(client.post("/api/captures", json={"tool": "nsys"}), 409)
+    assert "nsys's own process of the server's session has failed" in answer["detail"]
+    listed = client.get("/api/captures").json()
+    assert listed["captures"] == []
+    assert listed["tools"]["prog"]["nsys"] in answer["detail"]
+    assert nsys.calls() == []
 
 
 def test_a_second_one_is_refused_with_a_link_and_may_queue(client: TestClient, nsys: ScriptedNsys) -> None:

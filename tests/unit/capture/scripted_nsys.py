@@ -62,6 +62,10 @@ class ScriptedNsys:
         """Such as ``fail-start`` with its last words, ``silent-stop``, ``hang`` or ``gone``."""
         (self._folder / what).write_text(words)
 
+    def undo(self, what: str) -> None:
+        """It does not do that any more."""
+        (self._folder / what).unlink(missing_ok=True)
+
     def exports(self, database: Path) -> None:
         """What it exports."""
         shutil.copy(database, self._folder / "database")

@@ -7,18 +7,22 @@ import errno
 import json
 import os
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from llmprobe.capture import run
+from llmprobe.capture.condition import Live
 from llmprobe.capture.manager import Manager, Refused, choose_tool
+from llmprobe.capture.nsys import Nsys
 from llmprobe.capture.nsys_tool import NsysTool
 from llmprobe.capture.session import Capture, Request
 from llmprobe.capture.store import RAW, Store
 from llmprobe.capture.tool import Worker
-from llmprobe.capture.tools import tools_of
+from llmprobe.capture.tools import nsys_session, tools_of
+from llmprobe.compute.stall import Bound, Stall
 
 from .managed import NEVER, ask, left, until
 from .scripted_engine import ScriptedEngine
@@ -131,7 +135,63 @@ def test_whatever_fails_says_why_and_cleans_up(
     failed = until(manager, manager.request("g", "s", ask()), "failed")
     assert reason in (failed.reason or "")
     assert left(store, failed) == {"capture.json"}
-    assert not list(Path(nsys.session.temporary).iterdir())
+    # Nothing is taken from an nsys that still records: it would die of it. Who runs the server ends that.
+    assert bool(list(Path(nsys.session.temporary).iterdir())) == (what == "fail-stop")
+
+
+def test_nothing_is_taken_from_an_nsys_that_writes(nsys: ScriptedNsys) -> None:
+    written = Path(nsys.session.temporary) / "nsys-report-1234.qdstrm"
+    written.write_text("recorded")
+    nsys.set_state("Generation")
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(Nsys(nsys.session).abandon()))
+    thread.start()
+    time.sleep(0.5)
+    assert written.exists()
+    nsys.set_state("Launched")
+    thread.join(60)
+    assert ended == [True]
+    assert not written.exists()
+
+
+def a_stall(since_ns: int) -> Stall:
+    return Stall("step", since_ns, 12.3, Bound(10.0, "at least 10 s"), 7, "decode", 16, ())
+
+
+@pytest.mark.parametrize(("graphs", "known"), [("node", "records them by node"), ("graph", "start it anew")])
+def test_a_capture_that_fails_tells_of_a_server_that_hangs(
+    manager: Manager, nsys: ScriptedNsys, server: PretendedServer, directory: Path, graphs: str, known: str
+) -> None:
+    dataclasses.replace(nsys.session, trace=("cuda",), cuda_graph_trace=graphs).write(directory)
+    nsys.does("silent-stop")
+    capture = manager.request("g", "s", ask(seconds=0.5))
+    until(manager, capture, "recording")
+    server.now = Live({"rank0": {"decode": 1}}, working=True, stalls=((0, a_stall(time.monotonic_ns())),))
+    reason = until(manager, capture, "failed").reason or ""
+    assert "wrote no capture.nsys-rep" in reason
+    assert "has not got on: rank 0 has been in step 7 (decode, 16 tokens) for 12 s. " in reason
+    assert known in reason.split(" for 12 s. ")[1]
+
+
+def test_a_capture_of_a_server_that_hung_before_is_not_blamed(
+    manager: Manager, nsys: ScriptedNsys, server: PretendedServer
+) -> None:
+    nsys.does("silent-stop")
+    server.now = Live(working=True, stalls=((0, a_stall(time.monotonic_ns() - 60_000_000_000)),))
+    reason = until(manager, manager.request("g", "s", ask()), "failed").reason or ""
+    assert "wrote no capture.nsys-rep" in reason
+    assert "got on" not in reason
+
+
+def test_a_capture_that_is_done_notes_a_server_that_hangs_once(
+    manager: Manager, nsys: ScriptedNsys, server: PretendedServer
+) -> None:
+    nsys.exports(DATA / "nsys" / "transformers_cpu.sqlite")
+    capture = manager.request("g", "s", ask(seconds=0.5))
+    until(manager, capture, "recording")
+    server.now = Live(working=True, stalls=((0, a_stall(time.monotonic_ns())),))
+    done = until(manager, capture, "done")
+    assert len([note for note in done.notes if "has not got on: rank 0" in note]) == 1
 
 
 def test_a_file_that_is_no_database_is_one_line(manager: Manager, store: Store) -> None:
@@ -323,6 +383,56 @@ def test_the_deepest_tool_that_is_available_is_taken(directory: Path, nsys: Scri
         choose_tool(directory, "another", "nsys", [both])
     with pytest.raises(Refused, match=r"nsys: .*llmprobe run --nsys.*; torch: busy; kernels: no GPU"):
         choose_tool(directory, "another", "auto", [worker(0, torch="busy", kernels="no GPU")])
+
+
+@pytest.mark.parametrize(("broken", "said"), [("gone", "session is gone"), ("Shutdown", "has failed")])
+def test_an_nsys_that_is_no_more_is_refused_and_shown_until_it_is_back(
+    directory: Path, nsys: ScriptedNsys, manager: Manager, broken: str, said: str
+) -> None:
+    one = worker(0, torch=None, kernels=None)
+    nsys.does(broken) if broken == "gone" else nsys.set_state(broken)
+    with pytest.raises(Refused, match=said) as caught:
+        choose_tool(directory, "g", "nsys", [one])
+    assert caught.value.kind == "unavailable"
+    assert said in (tools_of(directory, "g", [one])["nsys"] or "")
+    assert choose_tool(directory, "g", "auto", [one]) == "torch"
+    assert said in (until(manager, manager.request("g", "s", ask()), "failed").reason or "")
+    nsys.undo("gone")
+    nsys.set_state("Launched")
+    assert choose_tool(directory, "g", "nsys", [one]) == "nsys"
+    assert tools_of(directory, "g", [one])["nsys"] is None
+    nsys.session.lose(directory, "it broke")
+    nsys.session.forget(directory)
+    assert not list((directory / "nsys").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("trace", "said", "known"),
+    [
+        (["cuda", "nvtx"], {}, "node"),  # older notes did not say it: it was always so
+        (["nvtx"], {}, None),
+        (["cuda"], {"cuda_graph_trace": "graph"}, "graph"),
+    ],
+)
+def test_how_graphs_are_recorded_is_noted(
+    directory: Path, nsys: ScriptedNsys, trace: list[str], said: dict[str, str], known: str | None
+) -> None:
+    path = nsys.session.note(directory)
+    note = json.loads(path.read_text())
+    del note["cuda_graph_trace"]
+    path.write_text(json.dumps({**note, "trace": trace, **said}))
+    assert nsys_session(directory, "g") == {"trace": trace, "cuda_graph_trace": known}
+    assert nsys_session(directory, "another") is None
+
+
+@pytest.mark.parametrize(("graphs", "noted"), [("node", True), ("graph", False)])
+def test_a_capture_of_graphs_by_node_notes_what_that_costs(
+    manager: Manager, nsys: ScriptedNsys, directory: Path, graphs: str, noted: bool
+) -> None:
+    dataclasses.replace(nsys.session, trace=("cuda",), cuda_graph_trace=graphs).write(directory)
+    nsys.exports(DATA / "nsys" / "transformers_cpu.sqlite")
+    done = until(manager, manager.request("g", "s", ask()), "done")
+    assert any("by node" in note for note in done.notes) == noted
 
 
 def test_some_ranks_are_not_for_nsys(directory: Path, nsys: ScriptedNsys) -> None:
