@@ -87,6 +87,14 @@ class Wrapped:
 
         return dict(until(ready, f"state {states}"))
 
+    def hang(self) -> None:
+        """Return once its worker stays in a step."""
+        self.target.send_signal(signal.SIGUSR1)
+        until(lambda: (self.rank()["step_running_seconds"] or 0) > 0.5, "a step that does not end")
+
+    def rank(self) -> dict[str, Any]:
+        return dict(self.ask("GET", "/api/status")[1]["servers"][0]["ranks"][0])
+
     def recording(self, url: str) -> None:
         """Return once nsys records: only then there is progress."""
         until(lambda: self.state(url, "recording")["progress"] is not None, "recording")
@@ -113,7 +121,7 @@ def wrapped(nsys: str, tmp_path: Path) -> Iterator[Callable[..., Wrapped]]:
     directory = Path(f"/dev/shm/llmprobe-test-captures-{os.getpid()}")
     started: list[Wrapped] = []
 
-    def start(*command: str, **variables: str) -> Wrapped:
+    def start(*command: str, options: str = "--trace nvtx,osrt", **variables: str) -> Wrapped:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -135,8 +143,7 @@ def wrapped(nsys: str, tmp_path: Path) -> Iterator[Callable[..., Wrapped]]:
                     str(BIN / "llmprobe"),
                     "run",
                     f"--nsys={nsys}",
-                    "--trace",
-                    "nvtx,osrt",
+                    *options.split(),
                     "--no-summary",
                     "--",
                     *program,
@@ -291,6 +298,47 @@ def test_a_killed_nsys_fails_the_capture_with_its_words_and_leaves_the_server(
     assert one.process.wait(PATIENCE_SECONDS) == 1
     assert "its exit status is not known" in one.said()
     assert not target.is_running()
+
+
+def test_a_capture_that_hangs_its_server_says_so_and_ends_all_the_same(
+    wrapped: Callable[..., Wrapped],
+) -> None:
+    one = wrapped(options="--trace cuda,nvtx --cuda-graph-trace node")
+    url = one.begin(seconds=6)
+    one.recording(url)
+    one.hang()
+    one.target.suspend()  # nsys waits 30 s for a process that does not answer
+    try:
+        done = one.state(url, "done")
+    finally:
+        one.target.resume()
+    (hung,) = [note for note in done["notes"] if "has not got on" in note]
+    assert re.search(r"rank 0 has been in step \d+ \(.*\) for \d+ s\. .*records them by node", hung)
+    assert "capture.nsys-rep" in {file["name"] for file in done["files"]}
+    assert one.ask("GET", "/api/captures")[1]["tools"][done["server"]]["nsys"] is None
+    one.target.send_signal(signal.SIGUSR2)
+    steps = one.rank()["steps"]["decode"]
+    until(lambda: one.rank()["steps"]["decode"] > steps, "further steps")
+
+
+def test_a_capture_that_fails_beside_a_hung_server_says_so_and_there_is_no_other(
+    wrapped: Callable[..., Wrapped],
+) -> None:
+    one = wrapped(options="--trace cuda,nvtx")
+    url = one.begin(seconds=6)
+    one.recording(url)
+    one.hang()
+    next(found for found in one.nsys_processes() if "--start-agent" in found.cmdline()).kill()
+    failed = one.state(url, "failed")
+    assert re.search(
+        r"nsys.*\. Since it was recorded the server has not got on: rank 0 has been in step .*start it anew$",
+        failed["reason"],
+    )
+    status, answer = one.ask("POST", "/api/captures", {"tool": "nsys"})
+    assert (status, "start" in answer["detail"]) == (409, True), answer
+    captures = one.ask("GET", "/api/status")[1]["agent"]["captures"]
+    assert captures["nsys"][failed["server"]] == {"trace": ["cuda", "nvtx"], "cuda_graph_trace": "graph"}
+    assert captures["tools"][failed["server"]]["nsys"] in answer["detail"]
 
 
 def test_a_server_that_dies_fails_its_capture(wrapped: Callable[..., Wrapped]) -> None:

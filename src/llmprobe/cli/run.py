@@ -79,6 +79,14 @@ def run(
     trace: Annotated[
         str | None, typer.Option(help="With --nsys: what to trace. [default: cuda,nvtx]")
     ] = None,
+    cuda_graph_trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="graph|node",
+            help="With --nsys: CUDA graphs whole, or kernel by kernel, which slows their launches and can "
+            "hang the server for good while it is captured. [default: graph]",
+        ),
+    ] = None,
 ) -> None:
     """Run a command with LLMPROBE=1; for a script, print a summary and save run.json at its end.
 
@@ -93,11 +101,11 @@ def run(
         fail(str(error), code=2)
     quiet = summary is False or (summary is None and _is_server(command))
     if nsys is not None:
-        _under_nsys(
-            command, environment, nsys, trace, None if quiet else (output or Path("run.json")), as_json
-        )
-    if trace is not None:
-        fail("--trace is for --nsys", code=2)
+        report_to = None if quiet else (output or Path("run.json"))
+        _under_nsys(command, environment, nsys, trace, cuda_graph_trace, report_to, as_json)
+    for option, given in (("--trace", trace), ("--cuda-graph-trace", cuda_graph_trace)):
+        if given is not None:
+            fail(f"{option} is for --nsys", code=2)
     if quiet:
         _replace(command, environment)
     code, document = _watch(lambda: _start(command, environment), command, environment, settings)
@@ -129,20 +137,24 @@ def _under_nsys(
     environment: dict[str, str],
     nsys: str,
     trace: str | None,
+    graph_trace: str | None,
     output: Path | None,
     as_json: bool,
 ) -> NoReturn:
     """Run the command under nsys to its end; with ``output``, report as without nsys."""
-    from llmprobe.cli.run_nsys import NsysChild, NsysUsageError, find_nsys, parse_trace, warn_of_old_nsys
+    from llmprobe.cli import run_nsys
 
     # Both use CUPTI; under nsys it is taken.
     environment["LLMPROBE_KERNEL_WINDOWS"] = "off"
     settings = Settings.from_env(environment)
     try:
-        program, traces = find_nsys(nsys), parse_trace(trace)
-        warn_of_old_nsys(program)
-        child = NsysChild(command, environment, settings, program, traces)
-    except NsysUsageError as error:
+        program, traces = run_nsys.find_nsys(nsys), run_nsys.parse_trace(trace)
+        graphs = run_nsys.parse_graphs(graph_trace, traces)
+        run_nsys.warn_of_old_nsys(program)
+        if graphs == "node":
+            run_nsys.warn_of_hangs()
+        child = run_nsys.NsysChild(command, environment, settings, program, traces, graphs)
+    except run_nsys.NsysUsageError as error:
         fail(str(error), code=error.code)
     document = None
     try:

@@ -23,7 +23,16 @@ from pathlib import Path
 import psutil
 import typer
 
-from llmprobe.capture.nsys import DEFAULT_TRACE, TEMPORARY_PREFIX, TRACES, Nsys, NsysError, Session, run_nsys
+from llmprobe.capture.nsys import (
+    DEFAULT_TRACE,
+    GRAPH_TRACES,
+    TEMPORARY_PREFIX,
+    TRACES,
+    Nsys,
+    NsysError,
+    Session,
+    run_nsys,
+)
 from llmprobe.cli import nsys_target
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import prepare_directory
@@ -85,6 +94,23 @@ def parse_trace(text: str | None) -> tuple[str, ...]:
     return wanted
 
 
+def parse_graphs(text: str | None, trace: Sequence[str]) -> str | None:
+    """How to trace CUDA graphs, by what ``--cuda-graph-trace`` says; None where CUDA is not traced.
+
+    Raises:
+        NsysUsageError: it is none of `GRAPH_TRACES`, or CUDA is not traced.
+    """
+    if text is not None and text not in GRAPH_TRACES:
+        raise NsysUsageError(f"--cuda-graph-trace {text}: it takes {' or '.join(GRAPH_TRACES)}")
+    if "cuda" in trace:
+        return text or GRAPH_TRACES[0]
+    if text is not None:
+        raise NsysUsageError(
+            f"--cuda-graph-trace {text}: cuda is not traced; leave it out, or add cuda to --trace"
+        )
+    return None
+
+
 class NsysChild:
     """A command under ``nsys launch``. Offers what `subprocess.Popen` offers for a plain one."""
 
@@ -95,6 +121,7 @@ class NsysChild:
         settings: Settings,
         nsys: str,
         trace: tuple[str, ...],
+        graphs: str | None,
     ) -> None:
         """Start it.
 
@@ -115,6 +142,7 @@ class NsysChild:
             nsys=nsys,
             temporary=str(self._temporary),
             trace=trace,
+            cuda_graph_trace=graphs,
         )
         self._pid_file = self._temporary / "target.pid"
         self._target: psutil.Process | None = None
@@ -126,8 +154,8 @@ class NsysChild:
         self._launch = self._start(command, environment)
 
     def _start(self, command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        trace = self.session.trace
-        graphs = ["--cuda-graph-trace=node"] if "cuda" in trace else []
+        trace, how = self.session.trace, self.session.cuda_graph_trace
+        graphs = [] if how is None else [f"--cuda-graph-trace={how}"]
         umask = os.umask(0o077)
         os.umask(umask)
         out, err = os.dup(1), os.dup(2)
@@ -175,6 +203,9 @@ class NsysChild:
             if code is not None and not self._said_lost:
                 self._said_lost = True
                 _say("nsys ended, the command goes on; it cannot be captured any more")
+                self.session.lose(
+                    self._directory, "nsys's own process ended while the server ran: start it anew"
+                )
             return None
         if code is None:
             # Not started yet, or nsys still writes a recording.
@@ -266,6 +297,11 @@ def warn_of_old_nsys(nsys: str) -> None:
     version = re.search(r"\b(20\d\d)\.\d", said)
     if version and int(version[1]) <= 2023:
         _say(f"nsys of {version[1]} does not show ranges of nvtx 0.2.12 and newer: captures have no phases")
+
+
+def warn_of_hangs() -> None:
+    """Say what tracing by node risks."""
+    _say("--cuda-graph-trace node: a capture can hang the server for good, and slows launches of CUDA graphs")
 
 
 def _say(text: str) -> None:

@@ -38,7 +38,7 @@ def status(
     if not answer["servers"]:
         console.print("No server is running with LLMPROBE=1.")
     console.print(_agent_line(agent_info(directory)))
-    for line in _capture_lines((answer["agent"].get("captures") or {}).get("tools") or {}):
+    for line in _capture_lines(answer["agent"].get("captures") or {}):
         console.print(line, highlight=False)
 
 
@@ -48,14 +48,20 @@ def _agent_line(info: dict[str, Any] | None) -> str:
     return f"Metrics: http://{info['address']}:{info['port']}/metrics"
 
 
-def _capture_lines(tools: dict[str, dict[str, str | None]]) -> list[str]:
-    """Which servers can be captured right now; a tool's value is why it is not available, or null."""
-    able = {
-        server: [tool for tool, why_not in found.items() if why_not is None]
-        for server, found in tools.items()
-    }
-    return [
-        f"Captures of {server}: {', '.join(found)} (llmprobe capture --help)"
-        for server, found in sorted(able.items())
-        if found
-    ]
+def _capture_lines(captures: dict[str, Any]) -> list[str]:
+    """Which servers can be captured right now, and which cannot by the nsys that they run under."""
+    lines = []
+    for server, tools in sorted((captures.get("tools") or {}).items()):
+        session = (captures.get("nsys") or {}).get(server)
+        able = [_tool(tool, session) for tool, why_not in tools.items() if why_not is None]
+        if able:
+            lines.append(f"Captures of {server}: {', '.join(able)} (llmprobe capture --help)")
+        if session is not None and (why_not := tools.get("nsys")):
+            lines.append(f"No nsys capture of {server}: {why_not}")
+    return lines
+
+
+def _tool(tool: str, session: dict[str, Any] | None) -> str:
+    """A tool, and how nsys records CUDA graphs, where it does."""
+    graphs = session.get("cuda_graph_trace") if tool == "nsys" and session else None
+    return f"{tool} (CUDA graphs {'by node' if graphs == 'node' else 'whole'})" if graphs else tool

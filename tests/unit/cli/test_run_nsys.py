@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llmprobe.cli import nsys_target
 from llmprobe.cli.app import app
-from llmprobe.cli.run_nsys import NsysUsageError, find_nsys, parse_trace
+from llmprobe.cli.run_nsys import NsysUsageError, find_nsys, parse_graphs, parse_trace
 
 
 def program(folder: Path, name: str = "nsys") -> Path:
@@ -43,12 +43,29 @@ def test_traces_are_checked(tmp_path: Path) -> None:
             parse_trace(wrong)
 
 
+def test_graphs_are_whole_unless_asked_for_by_node() -> None:
+    assert parse_graphs(None, ("cuda", "nvtx")) == "graph"
+    assert parse_graphs("node", ("nvtx", "cuda")) == "node"
+    assert parse_graphs(None, ("nvtx",)) is None
+    with pytest.raises(NsysUsageError, match=r"cuda-graph-trace whole: it takes graph or node"):
+        parse_graphs("whole", ("cuda",))
+    with pytest.raises(NsysUsageError, match=r"cuda-graph-trace graph: cuda is not traced"):
+        parse_graphs("graph", ("nvtx",))
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
         (["run", "--nsys=/no/nsys", "--", "true"], 2, "--nsys=/no/nsys: no such program"),
         (["run", "--nsys", "--trace", "x", "--", "true"], 2, "'x' is none of"),
         (["run", "--trace", "nvtx", "--", "true"], 2, "--trace is for --nsys"),
+        (["run", "--cuda-graph-trace", "node", "--", "true"], 2, "--cuda-graph-trace is for --nsys"),
+        (["run", "--nsys", "--cuda-graph-trace", "all", "--", "true"], 2, "it takes graph or node"),
+        (
+            ["run", "--nsys", "--trace", "nvtx", "--cuda-graph-trace", "node", "--", "true"],
+            2,
+            "cuda is not traced",
+        ),
         (["run", "--nsys", "--", "/no/such/command"], 127, "cannot run '/no/such/command'"),
     ],
 )
