@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmprobe.analysis.busy import Occupation, length_ns
-from llmprobe.analysis.events import KERNEL, UNKNOWN, Trace
+from llmprobe.analysis.events import GRAPH, KERNEL, UNKNOWN, Trace
 from llmprobe.analysis.phases import PhaseTimes
 from llmprobe.analysis.trust import UNTRUSTED, Trust
 from llmprobe.analysis.wording import duration
@@ -16,6 +16,8 @@ from llmprobe.analysis.wording import duration
 IDLE_RATIO = 0.20
 #: Above it, what limits lies inside the kernels.
 BUSY_RATIO = 0.90
+#: From this share of whole graphs on it is not known whether what counts as busy is.
+_UNSEEN_RATIO = 0.10
 _EXPOSED_COMMUNICATION_RATIO = 0.10
 _EXPOSED_TRANSFER_RATIO = 0.05
 _UNEVEN_RATIO = 0.10
@@ -65,13 +67,7 @@ def _about_gpu(trace: Trace, occupation: Occupation, phases: list[PhaseTimes]) -
     if idle >= IDLE_RATIO:
         found.append(_idle(label, occupation, idle, phases))
     elif 1 - idle >= BUSY_RATIO:
-        found.append(
-            Finding(
-                "busy",
-                f"{label} is busy {1 - idle:.1%} of the time: what limits it lies inside its kernels",
-                "look at the classes with the largest share; llmprobe status tells memory from compute",
-            )
-        )
+        found.append(_busy(label, occupation, 1 - idle))
     communication = length_ns(occupation.exposed_communication) / window
     if communication >= _EXPOSED_COMMUNICATION_RATIO:
         found.append(
@@ -93,6 +89,24 @@ def _about_gpu(trace: Trace, occupation: Occupation, phases: list[PhaseTimes]) -
             )
         )
     return found
+
+
+def _busy(label: str, occupation: Occupation, busy: float) -> Finding:
+    activities = occupation.activities
+    length = (activities.end_ns - activities.begin_ns).astype(np.float64)
+    whole = float(length[activities.kind == GRAPH].sum() / max(1.0, length.sum()))
+    if whole >= _UNSEEN_RATIO:
+        return Finding(
+            "busy",
+            f"{label} is busy {busy:.1%} of the time, as far as can be seen: {whole:.0%} of that is "
+            "CUDA graphs recorded whole",
+            "for what runs and waits inside them: a `kernels` or `torch` capture of a server without nsys",
+        )
+    return Finding(
+        "busy",
+        f"{label} is busy {busy:.1%} of the time: what limits it lies inside its kernels",
+        "look at the classes with the largest share; llmprobe status tells memory from compute",
+    )
 
 
 def _idle(label: str, occupation: Occupation, idle: float, phases: list[PhaseTimes]) -> Finding:

@@ -145,9 +145,12 @@ def _missing(trace: Trace) -> list[Reason]:
         began = calls.begin_ns[called]
         missing = int((seen[np.minimum(np.searchsorted(seen, began), len(seen) - 1)] != began).sum())
         if missing > max(_MISSING_FLOOR, _MISSING_RATIO * total):
+            how = "for less long, with one tool only"
+            if what == "CUDA graph" and not (activities.kind == GRAPH).any():
+                how = f"graphs whole (nsys: --cuda-graph-trace=graph), {how}"
             text = (
                 f"{missing} of {total} {what} launches left no trace of running: idle time is overstated. "
-                "Record graphs by node (nsys: --cuda-graph-trace=node), for less long, with one tool only"
+                f"Record {how}"
             )
             reasons.append(Reason(f"missing_{what.split()[-1]}s", UNTRUSTED, text))
     return reasons
@@ -165,8 +168,9 @@ def _graphs(trace: Trace) -> list[Reason]:
             "graphs_unseen",
             LIMITED,
             f"{int(whole.sum())} CUDA graphs ({share:.0%} of device time) were recorded whole: their "
-            "kernels are unseen, and idle time inside them counts as busy. Record with "
-            "nsys --cuda-graph-trace=node",
+            "kernels are unseen, and idle time inside them counts as busy. A `kernels` or `torch` capture of "
+            "a server that runs without nsys sees them; so does nsys with --cuda-graph-trace=node, which can "
+            "hang the server for good",
         )
     ]
 

@@ -65,10 +65,16 @@ def compare(
         because = (
             "the capture's own checks say not to trust it"
             if trusted == "live"
-            else f"it saw the kernels; the live figure {_what_it_is(ranks, apart, seconds)}"
+            else f"it saw {_what_was_seen(report)}; the live figure {_what_it_is(ranks, apart, seconds)}"
         )
         result.update(trusted=trusted, why=f"sync gaps disagree: {said}. Trust the {trusted} one: {because}")
     return result
+
+
+def _what_was_seen(report: Mapping[str, Any]) -> str:
+    reasons = (report.get("trust") or {}).get("reasons") or ()
+    whole = any(reason.get("check") == "graphs_unseen" for reason in reasons)
+    return "when kernels and whole CUDA graphs ran" if whole else "the kernels"
 
 
 def _without(captured: float, lengthened: float) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import lzma
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -287,6 +289,47 @@ def test_phases_of_a_gpus_recording_are_nsys_own_projection(h100: Path, tmp_path
         same = truth[f"llmprobe:{name}"]
         assert row.steps == int(same["Range Instances"])
         assert row.seconds == pytest.approx(int(same["Total Proj Time"]) / 1e9, rel=2e-3)
+
+
+def whole_graphs(path: Path) -> Path:
+    """The same recording as of ``--cuda-graph-trace=graph``: one row for each launch of a graph."""
+    columns = "start, end, deviceId, contextId, streamId, correlationId, globalPid"
+    tables = [f"CUPTI_ACTIVITY_KIND_{name}" for name in ("KERNEL", "MEMCPY", "MEMSET")]
+    inside = " UNION ALL ".join(f"SELECT {columns} FROM {t} WHERE graphNodeId IS NOT NULL" for t in tables)
+    with contextlib.closing(sqlite3.connect(path)) as data:
+        data.execute(
+            "CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE AS SELECT min(start) AS start, max(end) AS end, "
+            "deviceId, contextId, streamId, correlationId, globalPid, 1 AS graphId, 1 AS graphExecId "
+            f"FROM ({inside}) GROUP BY correlationId"
+        )
+        for table in tables:
+            data.execute(f"DELETE FROM {table} WHERE graphNodeId IS NOT NULL")
+        data.commit()
+    return path
+
+
+@pytest.mark.parametrize(("name", "graphs", "largest"), [("decode", 6, "graph"), ("prefill", 1, "gemm")])
+def test_with_graphs_recorded_whole_phases_stay_and_what_is_unseen_is_said(
+    tmp_path: Path, name: str, graphs: int, largest: str
+) -> None:
+    path = tmp_path / "a.sqlite"
+    path.write_bytes(lzma.decompress((DATA / f"vllm_h100_{name}.sqlite.xz").read_bytes()))
+    seen, unseen = analyze(path), analyze(whole_graphs(path))
+    assert unseen.trust.verdict == "limited"
+    (reason,) = [reason for reason in unseen.trust.reasons if reason.level == "limited"]
+    assert reason.check == "graphs_unseen"
+    assert "`kernels` or `torch` capture" in reason.text
+    assert unseen.gpus[0].graphs == graphs
+    for before, after in zip(seen.phases, unseen.phases, strict=True):
+        same = (before.name, before.part, before.steps, before.tokens, before.seconds, before.gap_seconds)
+        assert (after.name, after.part, after.steps, after.tokens, after.seconds, after.gap_seconds) == same
+        assert (after.sync_gap_ratio or 0) <= (before.sync_gap_ratio or 0)
+    rows = {row.name: row for row in unseen.operators}
+    assert rows["graph"].count == graphs
+    assert unseen.operators[0].name == largest
+    (finding,) = unseen.findings
+    assert ("recorded whole" in finding.text) == (largest == "graph")
+    assert "recorded whole" not in seen.findings[0].text
 
 
 @pytest.mark.parametrize(("name", "least", "most"), [("decode", 0.01, 0.02), ("eager", 0.7, 0.8)])

@@ -39,6 +39,13 @@ def test_the_capture_is_trusted_where_they_disagree() -> None:
     assert "0.100 live, 0.300 captured" in found["why"]
 
 
+def test_a_capture_of_whole_graphs_does_not_claim_to_have_seen_kernels() -> None:
+    whole = report(0.30)
+    whole["trust"] = {"verdict": "limited", "reasons": [{"check": "graphs_unseen"}]}
+    assert "it saw when kernels and whole CUDA graphs ran; " in compare(whole, live(0.10))["why"]
+    assert "it saw the kernels; " in compare(report(0.30), live(0.10))["why"]
+
+
 def own(ratio: float | None, bound: bool = True) -> dict[str, Any]:
     figures = {"sync_gap_ratio": ratio, "seconds": 1.0, "sync_gap_is_lower_bound": bound}
     return {"ranks": [{"name": "rank0", "figures": {"decode": figures}}]}
