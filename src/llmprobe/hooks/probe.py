@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,17 @@ from llmprobe.record.layout import DEFAULT_SIZE
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, logger
 
+_probes: weakref.WeakSet[Probe] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a child: the journals are its parent's."""
+    for probe in list(_probes):
+        probe.armed = False
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 class Probe:
     """State of llmprobe in one process. Made once by `llmprobe.hooks.session`."""
@@ -26,6 +38,8 @@ class Probe:
         self.patches: list[Patch] = []
         #: False after ``llmprobe off`` or `disable`: wrappers then only call the original.
         self.enabled = True
+        #: Whether this process has a journal: as ``recorder is not None``, for what is asked at each step.
+        self.armed = False
         #: How often the wrappers were switched on again; state that followed requests is stale then.
         self.generation = 0
         #: Called with the first recorder when this process arms.
@@ -47,6 +61,7 @@ class Probe:
         self.processors = allowed(started_by_engine=GROUP_VARIABLE in os.environ)
         self._refused_pid = 0
         self.guard.observers.append(self._count_error)
+        _probes.add(self)
 
     @property
     def recorder(self) -> Recorder | None:
@@ -99,6 +114,7 @@ class Probe:
                 return None
             first = self.recorder is None
             self._recorders[role] = recorder
+            self.armed = True
         if not first:
             return recorder
         for called in self.on_armed:
@@ -112,7 +128,7 @@ class Probe:
     def disarm(self) -> None:
         """Close this process's journals and remove them."""
         recorders = self.recorders()
-        self._recorders, self._adopted = {}, []
+        self._recorders, self._adopted, self.armed = {}, [], False
         for recorder in recorders:
             recorder.close(remove=True)
 

@@ -150,23 +150,27 @@ class _Housekeeping(threading.Thread):
         self._watched: Recorder | None = None
 
     def run(self) -> None:
-        guard = self._probe.guard
         # Engines pin workers to processors that their threads then fill. A thread there takes what those
         # need, and an agent that it starts answers no one for minutes.
         run_on(self._probe.processors)
         atexit.register(self._write_last)
         while self._probe.recorder is self._recorder:
-            guard.call("housekeeping.control", self._follow_switch)
-            if not guard.inert and self._probe.settings.agent == "auto":
-                guard.call("housekeeping.agent", self._keep_agent)
-            guard.call_even_inert("housekeeping.status", self._publish)
-            self._write()
-            guard.call("housekeeping.captures", self._look_for_asks)
-            guard.call("housekeeping.kernels", self._watch_kernels)
+            self.round()
             time.sleep(_POLL_SECONDS)
         atexit.unregister(self._write_last)
         for asked in self._asked.values():
             asked.close()
+
+    def round(self) -> None:
+        """Everything once."""
+        guard = self._probe.guard
+        guard.call("housekeeping.control", self._follow_switch)
+        if not guard.inert and self._probe.settings.agent == "auto":
+            guard.call("housekeeping.agent", self._keep_agent)
+        guard.call_even_inert("housekeeping.status", self._publish)
+        self._write()
+        guard.call("housekeeping.captures", self._look_for_asks)
+        guard.call("housekeeping.kernels", self._watch_kernels)
 
     def _write(self) -> None:
         guard = self._probe.guard

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmprobe.record import layout
 from llmprobe.record.journal import JournalWriter
+from llmprobe.record.journal_batches import append_all
 
 _INDEX = layout.COUNTER_INDEX
 _SPAN = _INDEX["span_ns_prefill"]  # steps_* come first, each family in the order of the phases
@@ -17,6 +18,7 @@ _GAP = _INDEX["gap_ns_prefill"]
 _FIRST_STEP_HISTOGRAM = layout.HISTOGRAM_INDEX["step_prefill"]
 _STEP_HISTOGRAMS = sum(name.startswith("step_") for name in layout.HISTOGRAMS)
 _FLUSH_AT_LATEST = 1024  # steps: well before the ring comes round, should nobody call publish()
+_ENDED_AT_MOST = 256  # requests, likewise
 _STEP_PACK = layout.STEP_PACK
 _TTFT = layout.HISTOGRAM_INDEX["time_to_first_token"]
 _TPOT = layout.HISTOGRAM_INDEX["time_per_output_token"]
@@ -56,6 +58,7 @@ class JournalEvents:
         self.unflushed = 0  # steps that were written and whose totals readers do not see yet
         self.tokens_due = False
         self._last_end = 0
+        self._ended: list[tuple[Any, ...]] = []  # records of requests, left for later
 
     def end(self, number: int) -> None:
         """A step is over, recorded or not."""
@@ -154,16 +157,33 @@ class JournalEvents:
         self.tokens_due = True
 
     def flush_requests(self) -> None:
-        """Let readers see the totals of requests and tokens."""
+        """Let readers see the requests that were left for later, and the totals of requests and tokens."""
+        self._write_ended()
         self.tokens_due = False
         self._writer.flush_requests()
 
+    def _write_ended(self) -> None:
+        if self._ended:
+            ended, self._ended = self._ended, []
+            append_all(self._writer, layout.REQUEST_PACK, ended)
+
+    def pending(self, fields: tuple[Any, ...]) -> None:
+        """Work is pending, or nothing is any more: fields of that record. Ends of requests come before it."""
+        self._write_ended()
+        self._writer.append(layout.PENDING_PACK, *fields)
+
     def request(
-        self, fields: tuple[Any, ...], duration_ns: int, tpot_ns: int, queue_ns: int, aborted: bool
+        self,
+        fields: tuple[Any, ...],
+        duration_ns: int,
+        tpot_ns: int,
+        queue_ns: int,
+        aborted: bool,
+        later: bool,
     ) -> None:
         """A request ended: fields of its record, and durations in nanoseconds, negative where not known."""
         writer = self._writer
-        writer.append(layout.REQUEST_PACK, *fields)
+        self._ended.append(fields)
         counters = writer.counters
         counters[_REQUESTS] += 1
         counters[_ABORTED] += aborted
@@ -176,7 +196,10 @@ class JournalEvents:
             writer.observe(_TPOT, tpot_ns)
         if queue_ns >= 0:
             writer.observe(_QUEUE, queue_ns)
-        self.flush_requests()
+        if later and len(self._ended) < _ENDED_AT_MOST:
+            self.tokens_due = True
+        else:
+            self.flush_requests()
 
     def error(self) -> None:
         """llmprobe itself failed somewhere in this process."""

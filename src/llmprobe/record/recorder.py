@@ -18,6 +18,7 @@ from typing import Any
 from llmprobe.record import layout
 from llmprobe.record.events import JournalEvents
 from llmprobe.record.journal import JournalWriter
+from llmprobe.record.journal_batches import BatchWriter
 
 _QUEUE_LIMIT = 4096
 _GIVEN_UP_KEPT = 64  # the last ones are the highest
@@ -70,7 +71,7 @@ class Recorder:
         """
         journals = prepare_directory(directory)
         path = journals / f"{role}-{os.getpid()}-{secrets.token_hex(4)}.journal"
-        return cls(JournalWriter.create(path, facts, size), facts)
+        return cls(BatchWriter.create(path, facts, size), facts)
 
     def close(self, remove: bool = False) -> None:
         """End the journal; the agent then drops this process. Waits for a write that is under way."""
@@ -215,8 +216,8 @@ class Recorder:
     def pending(self, time_ns: int, unfinished: int, engine: int = 0) -> None:
         """Work became pending at ``time_ns`` (``unfinished`` > 0), or nothing is pending from then on."""
         self._submit(
-            self.writer.append,
-            (layout.PENDING_PACK, time_ns, _KIND_PENDING, 0, _HOST, 0, unfinished, engine),
+            self._events.pending,
+            ((time_ns, _KIND_PENDING, 0, _HOST, 0, unfinished, engine),),
         )
 
     def load(
@@ -227,13 +228,15 @@ class Recorder:
         unfinished: int = 0,
         *,
         later: bool = False,
+        time_ns: int | None = None,
     ) -> None:
         """Publish the load as it is now; ``kv_usage`` is a ratio of the KV cache's capacity.
 
         Args:
             later: with the next `publish`, if it was published a moment ago.
+            time_ns: CLOCK_MONOTONIC now, for whoever knows it.
         """
-        now = time.monotonic_ns()
+        now = time.monotonic_ns() if time_ns is None else time_ns
         self._load = (now, running, waiting, kv_usage, unfinished)
         if later and now - self._load_written_ns < _LOAD_EVERY_NS:
             self._load_due = True
@@ -278,7 +281,7 @@ class Recorder:
             first_token_queue_ns: how long the requests of ``first_token_ns`` were queued; those of which that
                 is not known are left out.
             inter_token_ns: duration → how many tokens had it; the tokens of one step share theirs.
-            later: publish them with the next `publish`, or with the next `request` that ends.
+            later: publish them with the next `publish`, or with the next `request` that is written at once.
         """
         self._submit(
             self._events.tokens,
@@ -319,11 +322,13 @@ class Recorder:
         finish: int = 0,
         aborted: bool = False,
         known: bool = True,
+        later: bool = False,
     ) -> None:
         """A request ended. Times to first token are counted by `tokens`, when they happen, not here.
 
         Args:
             known: whether ``duration_ns`` is; only then it goes into the histogram.
+            later: write it with the next `publish`, or with the next request that ends without this.
         """
         fields = (
             time_ns,
@@ -342,7 +347,8 @@ class Recorder:
             engine,
             finish,
         )
-        self._submit(self._events.request, (fields, duration_ns if known else -1, tpot_ns, queue_ns, aborted))
+        duration = duration_ns if known else -1
+        self._submit(self._events.request, (fields, duration, tpot_ns, queue_ns, aborted, later))
 
     def error(self) -> None:
         """llmprobe itself failed somewhere in this process."""

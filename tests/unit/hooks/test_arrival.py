@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import starlette.applications
 from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -27,7 +29,7 @@ from starlette.websockets import WebSocket
 from llmprobe.hooks.guard import Guard
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.vllm import arrival
-from llmprobe.hooks.vllm.arrival import FirstTokens, queued_ns
+from llmprobe.hooks.vllm.arrival import FirstToken, FirstTokens, HttpRequest, queued_ns
 
 HELD_NS = 20_000_000
 
@@ -124,7 +126,7 @@ def test_a_first_token_tells_how_long_its_request_was_queued() -> None:
     (a, b) = outputs("a", "b")
     a.events = happened((1, 1.0), (2, 1.5))
     tokens.outputs([a, b])
-    assert [token.queue_ns for token in tokens.take()] == [500_000_000, None]
+    assert {token.queue_ns for token in tokens.take()} == {500_000_000, None}
 
 
 def test_only_the_first_output_of_a_request_counts() -> None:
@@ -342,6 +344,53 @@ def test_a_token_nobody_asks_about_is_sent_all_the_same() -> None:
 
     with hooked():
         assert asyncio.run(streamed([(b"first", 0.0)], chunk)) == [b"first"]
+
+
+def messages(kind: str) -> Any:
+    """One that an application sends."""
+    if kind == "start":
+        return {"type": "http.response.start", "status": 200, "headers": []}
+    return {"type": "http.response.body", "body": b"piece" if kind == "piece" else b"", "more_body": True}
+
+
+@given(st.lists(st.sampled_from(["token", "piece", "empty"]), max_size=12), st.booleans())
+def test_each_token_leaves_with_the_next_piece_and_no_other_piece_passes_through_our_code(
+    events: list[str], before: bool
+) -> None:
+    got: list[Any] = []
+
+    async def send(message: Any) -> None:
+        got.append(message)
+
+    async def serve() -> None:
+        http = HttpRequest(0)
+        handed = http.watched(send, Guard())
+        made = []
+        if before:  # a token that is there before the response begins is held by no piece
+            http.hold(FirstToken(0, 1))
+        sent = [messages("start")]
+        await handed(sent[0])
+        waiting: list[FirstToken] = []
+        for event in events:
+            if event == "token":
+                token = FirstToken(0, 1)
+                http.hold(token)
+                waiting.append(token)
+                made.append(token)
+                continue
+            message = messages(event)
+            sent.append(message)
+            await handed(message)
+            if event == "piece":
+                waiting.clear()
+            assert [token for token in made if token.held] == waiting
+            assert (handed.func is send) is (not waiting)  # type: ignore[attr-defined]
+        http.let_go()
+        assert not any(token.held for token in made)
+        assert handed.func is send  # type: ignore[attr-defined]
+        assert got == sent
+
+    asyncio.run(serve())
 
 
 @pytest.mark.swallows

@@ -1,4 +1,4 @@
-"""Tokens of iterations that were only noted are counted, each once, and never after their request's end."""
+"""Iterations that were only noted are counted, each once, and a request's end never before its tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import arrival
 from llmprobe.hooks.vllm.arrival import HttpRequest
 from llmprobe.hooks.vllm.frontend import FrontEnd
-from llmprobe.hooks.vllm.iterations import PlainIterations
+from llmprobe.hooks.vllm.iterations import NOT_MADE, Iterations, Noted
 from llmprobe.hooks.vllm.unfinished import Engine
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.recorder import Recorder
@@ -49,81 +49,112 @@ def counted(reader: JournalReader) -> tuple[int, int]:
     return reader.counters()["generated_tokens"], int(reader.histogram("inter_token_latency").sum())
 
 
-def test_plain_ones_are_counted_together(journal: Journal) -> None:
+def noted(recorder: Recorder, told: SimpleNamespace | None, **other: Any) -> Noted:
+    fields = {"engine": 0, "time_ns": 1, "first": (), "queued": (), "made": NOT_MADE, "own_ns": 1000, **other}
+    engine, time_ns, first, queued, made, own_ns = fields.values()
+    return recorder, engine, time_ns, told, first, queued, made, own_ns
+
+
+def finished(**other: Any) -> SimpleNamespace:
+    fields = {
+        "num_generation_tokens": 7,
+        "num_prompt_tokens": 3,
+        "queued_time": 0.0,
+        "prefill_time": 0.1,
+        "e2e_latency": 0.2,
+        "mean_time_per_output_token": 0.01,
+        "finish_reason": 0,
+    }
+    return SimpleNamespace(**{**fields, **other})
+
+
+def never(where: str, error: Exception) -> None:
+    raise error
+
+
+def test_they_are_counted_together(journal: Journal) -> None:
     recorder, reader = journal
-    plain = PlainIterations()
-    assert plain.note(recorder, iteration(0.01, 0.01), 0)
-    assert plain.note(recorder, iteration(0.02), 0)
+    iterations = Iterations(never)
+    iterations.note(noted(recorder, iteration(0.01, 0.01)))
+    iterations.note(
+        noted(recorder, iteration(0.02, num_prompt_tokens=5, num_preempted_reqs=1), made=(1.5, 1_500_070_000))
+    )
+    iterations.note(noted(recorder, None, first=(8_000_000, 9_000_000), queued=(1_000_000,), own_ns=0))
+    recorder.publish()
     assert counted(reader) == (0, 0)
-    plain.write()
-    recorder.publish()
-    assert counted(reader) == (3, 3)
-    assert reader.counters()["sum_ns_inter_token_latency"] == 40_000_000
-    assert reader.counters()["own_ns_request"] > 0
-    plain.write()
-    recorder.publish()
-    assert counted(reader) == (3, 3)
+    for _ in range(2):  # the second time there is nothing to count
+        iterations.write()
+        recorder.publish()
+        assert counted(reader) == (3, 3)
+        counters = reader.counters()
+        assert counters["sum_ns_inter_token_latency"] == 40_000_000
+        assert (counters["prompt_tokens"], counters["preemptions"]) == (5, 1)
+        assert (counters["sum_ns_time_to_first_token"], counters["sum_ns_first_token_queue"]) == (
+            17_000_000,
+            1_000_000,
+        )
+        assert (counters["first_tokens_queued"], counters["own_ns_request"]) == (1, 2000)
+        assert counters["sum_ns_output_lag"] == 70_000
 
 
 def test_those_of_vllm_0_11_name_their_gaps_otherwise(journal: Journal) -> None:
     recorder, reader = journal
     old = iteration(0.01)
     old.time_per_output_tokens_iter = vars(old).pop("inter_token_latencies_iter")
-    plain = PlainIterations()
-    assert plain.note(recorder, old, 0)
-    plain.write()
+    iterations = Iterations(never)
+    iterations.note(noted(recorder, old))
+    iterations.write()
     recorder.publish()
     assert counted(reader) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"time_to_first_tokens_iter": [0.1]},
-        {"finished_requests": [object()]},
-        {"num_prompt_tokens": 4},
-        {"num_preempted_reqs": 1},
-        {"inter_token_latencies_iter": []},
-    ],
-)
-def test_any_other_iteration_is_left_to_the_front_end(journal: Journal, more: dict[str, Any]) -> None:
-    assert not PlainIterations().note(journal[0], iteration(0.01, **more), 0)
+def test_one_that_cannot_be_read_costs_none_of_the_others(journal: Journal) -> None:
+    recorder, reader = journal
+    failed: list[str] = []
+    iterations = Iterations(lambda where, error: failed.append(where))
+    iterations.note(noted(recorder, iteration(0.01)))
+    iterations.note(noted(recorder, SimpleNamespace()))
+    ends = [finished(), finished(e2e_latency=None), finished()]
+    iterations.note(noted(recorder, iteration(0.01, finished_requests=ends)))
+    iterations.write()
+    recorder.publish()
+    assert counted(reader) == (2, 2)
+    assert reader.counters()["requests"] == 2
+    assert failed == ["vllm.iteration", "vllm.finished"]
 
 
 def test_nobody_counting_them_makes_no_heap(journal: Journal) -> None:
     recorder, reader = journal
-    plain = PlainIterations()
-    noted = 0
-    while plain.note(recorder, iteration(0.01), 0):
-        noted += 1
-        assert noted < 10_000
-    plain.write()
+    iterations = Iterations(never)
+    for _ in range(2000):
+        iterations.note(noted(recorder, iteration(0.01)))
+        assert len(iterations._noted) < 1000
+    iterations.write()
     recorder.publish()
-    assert counted(reader) == (noted, noted)
+    assert counted(reader) == (2000, 2000)
 
 
 def test_two_threads_that_count_do_so_once(journal: Journal) -> None:
     recorder, reader = journal
-    plain = PlainIterations()
+    iterations = Iterations(never)
     ended = threading.Event()
 
     def look() -> None:
         while not ended.is_set():
-            plain.write()
+            iterations.write()
 
     thread = threading.Thread(target=look)
     thread.start()
     for number in range(3000):
-        if not plain.note(recorder, iteration(0.01), 0):
-            plain.write()
-            assert plain.note(recorder, iteration(0.01), 0)
+        iterations.note(noted(recorder, iteration(0.01, finished_requests=[finished()])))
         if number % 7 == 0:
-            plain.write()
+            iterations.write()
     ended.set()
     thread.join()
-    plain.write()
+    iterations.write()
     recorder.publish()
     assert counted(reader) == (3000, 3000)
+    assert reader.counters()["requests"] == 3000
 
 
 def test_only_requests_with_a_first_token_tell_how_long_they_were_queued(
@@ -141,6 +172,8 @@ def test_only_requests_with_a_first_token_tell_how_long_they_were_queued(
     front.record(None, iteration(time_to_first_tokens_iter=[8.0], num_generation_tokens=1), 0)
     del processor.request_states["starved"]
     front.aborted(processor, ["starved"])
+    front.look(True)
+    recorder.publish()
     counters = reader.counters()
     assert (counters["requests"], counters["requests_aborted"]) == (1, 1)
     assert (counters["first_tokens_queued"], counters["sum_ns_first_token_queue"]) == (1, 2_000_000_000)
@@ -163,9 +196,12 @@ def test_a_first_token_that_waits_for_its_piece_of_a_stream_tells_its_queue_once
     events = [SimpleNamespace(type=1, timestamp=70.0), SimpleNamespace(type=2, timestamp=72.0)]
     front.outputs(processor, [SimpleNamespace(request_id="a", events=events)], None)
     front.record(None, iteration(time_to_first_tokens_iter=[8.0], num_generation_tokens=1), 0)
+    front.look(True)
     recorder.publish()
     assert reader.counters()["first_tokens_queued"] == 0
     http.let_go(now)
+    front.look(True)
+    recorder.publish()
     counters = reader.counters()
     assert (counters["first_tokens_queued"], counters["sum_ns_first_token_queue"]) == (1, 2_000_000_000)
     assert counters["sum_ns_time_to_first_token"] == 8_000_000_000
@@ -182,27 +218,85 @@ def test_where_an_engine_does_not_say_how_long_a_request_was_queued_nothing_is_c
     front.arrived(processor, SimpleNamespace(request_id="a", arrival_time=time.time() - 8), True)
     front.outputs(processor, [SimpleNamespace(request_id="a", **more)], None)
     front.record(None, iteration(time_to_first_tokens_iter=[8.0], num_generation_tokens=1), 0)
+    front.look(True)
     recorder.publish()
     assert int(reader.histogram("time_to_first_token").sum()) == 1
     assert reader.counters()["first_tokens_queued"] == 0
 
 
-def test_when_a_request_ends_all_its_tokens_are_counted(journal: Journal, tmp_path: Path) -> None:
-    recorder, reader = journal
+def front_end(journal: Journal, tmp_path: Path, *requests: str) -> tuple[FrontEnd, SimpleNamespace]:
+    """One that has these requests, and what vLLM knows of them."""
     front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(tmp_path)})), None, [])
-    front._engines[0] = Engine(0, recorder)
+    front._engines[0] = Engine(0, journal[0])
+    processor = SimpleNamespace(request_states={name: object() for name in requests})
+    for name in requests:
+        front.arrived(processor, SimpleNamespace(request_id=name, arrival_time=time.time()), True)
+    return front, processor
+
+
+def test_while_others_run_a_request_that_ends_is_counted_with_the_next_look(
+    journal: Journal, tmp_path: Path
+) -> None:
+    recorder, reader = journal
+    front, processor = front_end(journal, tmp_path, "a", "b")
     for _ in range(5):
         front.record(None, iteration(0.01), 0)
-    assert counted(reader) == (0, 0)
-    finished = SimpleNamespace(
-        num_generation_tokens=7,
-        num_prompt_tokens=3,
-        queued_time=0.0,
-        prefill_time=0.1,
-        e2e_latency=0.2,
-        mean_time_per_output_token=0.01,
-        finish_reason=0,
-    )
-    front.record(None, iteration(0.01, finished_requests=[finished]), 0)
-    assert counted(reader) == (6, 6)
-    assert reader.counters()["requests"] == 1
+    del processor.request_states["a"]
+    front.outputs(processor, [SimpleNamespace(request_id=name) for name in "ab"], None, iteration(0.01))
+    before = time.monotonic_ns()
+    front.record(None, iteration(0.01, finished_requests=[finished()]), 0)
+    assert (counted(reader), reader.counters()["requests"]) == ((0, 0), 0)
+    after = time.monotonic_ns()
+    front.look(True)
+    recorder.publish()
+    assert (counted(reader), reader.counters()["requests"]) == ((6, 6), 1)
+    (record,) = reader.read().requests
+    assert before <= record["time"] <= after  # when it ended, not when it was written
+
+
+def test_when_the_last_request_ends_all_is_counted_before_nothing_is_pending(
+    journal: Journal, tmp_path: Path
+) -> None:
+    _, reader = journal
+    front, processor = front_end(journal, tmp_path, "a")
+    for _ in range(5):
+        front.record(None, iteration(0.01), 0)
+    del processor.request_states["a"]
+    front.outputs(processor, [SimpleNamespace(request_id="a")], None, iteration(0.01))
+    front.record(None, iteration(0.01, finished_requests=[finished()]), 0)
+    assert (counted(reader), reader.counters()["requests"]) == ((6, 6), 1)
+    records = reader.read()
+    assert [row["unfinished"] for row in records.pending] == [1, 0]
+    assert records.requests["seq"][0] < records.pending["seq"][1]
+
+
+@pytest.mark.parametrize("first", ["a", "d", "bc", "abcd", ""])
+def test_first_tokens_are_found_wherever_they_are_among_the_outputs(
+    journal: Journal, tmp_path: Path, first: str
+) -> None:
+    recorder, reader = journal
+    front, processor = front_end(journal, tmp_path, *first, "waits")
+    told = iteration(0.01, time_to_first_tokens_iter=[0.1] * len(first))
+    those = [SimpleNamespace(request_id=name, events=None) for name in "abcd"]
+    front.outputs(processor, those[:2], None, told)  # in parts, as vLLM does with many
+    front.outputs(processor, those[2:], None, told)
+    front.record(None, told, 0)
+    front.look(True)
+    recorder.publish()
+    assert int(reader.histogram("time_to_first_token").sum()) == len(first)
+    assert (
+        reader.counters()["sum_ns_time_to_first_token"] < len(first) * 10**8 or not first
+    )  # ours, not vLLM's
+    assert len(front._first_tokens) == 1
+
+
+def test_what_the_hooks_take_on_the_event_loop_is_booked(journal: Journal, tmp_path: Path) -> None:
+    recorder, reader = journal
+    front, processor = front_end(journal, tmp_path, "a", "b")
+    front.outputs(processor, [SimpleNamespace(request_id="a", events=None)], None, None)
+    booked = front._own_ns
+    assert booked > 0
+    front.record(None, iteration(0.01), 0)
+    front.look(True)
+    recorder.publish()
+    assert reader.counters()["own_ns_request"] > booked

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +10,10 @@ from typing import Any
 import pytest
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.vllm import output_lag
+from llmprobe.hooks.vllm import frontend
 from llmprobe.hooks.vllm.facts import engine_is_here
 from llmprobe.hooks.vllm.frontend import FrontEnd
-from llmprobe.hooks.vllm.output_lag import OutputLags
+from llmprobe.hooks.vllm.output_lag import output_lag
 from llmprobe.hooks.vllm.unfinished import Engine
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.recorder import Recorder
@@ -35,7 +33,7 @@ def recorders(tmp_path: Path) -> Iterator[list[Recorder]]:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_lag, "_now", lambda: NOW)
+    monkeypatch.setattr(frontend, "_now", lambda: NOW)
 
 
 def told(recorder: Recorder) -> tuple[int, int]:
@@ -48,75 +46,49 @@ def told(recorder: Recorder) -> tuple[int, int]:
         reader.close()
 
 
-def test_a_lag_is_of_the_engine_whose_statistics_come_next(recorders: list[Recorder], now: None) -> None:
-    lags, (first, second) = OutputLags(), recorders
-    lags.handed(4998.0)
-    lags.note(first)
-    lags.handed(4999.0)
-    lags.handed(4999.5)  # another part of the same iteration
-    lags.note(second)
-    lags.note(first)  # statistics without outputs
-    lags.handed(4990.0)
-    lags.note(None)  # of an engine that goes unrecorded
-    lags.write()
-    assert told(first) == (1, 2 * SECOND)
-    assert told(second) == (1, SECOND // 2)
+@pytest.mark.parametrize(
+    ("made", "lag"),
+    [
+        (4998.0, 2 * SECOND),
+        (4999.5, SECOND // 2),
+        (5000.0, 0),
+        (None, None),
+        (0.0, None),
+        # What another clock says is no lag.
+        (5001.0, None),
+        (5000.0 - 601, None),
+        (-7.0, None),
+    ],
+)
+def test_a_lag_is_what_has_passed_on_the_same_clock(made: float | None, lag: int | None) -> None:
+    assert output_lag(made, NOW) == lag
 
 
-@pytest.mark.parametrize("made", [0.0, 5001.0, 5000.0 - 601, -7.0])
-def test_what_another_clock_says_is_no_lag(recorders: list[Recorder], now: None, made: float) -> None:
-    lags = OutputLags()
-    lags.handed(made)
-    lags.note(recorders[0])
-    lags.write()
-    assert told(recorders[0]) == (0, 0)
+STATS = SimpleNamespace(num_running_reqs=1, num_waiting_reqs=0, kv_cache_usage=0.0)
+OUTPUTS = [SimpleNamespace(request_id="a", events=None)]
 
 
-def test_what_nobody_writes_takes_no_more_and_more_memory(recorders: list[Recorder], now: None) -> None:
-    lags = OutputLags()
-    for _ in range(10_000):
-        lags.handed(4999.0)
-        lags.note(recorders[0])
-    lags.write()
-    assert told(recorders[0]) == (512, 512 * SECOND)
-
-
-def test_two_threads_write_each_lag_once(recorders: list[Recorder], now: None) -> None:
-    lags, ended = OutputLags(), threading.Event()
-
-    def look() -> None:
-        while not ended.is_set():
-            lags.write()
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    for number in range(3000):
-        lags.handed(4999.0)
-        lags.note(recorders[0])
-        if number % 7 == 0:
-            lags.write()
-        while len(lags._noted) > 400:
-            time.sleep(0.001)
-    ended.set()
-    thread.join()
-    lags.write()
-    assert told(recorders[0]) == (3000, 3000 * SECOND)
-
-
-def test_a_front_end_tells_it_once_somebody_looks(
+def test_a_lag_is_of_the_engine_whose_statistics_come_next(
     recorders: list[Recorder], now: None, tmp_path: Path
 ) -> None:
     front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(tmp_path)})), None, [])
-    front._engines[0] = Engine(0, recorders[0])
+    for number, recorder in enumerate(recorders):
+        front._engines[number] = Engine(number, recorder)
     processor: Any = SimpleNamespace(request_states={})
-    stats = SimpleNamespace(num_running_reqs=1, num_waiting_reqs=0, kv_cache_usage=0.0)
-    front.outputs(processor, [SimpleNamespace(request_id="a", events=None)], 4997.0)
-    front.record(stats, None, 0)
+    front.outputs(processor, OUTPUTS, 4998.0)
+    front.record(STATS, None, 0)
+    front.outputs(processor, OUTPUTS, 4999.0)
+    front.outputs(processor, OUTPUTS, 4999.5)  # another part of the same iteration
+    front.record(STATS, None, 1)
+    front.record(STATS, None, 0)  # statistics without outputs
+    front.outputs(processor, OUTPUTS, 4990.0)
+    front.record(STATS, None, 2)  # of an engine that goes unrecorded
     front.outputs(processor, [], 4000.0)  # statistics alone
-    front.record(stats, None, 0)
+    front.record(STATS, None, 0)
     assert told(recorders[0]) == (0, 0)
     front.look(True)
-    assert told(recorders[0]) == (1, 3 * SECOND)
+    assert told(recorders[0]) == (1, 2 * SECOND)
+    assert told(recorders[1]) == (1, SECOND // 2)
 
 
 def parallel(size: int, local: int | None, first: int = 0, **more: Any) -> Any:
@@ -151,10 +123,9 @@ def test_an_engine_on_another_machine_has_no_lag_however_near_its_clock_is(
     monkeypatch.setattr(FrontEnd, "_open", lambda self, config, engine: recorders[engine])
     front = FrontEnd(Probe(Settings.from_env({"LLMPROBE_DIR": str(tmp_path)})), parallel(2, 1), [0, 1])
     processor: Any = SimpleNamespace(request_states={})
-    stats = SimpleNamespace(num_running_reqs=1, num_waiting_reqs=0, kv_cache_usage=0.0)
     for engine in (0, 1):
-        front.outputs(processor, [SimpleNamespace(request_id="a", events=None)], 4997.0)
-        front.record(stats, None, engine)
+        front.outputs(processor, OUTPUTS, 4997.0)
+        front.record(STATS, None, engine)
     front.look(True)
     assert told(recorders[0]) == (1, 3 * SECOND)
     assert told(recorders[1]) == (0, 0)

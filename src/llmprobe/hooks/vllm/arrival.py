@@ -11,7 +11,9 @@ The HTTP request travels in a context variable, which the tasks that serve it in
 
 from __future__ import annotations
 
+import functools
 import time
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
@@ -22,6 +24,7 @@ from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 
 _now = time.monotonic_ns
+_AT_MOST = 512  # first tokens, should vLLM not tell of their iterations
 _QUEUED, _SCHEDULED = 1, 2  # vLLM's EngineCoreEventType, in every version so far
 
 
@@ -73,7 +76,7 @@ class FirstToken:
 class HttpRequest:
     """One HTTP request; it may bring several requests for the engine, at once or one after another."""
 
-    __slots__ = ("_held", "_streaming", "answered", "arrived_ns", "scope")
+    __slots__ = ("_handing", "_held", "_plain", "_streaming", "_watching", "answered", "arrived_ns", "scope")
 
     def __init__(self, arrived_ns: int, scope: Any = None) -> None:
         self.arrived_ns = arrived_ns
@@ -83,6 +86,10 @@ class HttpRequest:
         #: Its response began before a token was there: tokens are sent as they come.
         self._streaming = False
         self._held: list[FirstToken] = []
+        #: What the application calls to send; what that calls, while a first token is held and else.
+        self._handing: functools.partial[Any] | None = None
+        self._watching: Callable[[Any], Any] | None = None
+        self._plain: Callable[[Any], Any] | None = None
 
     def hold(self, token: FirstToken) -> None:
         """A first token for this request, which the next piece of a streaming response holds."""
@@ -90,29 +97,47 @@ class HttpRequest:
         if self._streaming:
             token.held = True
             self._held.append(token)
+            self._hand(self._watching)
 
     def watched(self, send: Callable[[Any], Any], guard: Guard) -> Callable[[Any], Any]:
-        """``send`` that lets first tokens go. To any other piece it adds a call and two comparisons."""
+        """``send`` that lets first tokens go. Any other piece passes through no code of ours.
 
-        def watching(message: Any) -> Any:
-            kind = message["type"]
-            if kind == "http.response.start":
-                self._streaming = True
-            elif self._held and kind == "http.response.body" and message.get("body"):
-                return sending(message)
-            return send(message)
+        One event loop sends every piece of every stream, thousands a second: a function around each took it
+        1 to 2 µs. So this is a `functools.partial`: of ``send`` itself, except at the start and while a first
+        token waits.
+        """
 
         async def sending(message: Any) -> None:
             await send(message)
             guard.call("vllm.first_token", self.let_go, _now())
 
-        return watching
+        def watching(message: Any) -> Any:
+            if message["type"] == "http.response.body" and message.get("body"):
+                return sending(message)
+            return send(message)
+
+        def starting(message: Any) -> Any:
+            if message["type"] == "http.response.start":
+                self._streaming = True
+                self._hand(send)
+            return send(message)
+
+        self._watching, self._plain = watching, send
+        self._handing = functools.partial(starting)
+        return self._handing
 
     def let_go(self, there_ns: int | None = None) -> None:
         """What was held has been sent, or (None) will not be."""
         held, self._held = self._held, []
+        if held:
+            self._hand(self._plain)
         for token in held:
             token.let_go(there_ns)
+
+    def _hand(self, target: Callable[[Any], Any] | None) -> None:
+        if self._handing is not None:
+            # Both stay referenced here: a partial that is being called does not hold what it calls.
+            self._handing.__setstate__((target, (), {}, None))  # type: ignore[attr-defined]
 
 
 _http_request: ContextVar[HttpRequest | None] = ContextVar("llmprobe_http_request", default=None)
@@ -124,7 +149,7 @@ class FirstTokens:
     def __init__(self) -> None:
         #: Engine request without a token yet → when it arrived, and with what.
         self._waiting: dict[str, tuple[int, HttpRequest | None]] = {}
-        self._there: list[FirstToken] = []
+        self._there: deque[FirstToken] = deque(maxlen=_AT_MOST)
 
     def __len__(self) -> int:
         """How many requests had no token yet."""
@@ -137,19 +162,27 @@ class FirstTokens:
             arrived_ns = http.arrived_ns
         self._waiting[request_id] = arrived_ns, http
 
-    def outputs(self, outputs: Any) -> None:
-        """Outputs of the engine are with their streams. Costs nothing while nobody waits for a first one."""
+    def outputs(self, outputs: Any, most: int | None = None) -> None:
+        """Outputs of the engine are with their streams. Costs nothing while nobody waits for a first one.
+
+        Args:
+            most: how many of them are first ones, at most.
+        """
         waiting = self._waiting
         if not waiting:
             return
         now = _now()
-        for output in outputs:
+        left = len(waiting) if most is None else most
+        for output in reversed(outputs):  # the engine takes new requests on behind the others
             if output.request_id in waiting:
                 arrived_ns, http = waiting.pop(output.request_id)
                 token = FirstToken(arrived_ns, now, queued_ns(getattr(output, "events", None)))
                 self._there.append(token)
                 if http is not None:
                     http.hold(token)
+                left -= 1
+                if left <= 0:
+                    break
 
     def take(self) -> tuple[FirstToken, ...]:
         """Every first token since the last call; some are still held."""

@@ -16,9 +16,8 @@ from llmprobe.hooks.naming import server_name
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import facts
-from llmprobe.hooks.vllm.arrival import FirstToken, FirstTokens
-from llmprobe.hooks.vllm.iterations import PlainIterations, add_gaps, token_gaps
-from llmprobe.hooks.vllm.output_lag import OutputLags
+from llmprobe.hooks.vllm.arrival import FirstTokens
+from llmprobe.hooks.vllm.iterations import NOT_MADE, Iterations
 from llmprobe.hooks.vllm.unfinished import Engine, Unfinished, engine_index
 from llmprobe.record.journal import JournalError
 from llmprobe.record.recorder import Recorder
@@ -38,9 +37,11 @@ class FrontEnd:
         """
         self._probe = probe
         self._first_tokens = FirstTokens()
-        self._plain = PlainIterations()
+        self._iterations = Iterations(probe.guard.failed)
         self._heard = True  # as of the last `look`
-        self._lags = OutputLags()
+        #: When outputs were made and handed to their streams of which nobody has said yet which engine's.
+        self._made: tuple[float | None, int] = NOT_MADE
+        self._own_ns = 0  # since the last iteration
         #: Engines whose core may have another machine's clock.
         self._elsewhere = {engine for engine in engines if not facts.engine_is_here(config, engine)}
         self._unfinished = Unfinished(told=told, settled=self._settled, clock=lambda: _now())
@@ -68,22 +69,39 @@ class FrontEnd:
 
     def arrived(self, processor: Any, request: Any, new: bool) -> None:
         """A request was taken in, or (not ``new``) more input of one that is known."""
-        waited = max(time.time() - float(getattr(request, "arrival_time", 0.0) or time.time()), 0.0)
-        since = _now() - round(waited * 1e9)
+        entered = _now()
+        since, arrival = entered, getattr(request, "arrival_time", 0.0)
+        if arrival:
+            since -= round(max(time.time() - arrival, 0.0) * 1e9)
         if new:
             self._first_tokens.arrived(request.request_id, since)
         self._unfinished.arrived(processor, request.request_id, since)
+        self._own_ns += _now() - entered
 
     def sent(self, client: Any, request: Any, identity: bytes) -> None:
         """vLLM's client has chosen the engine that a request goes to."""
         self._unfinished.sent(client, request.request_id, engine_index(identity))
 
-    def outputs(self, processor: Any, outputs: Any, made_seconds: float | None = None) -> None:
-        """Outputs that the engine made at that time were detokenized and handed to their streams."""
-        if outputs:
-            self._lags.handed(made_seconds or 0.0)
-        self._first_tokens.outputs(outputs)
-        self._unfinished.outputs(processor, outputs)
+    def outputs(
+        self, processor: Any, outputs: Any, made_seconds: float | None = None, iteration: Any = None
+    ) -> None:
+        """Outputs that the engine made at that time were detokenized and handed to their streams.
+
+        Args:
+            iteration: vLLM's statistics of them so far; None if it keeps none.
+        """
+        entered = _now()
+        if outputs:  # of an iteration's parts the last counts
+            self._made = made_seconds, entered
+        if iteration is None:
+            self._first_tokens.outputs(outputs)
+        elif first := iteration.time_to_first_tokens_iter:
+            self._first_tokens.outputs(outputs, len(first))
+        unfinished = self._unfinished
+        unfinished.processor = processor
+        if len(processor.request_states) < len(unfinished.at):
+            unfinished.outputs(processor, outputs)
+        self._own_ns += _now() - entered
 
     def aborted(self, processor: Any, ids: list[str]) -> None:
         """These requests were aborted by their clients."""
@@ -92,12 +110,12 @@ class FrontEnd:
         for request_id in ids:
             engine = self._unfinished.where(request_id) or next(iter(self._engines.values()))
             if engine.recorder is not None:
-                engine.recorder.request(now, 0, engine=engine.index, aborted=True, known=False)
+                engine.recorder.request(now, 0, engine=engine.index, aborted=True, known=False, later=True)
         self._unfinished.aborted(processor, ids)
 
     def _settled(self) -> None:
         """Nothing is unfinished at an engine."""
-        self._plain.write()
+        self._iterations.write()
         if not len(self._unfinished):
             self._first_tokens.forget_all()
 
@@ -109,8 +127,7 @@ class FrontEnd:
         Args:
             active: whether the hooks are at work.
         """
-        self._plain.write()
-        self._lags.write()
+        self._iterations.write()
         self._unfinished.look(active)
         for engine in self._engines.values():
             if engine.recorder is not None:
@@ -126,84 +143,51 @@ class FrontEnd:
     def record(self, scheduler: Any, iteration: Any, engine: int) -> None:
         """vLLM's statistics of one engine iteration; either may be None."""
         entered = _now()
-        first_tokens = self._first_tokens.take()
+        made, self._made = self._made, NOT_MADE
         of = self._engines.get(engine)
         recorder = of.recorder if of is not None else None
-        self._lags.note(None if engine in self._elsewhere else recorder)
         if of is None or recorder is None:
             return
         if scheduler is not None:
             running = scheduler.num_running_reqs
             waiting = scheduler.num_waiting_reqs + getattr(scheduler, "num_skipped_waiting_reqs", 0)
-            self._unfinished.heard(of, running + waiting, entered)
+            unfinished = self._unfinished.heard(of, running + waiting, entered)
             # Also when nothing changed: of several front ends the one that heard last is believed.
-            unfinished = self._unfinished.unfinished(of)
-            recorder.load(running, waiting, float(scheduler.kv_cache_usage), unfinished, later=True)
-        if iteration is not None and (first_tokens or not self._plain.note(recorder, iteration, entered)):
-            self._plain.write()  # before the end of a request, whose tokens they are
-            self._tokens(recorder, iteration, first_tokens, entered)
-            for finished in iteration.finished_requests:
-                self._finished(recorder, finished, engine)
-        self._unfinished.settle(of)
+            recorder.load(running, waiting, scheduler.kv_cache_usage, unfinished, later=True, time_ns=entered)
+        first_ns: tuple[int, ...] = ()
+        queue_ns: tuple[int, ...] = ()
+        if iteration is not None and iteration.time_to_first_tokens_iter:
+            first_ns, queue_ns = self._first(of, iteration)
+        if engine in self._elsewhere:
+            made = NOT_MADE
+        own, self._own_ns = self._own_ns, 0
+        self._iterations.note(
+            (recorder, engine, entered, iteration, first_ns, queue_ns, made, own + _now() - entered)
+        )
+        if not of.requests:
+            self._unfinished.settle(of)
 
-    def _tokens(
-        self, recorder: Recorder, iteration: Any, first_tokens: tuple[FirstToken, ...], entered: int
-    ) -> None:
-        gaps = token_gaps(iteration)
-        prompt = getattr(iteration, "prompt_token_stats", None)
+    def _first(self, of: Engine, iteration: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of an iteration's first tokens what is known now: their times, and how long they queued (ns)."""
+        tokens = self._first_tokens.take()
         first = iteration.time_to_first_tokens_iter
-        if not (first or gaps or iteration.num_generation_tokens or iteration.num_preempted_reqs):
-            return
-        first_token_queue_ns: tuple[int, ...] = ()
-        if len(first_tokens) == len(first):
-            there = [token for token in first_tokens if not token.held]
-            first_token_ns = tuple(token.seconds_ns() for token in there)
-            first_token_queue_ns = tuple(token.queue_ns for token in there if token.queue_ns is not None)
-            for token in first_tokens:
-                if token.held:
-                    token.when_sent(functools.partial(self._sent, recorder, token.queue_ns))
-        else:
+        if len(tokens) != len(first):
             # Some arrived before we looked. vLLM's own times end before it detokenizes and hands the tokens
             # to their streams.
             handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
-            first_token_ns = tuple(round(seconds * 1e9) + handed for seconds in first)
-        gaps_ns: dict[int, int] = {}
-        add_gaps(gaps_ns, gaps)
-        recorder.tokens(
-            iteration.num_prompt_tokens,
-            iteration.num_generation_tokens,
-            cached=int(getattr(prompt, "cached_tokens", 0) or 0),
-            preemptions=iteration.num_preempted_reqs,
-            first_token_ns=first_token_ns,
-            first_token_queue_ns=first_token_queue_ns,
-            inter_token_ns=gaps_ns,
-            own_ns=_now() - entered,
-            later=True,
-        )
+            return tuple(round(seconds * 1e9) + handed for seconds in first), ()
+        for token in tokens:
+            if token.held:
+                token.when_sent(functools.partial(self._sent, of, token.queue_ns))
+        there = [token for token in tokens if not token.held]
+        queued = tuple(token.queue_ns for token in there if token.queue_ns is not None)
+        return tuple(token.seconds_ns() for token in there), queued
 
-    def _sent(self, recorder: Recorder, queue_ns: int | None, seconds_ns: int) -> None:
+    def _sent(self, of: Engine, queue_ns: int | None, seconds_ns: int) -> None:
         """A first token, that had to wait for its piece of a response, has left."""
-        if self._probe.active:
+        if self._probe.active and of.recorder is not None:
             queued = () if queue_ns is None else (queue_ns,)
-            recorder.tokens(first_token_ns=(seconds_ns,), first_token_queue_ns=queued)
-
-    @staticmethod
-    def _finished(recorder: Recorder, finished: Any, engine: int) -> None:
-        generated = finished.num_generation_tokens
-        first = finished.queued_time + finished.prefill_time
-        recorder.request(
-            _now(),
-            round(finished.e2e_latency * 1e9),
-            ttft_ns=round(first * 1e9) if generated else -1,
-            tpot_ns=round(finished.mean_time_per_output_token * 1e9) if generated > 1 else -1,
-            queue_ns=round(finished.queued_time * 1e9),
-            prompt_tokens=finished.num_prompt_tokens,
-            generated_tokens=generated,
-            cached_tokens=int(getattr(finished, "num_cached_tokens", 0) or 0),
-            preemptions=int(getattr(finished, "num_preemptions", 0) or 0),
-            engine=engine,
-            finish=int(finished.finish_reason),
-        )
+            self._iterations.note((of.recorder, of.index, 0, None, (seconds_ns,), queued, NOT_MADE, 0))
 
 
 _front_end: FrontEnd | None = None
@@ -211,7 +195,7 @@ _told = False  # whether vLLM's client says which engine it chooses
 
 
 def _the_front_end(probe: Probe) -> FrontEnd | None:
-    return _front_end if probe.recorder is not None else None
+    return _front_end if probe.armed else None
 
 
 def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
@@ -232,18 +216,16 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
 
         return __init__
 
-    def record(scheduler: Any, iteration: Any, kwargs: dict[str, Any]) -> None:
-        front_end = _the_front_end(probe)
-        if front_end is not None:
-            front_end.record(scheduler, iteration, kwargs.get("engine_idx") or 0)
-
     def make_record(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def record_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
-            if patch.active and probe.active:
-                scheduler = args[0] if args else kwargs.get("scheduler_stats")
-                iteration = args[1] if len(args) > 1 else kwargs.get("iteration_stats")
-                guard.call("vllm.record", record, scheduler, iteration, kwargs)
+            if patch.active and probe.active and (front_end := _the_front_end(probe)) is not None:
+                try:
+                    scheduler = args[0] if args else kwargs.get("scheduler_stats")
+                    iteration = args[1] if len(args) > 1 else kwargs.get("iteration_stats")
+                    front_end.record(scheduler, iteration, kwargs.get("engine_idx") or 0)
+                except Exception as error:  # noqa: BLE001 - at each step: inline, and not by `Guard.call`
+                    guard.failed("vllm.record", error)
             return result
 
         return record_stats
@@ -313,18 +295,17 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
 
         return add_request
 
-    def outputs(processor: Any, those: Any, made_seconds: Any) -> None:
-        front_end = _the_front_end(probe)
-        if front_end is not None:
-            front_end.outputs(processor, those, made_seconds)
-
     def make_process(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def process_outputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
-            if patch.active and probe.active:
-                those = args[0] if args else kwargs.get("engine_core_outputs")
-                made = args[1] if len(args) > 1 else kwargs.get("engine_core_timestamp")
-                guard.call("vllm.process_outputs", outputs, self, those, made)
+            if patch.active and probe.active and (front_end := _the_front_end(probe)) is not None:
+                try:
+                    those = args[0] if args else kwargs.get("engine_core_outputs")
+                    made = args[1] if len(args) > 1 else kwargs.get("engine_core_timestamp")
+                    iteration = args[2] if len(args) > 2 else kwargs.get("iteration_stats")
+                    front_end.outputs(self, those, made, iteration)
+                except Exception as error:  # noqa: BLE001 - at each step: inline, and not by `Guard.call`
+                    guard.failed("vllm.process_outputs", error)
             return result
 
         return process_outputs

@@ -1,76 +1,149 @@
-"""Iterations of an engine in which requests went on generating and nothing else: noted, counted together.
+"""Iterations of an engine as vLLM tells them to its front end: noted there, counted together elsewhere.
 
-A front end's event loop comes by at each of them with cold caches; counted together and off that loop, they
-take a small part of the time.
+A front end's event loop comes by at each of them with cold caches, and each write to the journal gives the
+interpreter lock away; counted together and off that loop, they take a small part of the time.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
+from llmprobe.hooks.vllm.output_lag import output_lag
 from llmprobe.record.recorder import Recorder
 
-_now = time.monotonic_ns
 _AT_MOST = 512  # only noted, should nobody come to count them
 
 
-class PlainIterations:
+#: When the engine core had made outputs (seconds of CLOCK_MONOTONIC; None where it does not say), and when
+#: they were handed to their streams (ns).
+Made = tuple[float | None, int]
+NOT_MADE: Made = (None, 0)
+#: An iteration of an engine, or what became known later of one: whose, the engine, when it was told; vLLM's
+#: ``IterationStats`` (or None), which it makes anew for each; times to first token, and how long those
+#: requests were queued (ns); its outputs; our own time (ns).
+Noted = tuple[Recorder, int, int, Any, tuple[int, ...], tuple[int, ...], Made, int]
+
+
+class Iterations:
     """Those of one front end. `note` is for its event loop, `write` for any thread."""
 
-    def __init__(self) -> None:
-        #: Recorder, tokens, the gaps before them, and what noting it took (ns).
-        self._noted: deque[tuple[Recorder, int, list[float], int]] = deque()
-
-    def note(self, recorder: Recorder, iteration: Any, entered: int) -> bool:
-        """Whether it was a plain one (``IterationStats``); then it will be counted, its requests' ends apart.
-
-        Args:
-            entered: when llmprobe's hook was.
+    def __init__(self, failed: Callable[[str, Exception], None]) -> None:
         """
-        if (
-            iteration.time_to_first_tokens_iter
-            or iteration.finished_requests
-            or iteration.num_prompt_tokens
-            or iteration.num_preempted_reqs
-            or len(self._noted) >= _AT_MOST
-        ):
-            return False
-        gaps = token_gaps(iteration)
-        if not gaps:
-            return False
-        # vLLM makes the list anew for each iteration.
-        self._noted.append((recorder, iteration.num_generation_tokens, gaps, _now() - entered))
-        return True
+        Args:
+            failed: told of iterations that cannot be read.
+        """
+        self._noted: deque[Noted] = deque()
+        self._failed = failed
+
+    def note(self, noted: Noted) -> None:
+        """Leave it to be counted; here and now only if nobody has come for long."""
+        self._noted.append(noted)
+        if len(self._noted) >= _AT_MOST:
+            self.write()
 
     def write(self) -> None:
-        """Count what was noted."""
-        sums: dict[Recorder, tuple[list[int], dict[int, int]]] = {}
+        """Count what was noted. Tokens come before the end of the request that they are of."""
+        sums: dict[Recorder, _Sum] = {}
         while self._noted:
             try:
-                recorder, tokens, gaps, own_ns = self._noted.popleft()
+                noted = self._noted.popleft()
             except IndexError:  # another thread took the last one
                 break
-            counts, gaps_ns = sums.setdefault(recorder, ([0, 0], {}))
-            counts[0] += tokens
-            counts[1] += own_ns
-            add_gaps(gaps_ns, gaps)
-        for recorder, ((tokens, own_ns), gaps_ns) in sums.items():
-            recorder.tokens(0, tokens, inter_token_ns=gaps_ns, own_ns=own_ns, later=True)
+            found = sums.get(noted[0])
+            if found is None:
+                found = sums[noted[0]] = _Sum(self._failed)
+            try:
+                found.add(noted)
+            except Exception as error:  # noqa: BLE001 - the others are good
+                self._failed("vllm.iteration", error)
+        for recorder, found in sums.items():
+            found.write(recorder)
 
 
-def token_gaps(iteration: Any) -> list[float]:
+class _Sum:
+    """What iterations of one engine come to."""
+
+    def __init__(self, failed: Callable[[str, Exception], None]) -> None:
+        self._failed = failed
+        self._prompt = self._generated = self._cached = self._preemptions = self._own_ns = 0
+        self._first_token_ns: list[int] = []
+        self._first_token_queue_ns: list[int] = []
+        self._gaps: list[float] = []
+        self._lags_ns: list[int] = []
+        self._finished: list[tuple[int, int, Any]] = []
+
+    def add(self, noted: Noted) -> None:
+        """One more."""
+        _, engine, time_ns, iteration, first_token_ns, first_token_queue_ns, made, own_ns = noted
+        self._own_ns += own_ns
+        if (lag := output_lag(*made)) is not None:
+            self._lags_ns.append(lag)
+        self._first_token_ns += first_token_ns
+        self._first_token_queue_ns += first_token_queue_ns
+        if iteration is None:
+            return
+        self._generated += iteration.num_generation_tokens
+        self._gaps += _token_gaps(iteration)
+        self._preemptions += iteration.num_preempted_reqs
+        if prompt := iteration.num_prompt_tokens:
+            self._prompt += prompt
+            stats = getattr(iteration, "prompt_token_stats", None)
+            self._cached += int(getattr(stats, "cached_tokens", 0) or 0)
+        for finished in iteration.finished_requests:
+            self._finished.append((time_ns, engine, finished))
+
+    def write(self, recorder: Recorder) -> None:
+        """To be published with the next `Recorder.publish`."""
+        gaps_ns: dict[int, int] = {}
+        # The tokens of a step share their gap: few values, however large the batch.
+        for seconds, times in Counter(self._gaps).items():
+            gap = round(seconds * 1e9)
+            gaps_ns[gap] = gaps_ns.get(gap, 0) + times
+        recorder.tokens(
+            self._prompt,
+            self._generated,
+            cached=self._cached,
+            preemptions=self._preemptions,
+            first_token_ns=tuple(self._first_token_ns),
+            first_token_queue_ns=tuple(self._first_token_queue_ns),
+            inter_token_ns=gaps_ns,
+            own_ns=self._own_ns,
+            later=True,
+        )
+        for time_ns, engine, finished in self._finished:
+            try:
+                _write_finished(recorder, time_ns, engine, finished)
+            except Exception as error:  # noqa: BLE001 - the others are good
+                self._failed("vllm.finished", error)
+        if self._lags_ns:
+            recorder.output_lags(tuple(self._lags_ns))
+
+
+def _write_finished(recorder: Recorder, time_ns: int, engine: int, finished: Any) -> None:
+    generated = finished.num_generation_tokens
+    first = finished.queued_time + finished.prefill_time
+    recorder.request(
+        time_ns,
+        round(finished.e2e_latency * 1e9),
+        ttft_ns=round(first * 1e9) if generated else -1,
+        tpot_ns=round(finished.mean_time_per_output_token * 1e9) if generated > 1 else -1,
+        queue_ns=round(finished.queued_time * 1e9),
+        prompt_tokens=finished.num_prompt_tokens,
+        generated_tokens=generated,
+        cached_tokens=int(getattr(finished, "num_cached_tokens", 0) or 0),
+        preemptions=int(getattr(finished, "num_preemptions", 0) or 0),
+        engine=engine,
+        finish=int(finished.finish_reason),
+        later=True,
+    )
+
+
+def _token_gaps(iteration: Any) -> list[float]:
     """Seconds before each token of an iteration that is not a first one."""
     try:
         gaps: list[float] = iteration.inter_token_latencies_iter
     except AttributeError:  # 0.11
         gaps = iteration.time_per_output_tokens_iter
     return gaps
-
-
-def add_gaps(gaps_ns: dict[int, int], gaps: list[float]) -> None:
-    """Count gaps, by nanoseconds. The tokens of a step share theirs: few values, however large the batch."""
-    for seconds in gaps:
-        gap = round(seconds * 1e9)
-        gaps_ns[gap] = gaps_ns.get(gap, 0) + 1

@@ -75,30 +75,31 @@ class Unfinished:
         self._told = told
         self._settled = settled
         self._clock = clock
-        self._processor: Any = None
+        #: vLLM's ``OutputProcessor``, once it was seen.
+        self.processor: Any = None
         self._client: Any = None
-        #: Every unfinished request we know of → where it is; None: nobody has said.
-        self._at: dict[str, Engine | None] = {}
+        #: Every unfinished request we know of → where it is; None: nobody has said. Others only look.
+        self.at: dict[str, Engine | None] = {}
         self._on_their_way: dict[str, int] = {}  # not sent yet → when they arrived
         self._anywhere: set[str] = set()  # nobody will say where
         self._arrived_ns = 0
         self._looked: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        return len(self._at)
+        return len(self.at)
 
     def where(self, request_id: str) -> Engine | None:
         """The engine that an unfinished request was sent to; None if nobody has said."""
-        return self._at.get(request_id)
+        return self.at.get(request_id)
 
     def arrived(self, processor: Any, request_id: str, since_ns: int) -> None:
         """The front end took in a request, or more input for one that is known."""
-        self._processor = processor
+        self.processor = processor
         self._arrived_ns = self._clock()
         if request_id not in processor.request_states:  # the last input of one that had ended
             self._gone((request_id,))
-        elif request_id in self._at:
-            if (engine := self._at[request_id]) is not None:
+        elif request_id in self.at:
+            if (engine := self.at[request_id]) is not None:
                 engine.sent_ns = self._arrived_ns
         else:
             self._add(request_id, since_ns)
@@ -110,33 +111,42 @@ class Unfinished:
         if engine is None:
             return
         engine.sent_ns = self._clock()
-        if self._at.get(request_id, engine) is None:
+        if self.at.get(request_id, engine) is None:
             self._place(request_id, engine, self._on_their_way.pop(request_id, engine.sent_ns))
             self._anywhere.discard(request_id)
 
     def outputs(self, processor: Any, outputs: Any) -> None:
-        """Outputs of an engine were processed."""
-        self._processor = processor
+        """Outputs of an engine were processed. Only needed where vLLM knows of fewer requests than `at`."""
+        self.processor = processor
         states = processor.request_states
-        if len(states) < len(self._at):
-            self._gone([found.request_id for found in outputs if found.request_id not in states])
+        ended = len(self.at) - len(states)
+        if ended <= 0:
+            return
+        gone = []
+        for output in outputs:
+            if output.request_id not in states:
+                gone.append(output.request_id)
+                if len(gone) == ended:
+                    break
+        self._gone(gone)
 
     def aborted(self, processor: Any, ids: Collection[str]) -> None:
         """These requests are unfinished no longer."""
-        self._processor = processor
-        engines = {engine for name in ids if (engine := self._at.get(name)) is not None}
+        self.processor = processor
+        engines = {engine for name in ids if (engine := self.at.get(name)) is not None}
         self._gone(ids)
         for engine in engines or self.engines.values():
             self.settle(engine)
 
-    def heard(self, engine: Engine, has: int, time_ns: int) -> None:
-        """The engine said how many requests run or wait there."""
+    def heard(self, engine: Engine, has: int, time_ns: int) -> int:
+        """The engine said how many requests run or wait there. Returns `unfinished`."""
         engine.heard_ns = time_ns
         engine.has = has
         if has and not engine.pending and (engine.forgotten or self._anywhere):  # perhaps one of them
             engine.requests |= engine.forgotten
             engine.forgotten = set()
             self._begin(engine, time_ns)
+        return len(engine.requests) + len(self._anywhere) if engine.pending else 0
 
     def unfinished(self, engine: Engine) -> int:
         """How many requests the engine may have to do something for."""
@@ -160,15 +170,15 @@ class Unfinished:
         if not active:
             self._forget_all()
             return
-        if self._processor is None:
+        if self.processor is None:
             return
-        state = self._arrived_ns, len(self._processor.request_states)
+        state = self._arrived_ns, len(self.processor.request_states)
         before, self._looked = self._looked, state
         if before is None:  # just switched on
             self._compare()
         elif before != state:
             return  # the hooks are in the middle of it
-        elif state[1] != len(self._at):
+        elif state[1] != len(self.at):
             self._compare()
         for request_id in list(self._on_their_way):  # sent by a way we do not know
             self._nobody_says(request_id, self._on_their_way.pop(request_id, self._clock()))
@@ -198,7 +208,7 @@ class Unfinished:
         having = [engine for engine in self.engines.values() if engine.has]
         if any(engine.heard_ns <= self._arrived_ns for engine in having):
             return False
-        return sum(engine.has for engine in having) >= len(self._at)
+        return sum(engine.has for engine in having) >= len(self.at)
 
     def _add(self, request_id: str, since_ns: int) -> None:
         if len(self.engines) == 1:
@@ -206,7 +216,7 @@ class Unfinished:
             engine.sent_ns = self._clock()
             self._place(request_id, engine, since_ns)
             return
-        self._at[request_id] = None
+        self.at[request_id] = None
         if self._told:
             self._on_their_way[request_id] = since_ns
         else:
@@ -219,14 +229,14 @@ class Unfinished:
                 self._begin(engine, since_ns)
 
     def _place(self, request_id: str, engine: Engine, since_ns: int) -> None:
-        self._at[request_id] = engine
+        self.at[request_id] = engine
         engine.requests.add(request_id)
         if not engine.pending:
             self._begin(engine, since_ns)
 
     def _gone(self, ids: Collection[str]) -> None:
         for request_id in ids:
-            engine = self._at.pop(request_id, None)
+            engine = self.at.pop(request_id, None)
             if engine is not None:
                 engine.requests.discard(request_id)
                 engine.forgotten.discard(request_id)
@@ -236,18 +246,18 @@ class Unfinished:
 
     def _compare(self) -> None:
         """Hold what is known here against what vLLM knows."""
-        states = self._processor.request_states
+        states = self.processor.request_states
         in_flight = getattr(self._client, "reqs_in_flight", {})
         for request_id in list(states):
-            if request_id not in self._at:
+            if request_id not in self.at:
                 self._add(request_id, self._clock())
                 if (identity := in_flight.get(request_id)) is not None:
                     self.sent(self._client, request_id, engine_index(identity))
-        self._gone([request_id for request_id in list(self._at) if request_id not in states])
+        self._gone([request_id for request_id in list(self.at) if request_id not in states])
 
     def _forget_all(self) -> None:
         self._looked = None
-        self._gone(list(self._at))
+        self._gone(list(self.at))
         for engine in self.engines.values():
             engine.heard_ns = 0  # what it said is no answer to what comes now
             if engine.pending:
