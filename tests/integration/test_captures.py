@@ -103,6 +103,16 @@ class Wrapped:
         (note,) = (self.directory / "nsys").glob("*.json")
         return dict(json.loads(note.read_text()))
 
+    def events(self) -> list[dict[str, Any]]:
+        """What the agent has saved of them."""
+        path = self.directory / "events.json"
+        saved = json.loads(path.read_text())["events"] if path.exists() else []
+        return [json.loads(text) for _number, text in saved]
+
+    def launch_line(self) -> list[str]:
+        """With what nsys launched the program."""
+        return next(line for found in self.nsys_processes() if "launch" in (line := found.cmdline()))
+
     def nsys_processes(self) -> list[psutil.Process]:
         """nsys's own processes of this program, but not the program."""
         session = self.session() if list((self.directory / "nsys").glob("*.json")) else None
@@ -306,6 +316,8 @@ def test_a_capture_that_hangs_its_server_says_so_and_ends_all_the_same(
     one = wrapped(options="--trace cuda,nvtx --cuda-graph-trace node")
     url = one.begin(seconds=6)
     one.recording(url)
+    assert "--cuda-graph-trace node: a capture can hang the server for good" in one.said()
+    assert "--cuda-graph-trace=node" in one.launch_line()
     one.hang()
     one.target.suspend()  # nsys waits 30 s for a process that does not answer
     try:
@@ -327,6 +339,8 @@ def test_a_capture_that_fails_beside_a_hung_server_says_so_and_there_is_no_other
     one = wrapped(options="--trace cuda,nvtx")
     url = one.begin(seconds=6)
     one.recording(url)
+    assert "can hang" not in one.said()
+    assert "--cuda-graph-trace=graph" in one.launch_line()
     one.hang()
     next(found for found in one.nsys_processes() if "--start-agent" in found.cmdline()).kill()
     failed = one.state(url, "failed")
@@ -334,6 +348,9 @@ def test_a_capture_that_fails_beside_a_hung_server_says_so_and_there_is_no_other
         r"nsys.*\. Since it was recorded the server has not got on: rank 0 has been in step .*start it anew$",
         failed["reason"],
     )
+    said = {"kind": "capture", "capture": failed["id"], "tool": "nsys", "state": "failed"}
+    until(lambda: [event for event in one.events() if said.items() <= event.items()], "event of its end")
+    until(lambda: [event for event in one.events() if event["kind"] == "stall_begun"], "event of the stall")
     status, answer = one.ask("POST", "/api/captures", {"tool": "nsys"})
     assert (status, "start" in answer["detail"]) == (409, True), answer
     captures = one.ask("GET", "/api/status")[1]["agent"]["captures"]

@@ -61,13 +61,13 @@ class Child(Protocol):
 def run(
     command: Annotated[list[str], typer.Argument(help="The command and its arguments, behind `--`.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to save the report. [default: run.json]")
+        Path | None, typer.Option("--output", "-o", help="Where to save the report. Default: run.json.")
     ] = None,
     server: Annotated[str | None, typer.Option(help="The `server` label, as LLMPROBE_SERVER.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     summary: Annotated[
         bool | None,
-        typer.Option(help="Whether to report at the end. [default: yes, but not for `vllm serve`]"),
+        typer.Option(help="Whether to report at the end. Default: yes, but not for `vllm serve`."),
     ] = None,
     nsys: Annotated[
         str | None,
@@ -76,15 +76,13 @@ def run(
             help="Run under `nsys launch`, so that `llmprobe capture` can use it. Excludes kernel windows.",
         ),
     ] = None,
-    trace: Annotated[
-        str | None, typer.Option(help="With --nsys: what to trace. [default: cuda,nvtx]")
-    ] = None,
+    trace: Annotated[str | None, typer.Option(help="With --nsys: what to trace. Default: cuda,nvtx.")] = None,
     cuda_graph_trace: Annotated[
         str | None,
         typer.Option(
             metavar="graph|node",
             help="With --nsys: CUDA graphs whole, or kernel by kernel, which slows their launches and can "
-            "hang the server for good while it is captured. [default: graph]",
+            "hang the server for good while it is captured. Default: graph.",
         ),
     ] = None,
 ) -> None:
