@@ -36,6 +36,7 @@ from support.capturing import (
 from support.gpu_models import CONFIGURATIONS, served
 from support.load import Load
 from support.machine import machine_line
+from support.nsys_server import GRAPHS
 from support.serving import NAME, running_server, variable
 from support.switch import wait_known
 from support.table import Results, command
@@ -117,7 +118,7 @@ def _measure(
     if options.vllm:
         flags += profiler_flags(traces)
     env = {"LLMPROBE_CAPTURE_DIR": str(folder / "captures"), **dict(options.env)}
-    with running_server(model, [*flags, *options.flags], env, _prefix(options.nsys)) as server:
+    with running_server(model, [*flags, *options.flags], env, _prefix(options)) as server:
         wait_known(server.directory)
         load = Load(server.port, NAME, options.concurrency, options.prompt_tokens, options.output_tokens)
         with load:
@@ -155,11 +156,12 @@ def _measure(
                     failed.append(str(error))
 
 
-def _prefix(nsys: str | None) -> list[str]:
-    if nsys is None:
+def _prefix(options: argparse.Namespace) -> list[str]:
+    if options.nsys is None:
         return []
     program = str(Path(sys.executable).with_name("llmprobe"))
-    return [program, "run", f"--nsys={nsys}" if nsys else "--nsys", "--no-summary", "--"]
+    nsys = f"--nsys={options.nsys}" if options.nsys else "--nsys"
+    return [program, "run", nsys, "--cuda-graph-trace", options.cuda_graph_trace, "--no-summary", "--"]
 
 
 def _extra(tool: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -294,6 +296,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", choices=("nsys", "torch", "kernels"), help="[all there are]")
     parser.add_argument(
         "--nsys", nargs="?", const="", metavar="PATH", help="start the server under `llmprobe run --nsys`"
+    )
+    parser.add_argument(
+        "--cuda-graph-trace",
+        choices=GRAPHS,
+        default=GRAPHS[0],
+        help="of --nsys: CUDA graphs as one each, or by kernel, which can hang the server [graph]",
     )
     parser.add_argument("--torch-cpu", action="store_true", help="torch: operators on the host too")
     parser.add_argument("--twice", action="store_true", help="each tool twice: the first sets it up")
