@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +51,31 @@ class BatchWriter(JournalWriter):
         self._images: dict[int, bytearray] = {}
 
     def _write_cells(self, cells: set[tuple[int, int]]) -> None:
-        for histogram, begin, end in _runs(sorted(cells)):
-            image = self._images.get(histogram)
-            if image is None:
-                image = self._images[histogram] = bytearray(_BUCKETS * _CELL_PAIR)
-            for bucket in range(begin, end):
-                if (histogram, bucket) in cells:
-                    value, position = self._cells[histogram][bucket], histogram * _BUCKETS + bucket
-                    crc = _crc32(_pack_position(position, value)) or 1
-                    _pack_pair(image, bucket * _CELL_PAIR, value, crc, value, crc)
-            offset = layout.HISTOGRAMS_OFFSET + histogram * len(image)
-            with memoryview(image) as view:
-                _pwrite(self._fd, view[begin * _CELL_PAIR : end * _CELL_PAIR], offset + begin * _CELL_PAIR)
+        begin = last = (-1, 0)
+        for cell in sorted(cells):
+            histogram, bucket = cell
+            if histogram != last[0] or bucket - last[1] > _APART:
+                self._write_run(begin, last)
+                begin = cell
+            value, position = self._cells[histogram][bucket], histogram * _BUCKETS + bucket
+            crc = _crc32(_pack_position(position, value)) or 1
+            _pack_pair(self._image(histogram), bucket * _CELL_PAIR, value, crc, value, crc)
+            last = cell
+        self._write_run(begin, last)
         cells.clear()
 
+    def _image(self, histogram: int) -> bytearray:
+        image = self._images.get(histogram)
+        if image is None:
+            image = self._images[histogram] = bytearray(_BUCKETS * _CELL_PAIR)
+        return image
 
-def _runs(cells: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int, int]]:
-    """Of sorted cells those that lie near each other: histogram, first bucket, the one behind the last."""
-    begin = 0
-    for index in range(1, len(cells) + 1):
-        histogram, last = cells[index - 1]
-        if index < len(cells) and cells[index][0] == histogram and cells[index][1] - last <= _APART:
-            continue
-        yield histogram, cells[begin][1], last + 1
-        begin = index
+    def _write_run(self, begin: tuple[int, int], last: tuple[int, int]) -> None:
+        """The cells of one histogram from one to another as they are in its image."""
+        histogram = begin[0]
+        if histogram < 0:  # there are none
+            return
+        first, end = begin[1] * _CELL_PAIR, (last[1] + 1) * _CELL_PAIR
+        with memoryview(self._images[histogram]) as view:
+            offset = layout.HISTOGRAMS_OFFSET + histogram * len(view) + first
+            _pwrite(self._fd, view[first:end], offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import arrival
@@ -18,6 +21,7 @@ from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.iterations import NOT_MADE, Iterations, Noted
 from llmprobe.hooks.vllm.unfinished import Engine
 from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.layout import bucket_of
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings
 
@@ -106,6 +110,27 @@ def test_those_of_vllm_0_11_name_their_gaps_otherwise(journal: Journal) -> None:
     iterations.write()
     recorder.publish()
     assert counted(reader) == (1, 1)
+
+
+@given(st.lists(st.lists(st.sampled_from([0.01, 0.0100001, 0.02, 0.5]), max_size=6), max_size=5))
+def test_every_gap_is_counted_whether_a_step_has_one_or_several(steps: list[list[float]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder.open(Path(folder), "frontend", {"role": "frontend"})
+        reader = JournalReader(recorder.writer.path, recorder.writer)
+        iterations = Iterations(never)
+        for gaps in steps:
+            iterations.note(noted(recorder, iteration(*gaps)))
+        iterations.write()
+        recorder.publish()
+        every = [round(seconds * 1e9) for gaps in steps for seconds in gaps]
+        assert counted(reader) == (len(every), len(every))
+        assert reader.counters()["sum_ns_inter_token_latency"] == sum(every)
+        buckets = [bucket_of(nanoseconds) for nanoseconds in every]
+        assert reader.histogram("inter_token_latency")[buckets].tolist() == [
+            buckets.count(one) for one in buckets
+        ]
+        reader.close()
+        recorder.close(remove=True)
 
 
 def test_one_that_cannot_be_read_costs_none_of_the_others(journal: Journal) -> None:
@@ -288,6 +313,21 @@ def test_first_tokens_are_found_wherever_they_are_among_the_outputs(
         reader.counters()["sum_ns_time_to_first_token"] < len(first) * 10**8 or not first
     )  # ours, not vLLM's
     assert len(front._first_tokens) == 1
+
+
+def test_first_tokens_of_an_engine_that_goes_unrecorded_are_no_other_ones(
+    journal: Journal, tmp_path: Path
+) -> None:
+    recorder, reader = journal
+    front, processor = front_end(journal, tmp_path, "a", "b")
+    told = iteration(time_to_first_tokens_iter=[7.0])  # what vLLM says, where ours does not match
+    for name, engine in (("a", 1), ("b", 0)):
+        front.outputs(processor, [SimpleNamespace(request_id=name, events=None)], None, told)
+        front.record(None, told, engine)
+    front.look(True)
+    recorder.publish()
+    assert int(reader.histogram("time_to_first_token").sum()) == 1
+    assert reader.counters()["sum_ns_time_to_first_token"] < 7 * 10**9
 
 
 def test_what_the_hooks_take_on_the_event_loop_is_booked(journal: Journal, tmp_path: Path) -> None:

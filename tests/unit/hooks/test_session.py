@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,3 +139,14 @@ def test_a_program_that_ends_leaves_nothing_unwritten(tmp_path: Path) -> None:
     rounds = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
     assert rounds[-1][1:] == ["the last step"], done.stderr
     assert len({pid for pid, *_ in rounds}) == 1, "the child that it forked writes nothing"
+
+
+def test_a_probe_is_armed_as_long_as_its_process_has_a_journal(probe: Probe) -> None:
+    assert probe.armed
+    child = os.fork()
+    if not child:  # whose journals are its parent's
+        os._exit(int(probe.armed or probe.recorder is not None))
+    assert os.waitpid(child, 0)[1] == 0
+    assert probe.armed
+    probe.disarm()
+    assert not probe.armed

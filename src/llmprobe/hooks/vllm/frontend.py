@@ -147,6 +147,7 @@ class FrontEnd:
         of = self._engines.get(engine)
         recorder = of.recorder if of is not None else None
         if of is None or recorder is None:
+            self._first_tokens.take()  # they are no other engine's
             return
         if scheduler is not None:
             running = scheduler.num_running_reqs

@@ -70,7 +70,7 @@ class _Sum:
         self._prompt = self._generated = self._cached = self._preemptions = self._own_ns = 0
         self._first_token_ns: list[int] = []
         self._first_token_queue_ns: list[int] = []
-        self._gaps: list[float] = []
+        self._gaps: Counter[float] = Counter()
         self._lags_ns: list[int] = []
         self._finished: list[tuple[int, int, Any]] = []
 
@@ -85,7 +85,13 @@ class _Sum:
         if iteration is None:
             return
         self._generated += iteration.num_generation_tokens
-        self._gaps += _token_gaps(iteration)
+        if gaps := _token_gaps(iteration):
+            first = gaps[0]
+            # The tokens of a step share their gap, but for those of requests that were held up.
+            if (same := gaps.count(first)) == len(gaps):
+                self._gaps[first] += same
+            else:
+                self._gaps.update(gaps)
         self._preemptions += iteration.num_preempted_reqs
         if prompt := iteration.num_prompt_tokens:
             self._prompt += prompt
@@ -97,8 +103,7 @@ class _Sum:
     def write(self, recorder: Recorder) -> None:
         """To be published with the next `Recorder.publish`."""
         gaps_ns: dict[int, int] = {}
-        # The tokens of a step share their gap: few values, however large the batch.
-        for seconds, times in Counter(self._gaps).items():
+        for seconds, times in self._gaps.items():
             gap = round(seconds * 1e9)
             gaps_ns[gap] = gaps_ns.get(gap, 0) + times
         recorder.tokens(
