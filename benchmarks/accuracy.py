@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from support import gpm
+from support.accuracy_table import COUNTED_SECONDS, ELAPSED_SECONDS, Measured, Shape, holds, table
 from support.gpu_models import make_configuration
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load
@@ -34,39 +35,15 @@ from support.machine import machine_line
 from support.nsys_server import GRAPHS, NsysServer, nsys_version
 from support.nsys_truth import read_truth
 from support.serving import NAME
-from support.step_agreement import Agreement, NoMatch, agreement
-from support.table import Results, bar, command
+from support.step_agreement import NoMatch, agreement
 
 from llmprobe.collect.collector import Collector
 from llmprobe.record.layout import Phase
 
-_HEADER = (
-    "server",
-    "load",
-    "steps",
-    "span, nsys",
-    "error",
-    "with the launch call",
-    "bar",
-    "gap ratio, nsys",
-    "less the launch call",
-    "of it between steps",
-    "llmprobe",
-    "bar",
-    "slower while recorded",
-    "sum of components",
-    "bar",
-    "MBU",
-    "DRAM counter − MBU",
-    "bar",
-)
 _MACHINE = "machine.txt"
 _RECORD_SECONDS = 0.6
-_ELAPSED_SECONDS, _FRESH_SECONDS = 10.0, 1.5
+_FRESH_SECONDS = 1.5
 _STEADY_STEPS, _STEADY_SECONDS = 12, 60.0
-_GAP_GRAPHS, _ELAPSED = 0.02, 0.01
-_COUNTED_SECONDS = 4.0
-_DRAM_LEAST, _DRAM_MOST = -0.02, 0.08
 _COMMON = ("--max-model-len", "10240", "--max-num-seqs", "128", "--max-num-batched-tokens", "2048")
 _GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32,64,128]}')
 
@@ -105,46 +82,9 @@ SERVERS = {
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A steady load: so many requests at a time. With ``prefill``, prompts follow each other."""
-
-    batch: int
-    context: int
-    prefill: bool = False
-
-    @property
-    def label(self) -> str:
-        """For tables."""
-        return f"{'prefill' if self.prefill else 'decode'} {self.batch} x {self.context}"
-
-    @property
-    def file(self) -> str:
-        """The label in a file's name."""
-        return self.label.replace(" ", "-")
-
-
 _PREFILL = Shape(4, 2000, prefill=True)
 _SHORT = (Shape(1, 512), Shape(32, 512), Shape(128, 512), Shape(1, 8000), _PREFILL)
 _FULL = (*_SHORT[:-1], Shape(32, 8000), Shape(128, 8000), _PREFILL)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One server under one load."""
-
-    server: str
-    shape: Shape
-    eager: bool
-    agreement: Agreement
-    elapsed_error: float | None  # (sum of components / wall clock) - 1
-    mbu: float | None  # traffic / elapsed / nominal bandwidth ...
-    dram: float | None  # ... and the hardware's counter of the same seconds
-
-    @property
-    def graphs(self) -> bool:
-        """Whether the steps are replays of CUDA graphs, and not launched kernel by kernel."""
-        return not self.eager and not self.shape.prefill
 
 
 def main() -> int:
@@ -171,11 +111,11 @@ def main() -> int:
 
 def _finish(runs: list[Measured], failed: list[str], machine: str, options: argparse.Namespace) -> int:
     """Print and save; returns the exit status."""
-    _table(runs, machine, failed, options).show(options.markdown)
+    table(runs, machine, failed, options.cuda_graph_trace).show(options.markdown)
     if options.json:
         saved = {"machine": machine, "runs": [asdict(run) for run in runs], "failed": failed}
         options.json.write_text(json.dumps(saved, indent=1) + "\n")
-    return int(bool(failed) or not all(_holds(run) for run in runs))
+    return int(bool(failed) or not all(holds(run) for run in runs))
 
 
 def _again(names: Sequence[str], folder: Path, runs: list[Measured], failed: list[str]) -> None:
@@ -298,7 +238,7 @@ def _wait_steady(load: Load, log: StepLog, batch: int) -> None:
 def _elapsed_error(collector: Collector, load: Load) -> float:
     """How far the growth of all components together is from the wall clock's."""
     before = _ahead(collector, load)
-    load.wait(_ELAPSED_SECONDS)
+    load.wait(ELAPSED_SECONDS)
     after = _ahead(collector, load)
     return (after[0] - before[0]) / (after[1] - before[1])
 
@@ -323,7 +263,7 @@ def _counted(collector: Collector, load: Load) -> tuple[float | None, float | No
     """MBU by the journal over some seconds, and what the DRAM counter says of them."""
     before = _work(collector)
     with gpm.Counters() as counters:
-        load.wait(_COUNTED_SECONDS)
+        load.wait(COUNTED_SECONDS)
     after = _work(collector)
     moved, took = after[0] - before[0], after[1] - before[1]
     return (moved / took / gpm.bandwidth() if took else None), counters.ratios.get("dram")
@@ -343,80 +283,6 @@ def _cache_tokens(facts: dict[str, Any]) -> int:
     kv = model.get("kv") or {}
     per_token = sum(group["bytes_per_token"] for group in kv.get("groups", ()))
     return int(kv["capacity_bytes"] / per_token) if per_token else 0
-
-
-def _table(runs: list[Measured], machine: str, failed: list[str], options: argparse.Namespace) -> Results:
-    by_node = options.cuda_graph_trace == "node"
-    notes = [
-        "Bars: the median error of the span within 1 % or 20 µs; the gap ratio within "
-        f"{_GAP_GRAPHS} with CUDA graphs; the sum of components within 1 % over {_ELAPSED_SECONDS:g} s; the "
-        f"DRAM counter less the MBU of the same {_COUNTED_SECONDS:g} s from {_DRAM_LEAST} to +{_DRAM_MOST}.",
-        "The launch call: the device is idle and the host in the call that launches a step's first kernel. "
-        "It belongs to the step clock's span. The bars leave it out"
-        + (
-            ", because recording graphs by node makes the launch of one take some hundred microseconds."
-            if by_node
-            else "."
-        ),
-        "Graphs were recorded "
-        + ("by node: what lies idle between the kernels of one counts." if by_node else "as one each."),
-        "Slower while recorded: the spans by the step clock, beside those right before. What a recording "
-        "adds to steps is idle time in it, and none of the server's.",
-        "Where kernels are launched one by one (no CUDA graphs, and prefill), the gap ratio of the step "
-        "clock is a lower bound: it cannot see launch bubbles. Kernel windows can.",
-        *failed,
-    ]
-    return Results(
-        "llmprobe against nsys", command("accuracy.py"), machine, _HEADER, [_row(run) for run in runs], notes
-    )
-
-
-def _row(run: Measured) -> list[str]:
-    found = run.agreement
-    error, most = found.span_error_without_launch_seconds, found.span_most_seconds
-    return [
-        run.server,
-        run.shape.label,
-        str(found.steps),
-        f"{found.span_truth_seconds * 1e3:.3f} ms",
-        f"{found.span_error_seconds * 1e6:.1f} µs",
-        f"{error * 1e6:.1f} µs",
-        bar(error * 1e6, most * 1e6, "µs"),
-        f"{found.gap_truth:.4f}",
-        f"{found.gap_truth - found.launch:.4f}",
-        f"{found.gap_between:.4f}",
-        f"{found.gap_ours:.4f}",
-        f"± {_GAP_GRAPHS}: {'held' if _gap_holds(run) else 'MISSED'}" if run.graphs else "lower bound",
-        "" if found.slower is None else f"{found.slower:+.1%}",
-        "" if run.elapsed_error is None else f"{run.elapsed_error:+.2%}",
-        "" if run.elapsed_error is None else bar(abs(run.elapsed_error) * 100, _ELAPSED * 100, "%"),
-        *_dram(run),
-    ]
-
-
-def _dram(run: Measured) -> list[str]:
-    if run.mbu is None:
-        return ["", "", ""]
-    if run.dram is None:
-        return [f"{run.mbu:.3f}", "no counter", ""]
-    most = f"{_DRAM_LEAST} … +{_DRAM_MOST}: {'held' if _dram_holds(run) else 'MISSED'}"
-    return [f"{run.mbu:.3f}", f"{run.dram - run.mbu:+.3f}", most]
-
-
-def _dram_holds(run: Measured) -> bool:
-    return run.mbu is None or run.dram is None or _DRAM_LEAST <= run.dram - run.mbu <= _DRAM_MOST
-
-
-def _gap_holds(run: Measured) -> bool:
-    found = run.agreement
-    return abs(found.gap_ours - (found.gap_truth - found.launch)) <= _GAP_GRAPHS
-
-
-def _holds(run: Measured) -> bool:
-    found = run.agreement
-    span = found.span_error_without_launch_seconds <= found.span_most_seconds
-    elapsed = run.elapsed_error is None or abs(run.elapsed_error) <= _ELAPSED
-    return span and elapsed and _dram_holds(run) and (not run.graphs or _gap_holds(run))
 
 
 def _options() -> argparse.Namespace:
