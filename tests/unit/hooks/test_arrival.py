@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import inspect
 import re
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -391,6 +393,29 @@ def test_each_token_leaves_with_the_next_piece_and_no_other_piece_passes_through
         assert got == sent
 
     asyncio.run(serve())
+
+
+def test_a_request_that_is_over_keeps_nothing_of_its_connection_and_holds_no_token() -> None:
+    class Connection:
+        async def send(self, message: Any) -> None:
+            pass
+
+    connection, http = Connection(), HttpRequest(0)
+    kept = weakref.ref(connection)
+    handed = http.watched(connection.send, Guard())
+    gc.disable()  # which would find rings
+    try:
+        for kind in ("start", "piece"):
+            asyncio.run(handed(messages(kind)))
+            http.hold(FirstToken(0, 1))
+        http.end()
+        late = FirstToken(0, 1)
+        http.hold(late)  # its client has left, and the engine did not know yet
+        assert not late.held
+        del handed, connection
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.swallows

@@ -134,6 +134,13 @@ class HttpRequest:
         for token in held:
             token.let_go(there_ns)
 
+    def end(self) -> None:
+        """The application is done with it: no piece follows."""
+        self._streaming = False
+        # Functions that know this request: a ring, which would keep the connection until memory is swept.
+        self._handing = self._watching = self._plain = None
+        self.let_go()
+
     def _hand(self, target: Callable[[Any], Any] | None) -> None:
         if self._handing is not None:
             # Both stay referenced here: a partial that is being called does not hold what it calls.
@@ -236,7 +243,7 @@ def install(probe: Probe, module: ModuleType) -> None:
             try:
                 await original(self, scope, receive, http.watched(send, guard))
             finally:
-                guard.call("vllm.first_token", http.let_go)
+                guard.call_even_inert("vllm.first_token", http.end)
 
         return __call__
 
