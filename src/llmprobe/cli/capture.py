@@ -30,11 +30,11 @@ llmprobe capture --target node1:9480 --target node2:9480 --token-file token"""
 
 
 def capture(
-    server: Annotated[str | None, typer.Argument(help="The `server` label. [default: the only one]")] = None,
-    seconds: Annotated[float | None, typer.Option(help="How long to record. [default: 5]")] = None,
+    server: Annotated[str | None, typer.Argument(help="The `server` label. Default: the only one.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="How long to record. Default: 5.")] = None,
     steps: Annotated[int | None, typer.Option(help="How many steps to record, instead.")] = None,
     when: Annotated[
-        str, typer.Option(help="now, next prefill, next decode, or FIGURE > NUMBER for SECONDSs.")
+        str, typer.Option(help='now, next prefill, next decode, or as "sync_gap_ratio > 0.3 for 10s".')
     ] = "now",
     wait_seconds: Annotated[float, typer.Option(help="How long `--when` may take to come true.")] = 300.0,
     label: Annotated[str, typer.Option(help="For you to recognise it by.")] = "",
@@ -66,8 +66,9 @@ def capture(
 ) -> None:
     """Capture what a running server does, wait for the result, and fetch it.
 
-    With nsys if the server was started with `llmprobe run --nsys`; else with torch's own profiler, or by
-    recording the kernels alone where torch's end would stop the engine (as on CUDA devices).
+    With nsys if the server was started with `llmprobe run --nsys`; else with
+    torch's own profiler, or, where ending that would stop the engine (as on
+    CUDA devices), by recording kernels, copies and sets alone.
     """
     agents = _agents(target or [], token_file)
     wanted = {

@@ -35,7 +35,7 @@ in it."""
 def snapshot(
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The file to make. [default: llmprobe-TIME.json.gz]"),
+        typer.Option("--output", "-o", help="The file to make. Default: llmprobe-TIME.json.gz."),
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=1, max=86400, help="How far back to go; a journal may hold less.")

@@ -14,7 +14,7 @@ from llmprobe.cli.console import fail, settings_or_fail
 #: An engine follows within a second, unless its machine is starved of processor time.
 _WAIT_SECONDS = 15.0
 
-_Servers = Annotated[list[str] | None, typer.Argument(help="`server` labels. [default: all]")]
+_Servers = Annotated[list[str] | None, typer.Argument(help="`server` labels. Default: all.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
 
 

@@ -28,6 +28,14 @@ def test_help_lists_every_verb_and_gives_examples():
     assert "llmprobe run -- python generate.py" in done.stdout
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_whatever_was_written_for_it(verb):
+    """What stands in square brackets is markup to rich, and not shown."""
+    options = VERBS[verb].load(verb).params
+    assert options
+    assert [one.help for one in options if "[" in (getattr(one, "help", None) or "")] == []
+
+
 def test_help_imports_neither_an_engine_nor_the_agent():
     code = (
         "import sys\nfrom llmprobe.cli.app import app\n"
