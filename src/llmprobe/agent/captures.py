@@ -209,6 +209,7 @@ def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path
     def begin(wanted: CaptureRequest, response: Response) -> dict[str, Any]:
         view = _server(reader, wanted.server)
         try:
+            manager.check_room(view.group, queue=wanted.queue)  # first: nsys is asked next
             tool = choose_tool(directory, view.group, wanted.tool, workers_of(view), wanted.ranks)
             seconds = None if wanted.steps else wanted.seconds
             if seconds is None and wanted.steps is None:

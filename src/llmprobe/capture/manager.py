@@ -181,6 +181,11 @@ class Manager:
             self._enqueue(capture)
         return capture
 
+    def check_room(self, group: str, *, queue: bool = False) -> None:
+        """Raise `Refused` if no capture of this group may begin now, whatever is wanted; takes no time."""
+        with self._lock:
+            self._check_room(group, queue)
+
     def _check_room(self, group: str, queue: bool) -> None:
         if self._closing:
             raise Refused("unavailable", "This agent is leaving.", "Ask again in a few seconds.")

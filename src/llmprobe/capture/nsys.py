@@ -94,7 +94,8 @@ class Session:
         with contextlib.suppress(OSError):
             if reason is not None:
                 write_json(path, {"reason": reason})
-            else:
+            # Whoever runs the server may have forgotten the session meanwhile: nobody would do so again.
+            if reason is None or not self.note(directory).exists():
                 path.unlink(missing_ok=True)
 
     def lost(self, directory: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,10 @@ _BY_NODE = (
     "idle time before a graph may be the recording's"
 )
 
+#: Names of the sessions that nsys is being asked about, and who may change that.
+_asked: set[str] = set()
+_asking = threading.Lock()
+
 
 def why_not_nsys(directory: Path, group: str) -> str | None:
     """Why nsys cannot capture the server with this group id, as far as is noted; None if it can."""
@@ -37,14 +42,24 @@ def why_not_nsys(directory: Path, group: str) -> str | None:
 
 
 def ask_why_not_nsys(directory: Path, group: str) -> str | None:
-    """The same, having asked nsys, which takes a moment; what it says is noted."""
+    """The same, having asked nsys, which takes a moment; what it says is noted.
+
+    While somebody else asks about that session, only what is noted: callers must not pile up on an nsys that
+    hangs, nor start one each.
+    """
     session = session_of(directory, group)
     if session is None:
         return HOW_TO_NSYS
+    with _asking:
+        if session.name in _asked:
+            return session.lost(directory)
+        _asked.add(session.name)
     try:
         lost = Nsys(session).lost()
     except (NsysError, OSError):
         return session.lost(directory)  # the capture will fail with its words
+    finally:
+        _asked.discard(session.name)
     if lost != session.lost(directory):
         session.lose(directory, lost)
     return lost
@@ -84,7 +99,7 @@ class NsysTool:
 
     def check(self) -> None:
         """While pending: a recording that is not ours must not be ended as ours."""
-        self._nsys().check_idle()
+        Nsys(self._session(), self._interrupted).check_idle()
 
     def start(self, seconds: float, steps: int | None) -> None:
         """Begin."""
@@ -113,7 +128,8 @@ class NsysTool:
     def collect(self) -> list[str]:
         """Stop, and export to SQLite."""
         nsys = self._nsys()
-        self._allow(nsys.session, _WRITING_SECONDS + _GRACE_SECONDS)
+        with contextlib.suppress(OSError):  # of a full disk: `llmprobe run` ends nothing that is written
+            self._allow(nsys.session, _WRITING_SECONDS + _GRACE_SECONDS)
         # After a restart nsys may still be writing what the agent before this one told it to.
         state = Nsys(nsys.session, self._interrupted).settled(_WRITING_SECONDS)
         if state == RECORDING:

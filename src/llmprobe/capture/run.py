@@ -22,7 +22,7 @@ from llmprobe.capture.compare import compare
 from llmprobe.capture.condition import Live, Watch, parse
 from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps, steps_before
 from llmprobe.capture.session import Capture, State
-from llmprobe.capture.stopped import stopped, wait_for_signs
+from llmprobe.capture.stopped import is_said, stopped, wait_for_signs
 from llmprobe.capture.store import (
     LIVE,
     REPORT_JSON,
@@ -103,7 +103,6 @@ class Run:
         self._folder = store.folder(capture.id)
         self._seen_at = time.monotonic()
         self._kept_at = 0.0
-        self._noted_hang = False
         self._tool: Tool = make_tool(
             capture,
             self._folder,
@@ -346,8 +345,7 @@ class Run:
         log.warning("capture %s of %s %s: %s", self.capture.id, self.capture.server, state, reason)
 
     def _note_hang(self) -> None:
-        if not self._noted_hang and (hung := self._hang()):
-            self._noted_hang = True
+        if not is_said(self.capture.notes) and (hung := self._hang()):
             self.capture = self.capture.noting(hung)
             log.warning("capture %s of %s: %s", self.capture.id, self.capture.server, hung)
 
@@ -359,11 +357,15 @@ class Run:
         try:
             begun_ns = time.monotonic_ns() - round(self._since("recording") * 1e9)
             if wait:
-                wait_for_signs(lambda: self._server.live(self.capture), self.leaving.wait)
+                wait_for_signs(lambda: self._server.live(self.capture), self._wait)
             return stopped(self._server.live(self.capture), begun_ns, self._tool.hang_hint())
         except Exception:
             log.exception("capture %s: whether its server gets on is not known", self.capture.id)
             return None
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether to wait no longer, after so many seconds."""
+        return self.cancelled.wait(seconds) or self.leaving.is_set()
 
     def _quietly(self, clean: Callable[[], None]) -> None:
         try:

@@ -174,8 +174,12 @@ def test_an_nsys_that_is_no_more_is_refused_and_shown(client: TestClient, nsys: 
 
 def test_a_second_one_is_refused_with_a_link_and_may_queue(client: TestClient, nsys: ScriptedNsys) -> None:
     first = client.post("/api/captures", json={"when": NEVER}).json()
+    nsys.does("hang")  # which is not even asked for one that may not begin
+    asked = nsys.asked()
     refused = client.post("/api/captures", json={})
     assert first["id"] in problem(refused, 409)["detail"]
+    assert nsys.asked() == asked
+    nsys.undo("hang")
     assert refused.headers["link"] == f'<{first["url"]}>; rel="related"'
     assert client.post("/api/captures", json={"when": NEVER, "queue": True}).status_code == 202
 

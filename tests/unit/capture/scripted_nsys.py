@@ -17,7 +17,7 @@ _SCRIPT = """#!/bin/sh
 cd {folder}
 [ -e "fail-$1" ] && {{ echo "[1/1] [====  40%] x"; cat "fail-$1"; exit 1; }}
 echo "$*" >> calls
-[ -e hang ] && exec sleep 600
+while [ -e hang ]; do sleep 0.05; done
 for word; do
   case "$word" in
     --output=*) out="${{word#--output=}}";;
@@ -77,9 +77,15 @@ class ScriptedNsys:
 
     def calls(self) -> list[str]:
         """The command lines so far, without those of ``sessions list``."""
+        return [line for line in self._lines() if not line.startswith("sessions")]
+
+    def asked(self) -> int:
+        """How often its sessions were listed."""
+        return len(self._lines()) - len(self.calls())
+
+    def _lines(self) -> list[str]:
         path = self._folder / "calls"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if not line.startswith("sessions")]
+        return path.read_text().splitlines() if path.exists() else []
 
 
 class PretendedServer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import tempfile
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from llmprobe.capture import run
+from llmprobe.capture import nsys_tool, run
 from llmprobe.capture.condition import Live
 from llmprobe.capture.manager import Manager, Refused, choose_tool
 from llmprobe.capture.nsys import Nsys
-from llmprobe.capture.nsys_tool import NsysTool
+from llmprobe.capture.nsys_tool import NsysTool, ask_why_not_nsys
 from llmprobe.capture.session import Capture, Request
+from llmprobe.capture.stopped import wait_for_signs
 from llmprobe.capture.store import RAW, Store
 from llmprobe.capture.tool import Worker
 from llmprobe.capture.tools import nsys_session, tools_of
@@ -173,6 +175,20 @@ def test_a_capture_that_fails_tells_of_a_server_that_hangs(
     assert known in reason.split(" for 12 s. ")[1]
 
 
+def test_who_cancels_does_not_wait_for_signs_of_a_hang(
+    manager: Manager, nsys: ScriptedNsys, server: PretendedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "wait_for_signs", functools.partial(wait_for_signs, seconds=1e9))
+    nsys.does("silent-stop")
+    server.now = Live({"rank0": {"decode": 1}}, working=True)
+    capture = manager.request("g", "s", ask(seconds=0.5))
+    until(manager, capture, "importing")
+    server.now = Live({"rank0": {"decode": 1}}, working=True)
+    while server.looks_since(server.now) < 3:
+        time.sleep(0.05)
+    assert manager.delete(capture.id, wait_seconds=30.0)
+
+
 def test_a_capture_of_a_server_that_hung_before_is_not_blamed(
     manager: Manager, nsys: ScriptedNsys, server: PretendedServer
 ) -> None:
@@ -267,6 +283,21 @@ def test_a_disk_that_fills_ends_the_recording_early(
     ended = until(manager, manager.request("g", "s", ask(seconds=60.0)), "failed")
     assert "ended early" in ended.notes[0]
     assert nsys.calls()[1].startswith("stop")
+
+
+def test_what_was_recorded_is_kept_though_the_shared_directory_is_full(
+    manager: Manager, nsys: ScriptedNsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nsys.exports(DATA / "nsys" / "transformers_cpu.sqlite")
+    capture = manager.request("g", "s", ask(seconds=0.5))
+    while manager.get(capture.id).progress is None:
+        time.sleep(0.01)
+
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(nsys_tool, "write_json", full)
+    until(manager, capture, "done")
 
 
 def test_a_recording_that_grows_too_large_is_ended_early(manager: Manager, nsys: ScriptedNsys) -> None:
@@ -404,6 +435,27 @@ def test_an_nsys_that_is_no_more_is_refused_and_shown_until_it_is_back(
     nsys.session.lose(directory, "it broke")
     nsys.session.forget(directory)
     assert not list((directory / "nsys").iterdir())
+    nsys.session.lose(directory, "it broke")  # by an agent that asked nsys while the server ended
+    assert not list((directory / "nsys").iterdir())
+
+
+def test_nsys_is_asked_about_a_session_once_at_a_time(directory: Path, nsys: ScriptedNsys) -> None:
+    nsys.set_state("Shutdown")
+    nsys.does("hang")
+    found: list[str | None] = []
+    thread = threading.Thread(target=lambda: found.append(ask_why_not_nsys(directory, "g")))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not nsys.asked():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert ask_why_not_nsys(directory, "g") is None  # nothing is noted yet
+    assert (nsys.asked(), found) == (1, [])
+    nsys.undo("hang")
+    thread.join(60)
+    assert "has failed" in (found[0] or "")
+    assert ask_why_not_nsys(directory, "g") == found[0]
+    assert nsys.asked() == 2
 
 
 @pytest.mark.parametrize(
