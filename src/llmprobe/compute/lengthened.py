@@ -26,7 +26,8 @@ def alike(inside: np.ndarray, before: np.ndarray, least_inside: int = LEAST_STEP
 def lengthened_ratios(inside: np.ndarray, before: np.ndarray) -> dict[str, float]:
     """The share of the time of steps by which they are longer than like ones before them.
 
-    A step's time is that from the end of the step before to its own end, so waits between steps are in it.
+    A step's time is that from the end of the step before to its own end, so waits between steps are in
+    it. But steps that waited for longer than they took are left out: most likely there was nothing to do.
 
     Args:
         inside: step records of one process, in the journal's order.
@@ -47,7 +48,8 @@ def lengthened_ratios(inside: np.ndarray, before: np.ndarray) -> dict[str, float
 
 
 def _median_time(steps: np.ndarray, phase: int) -> float | None:
-    """Nanoseconds; of steps whose predecessor is known."""
-    number, end = steps["step"].astype(np.int64), steps["e3"].astype(np.int64)
+    """Nanoseconds; of steps whose predecessor is known, and that followed it."""
+    number, begin, end = (steps[name].astype(np.int64) for name in ("step", "e0", "e3"))
     known = (np.diff(number) == 1) & (steps["flags"][1:] & RESTARTED == 0) & (steps["phase"][1:] == phase)
+    known &= begin[1:] - end[:-1] <= (end - begin)[1:]
     return float(np.median(np.diff(end)[known])) if int(known.sum()) >= LEAST_STEPS else None

@@ -24,7 +24,7 @@ def steps(
     return rows
 
 
-@given(st.integers(LEAST_STEPS + 1, 60), st.floats(2, 50), st.floats(0.5, 3))
+@given(st.integers(LEAST_STEPS + 1, 60), st.floats(5, 50), st.floats(0.5, 3))
 def test_the_share_added_is_that_of_the_longer_step(count: int, before: float, factor: float) -> None:
     found = lengthened_ratios(steps(count, before * factor), steps(count, before))
     assert found["decode"] == pytest.approx(max(1 - 1 / factor, 0.0), abs=1e-5)
@@ -51,6 +51,19 @@ def test_a_step_whose_predecessor_is_not_known_has_no_time() -> None:
     inside["step"][15:] += 7  # some are missing
     inside["e3"][15:] += 10**12
     assert lengthened_ratios(inside, steps(40, 10))["decode"] == pytest.approx(1 / 6)
+
+
+def test_waiting_for_requests_is_nothing_that_a_recording_added() -> None:
+    def now_and_then(count: int, every_ms: int) -> np.ndarray:
+        rows = steps(count, every_ms, phase=Phase.PREFILL)
+        rows["e0"] = rows["e3"] - 20 * MS
+        return rows
+
+    assert lengthened_ratios(now_and_then(10, 500), now_and_then(16, 250)) == {}
+    mostly_busy = now_and_then(30, 25)
+    mostly_busy["e0"][20:] += 900 * MS
+    mostly_busy["e3"][20:] += 900 * MS
+    assert lengthened_ratios(mostly_busy, now_and_then(30, 25)) == {"prefill": 0.0}
 
 
 def test_phases_that_alternate_are_told_apart() -> None:
