@@ -135,7 +135,10 @@ class NsysChild:
         except JournalError as error:
             raise NsysUsageError(str(error)) from None
         self._directory = settings.directory
-        self._temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+        try:
+            self._temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+        except OSError as error:
+            raise NsysUsageError(f"no folder for nsys can be made ({_why(error)}); set TMPDIR") from None
         self.session = Session(
             group=environment["LLMPROBE_GROUP"],
             name=f"llmprobe-{secrets.token_hex(6)}",
@@ -150,7 +153,12 @@ class NsysChild:
         self._ended_at: float | None = None
         self._look_at = 0.0
         self._said_lost = False
-        self.session.write(self._directory)
+        try:
+            self.session.write(self._directory)
+        except OSError as error:
+            self.session.forget(self._directory)
+            where = self.session.note(self._directory)
+            raise NsysUsageError(f"cannot write {where}: {_why(error)}; set LLMPROBE_DIR") from None
         self._launch = self._start(command, environment)
 
     def _start(self, command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -262,7 +270,7 @@ class NsysChild:
 
     def close(self) -> None:
         """End the nsys session and whatever is left of it; nothing of the command."""
-        with contextlib.suppress(NsysError):
+        with contextlib.suppress(NsysError, OSError):
             if Nsys(self.session).state() is not None:
                 environment = {**os.environ, "TMPDIR": str(self._temporary)}
                 shutdown = [self.session.nsys, "shutdown", f"--session={self.session.name}", "--kill=none"]
@@ -302,6 +310,10 @@ def warn_of_old_nsys(nsys: str) -> None:
 def warn_of_hangs() -> None:
     """Say what tracing by node risks."""
     _say("--cuda-graph-trace node: a capture can hang the server for good, and slows launches of CUDA graphs")
+
+
+def _why(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _say(text: str) -> None:

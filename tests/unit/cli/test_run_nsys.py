@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,25 @@ def test_wrong_usage_is_said_before_anything_starts(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == status
     assert said in result.output
+
+
+@pytest.mark.parametrize("broken", ["shared", "temporary"])
+def test_a_folder_that_cannot_be_made_is_one_line_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    program(tmp_path)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "nsys").write_text("not a folder")
+    temporary = tmp_path / "temporary"
+    if broken == "shared":
+        temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LLMPROBE_DIR", str(tmp_path / "shared"))
+    result = CliRunner().invoke(app, ["run", "--nsys", "--", "true"])
+    assert result.exit_code == 2
+    assert ("LLMPROBE_DIR" if broken == "shared" else "TMPDIR") in result.output
+    assert not list(temporary.glob("*"))
 
 
 def test_nsys_behind_the_dashes_is_the_commands_own(tmp_path: Path) -> None:
