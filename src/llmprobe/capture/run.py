@@ -22,7 +22,7 @@ from llmprobe.capture.compare import compare
 from llmprobe.capture.condition import Live, Watch, parse
 from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps, steps_before
 from llmprobe.capture.session import Capture, State
-from llmprobe.capture.stopped import is_said, stopped, wait_for_signs
+from llmprobe.capture.stopped import stopped, wait_for_signs
 from llmprobe.capture.store import (
     LIVE,
     REPORT_JSON,
@@ -200,7 +200,6 @@ class Run:
     def _import(self) -> None:
         for note in self._tool.collect():
             self.capture = self.capture.noting(note)
-        self._note_hang()
         self._try("the live figures of the recorded steps", self._keep_meanwhile)
         self._enter("analysing")
 
@@ -222,7 +221,10 @@ class Run:
         if child.returncode != 0:
             raise Failed(f"the capture cannot be analysed: {said or f'exit status {child.returncode}'}")
         self._keep_live("after")
-        self._note_hang()
+        # Only now: a tool may have stopped the server while it wrote, and the server gets on since.
+        if hung := self._hang():
+            self.capture = self.capture.noting(hung)
+            log.warning("capture %s of %s: %s", self.capture.id, self.capture.server, hung)
         self._try("the comparison with the live figures", self._compare)
         taken, most = self._store.size(self.capture.id), self._store.max_bytes
         if taken > most:
@@ -328,8 +330,8 @@ class Run:
             return  # it has ended already; what failed was of no matter to it
         if self.capture.state in ("recording", "importing"):
             self._quietly(self._tool.abandon)
-            if state == "failed" and (hung := self._hang(wait=True)):
-                reason = f"{reason}. {hung}"
+        if state == "failed" and self.capture.state != "pending" and (hung := self._hang(wait=True)):
+            reason = f"{reason}. {hung}"
         self._quietly(self._tool.forget)
         with contextlib.suppress(OSError):
             for path in self._folder.iterdir():
@@ -343,11 +345,6 @@ class Run:
         self.capture = ended
         self._entered(ended)
         log.warning("capture %s of %s %s: %s", self.capture.id, self.capture.server, state, reason)
-
-    def _note_hang(self) -> None:
-        if not is_said(self.capture.notes) and (hung := self._hang()):
-            self.capture = self.capture.noting(hung)
-            log.warning("capture %s of %s: %s", self.capture.id, self.capture.server, hung)
 
     def _hang(self, *, wait: bool = False) -> str | None:
         """What to say if the server has not got on since it was recorded; may wait for signs of it.

@@ -7,7 +7,7 @@ was not written, or even succeeds with what was recorded before; that nothing is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from llmprobe.capture.condition import Live
 from llmprobe.compute.stall import LEAST_SECONDS, Stall
@@ -16,7 +16,6 @@ from llmprobe.compute.stall import LEAST_SECONDS, Stall
 _WAIT_SECONDS = LEAST_SECONDS + 5.0
 _LOOK_SECONDS = 0.2
 _SLACK_SECONDS = 1.0
-_SAID = "Since it was recorded the server has not got on"
 
 
 def wait_for_signs(
@@ -55,13 +54,8 @@ def stopped(live: Live | None, begun_ns: int, hint: str) -> str | None:
     if not found:
         return None
     ranks = "; ".join(_words(rank, stall) for rank, stall in found)
-    said = f"{_SAID}: {ranks}"
+    said = f"Since it was recorded the server has not got on: {ranks}"
     return f"{said}. {hint}" if hint else said
-
-
-def is_said(notes: Iterable[str]) -> bool:
-    """Whether one of these notes of a capture is of `stopped`; two are never alike, as seconds go on."""
-    return any(note.startswith(_SAID) for note in notes)
 
 
 def _since(stall: Stall, begun_ns: int) -> bool:

@@ -12,7 +12,9 @@ import pytest
 from llmprobe.capture import run
 from llmprobe.capture.condition import Live
 from llmprobe.capture.manager import Manager
+from llmprobe.capture.session import Capture
 from llmprobe.capture.stopped import wait_for_signs
+from llmprobe.capture.store import Store
 from llmprobe.compute.stall import Bound, Stall
 
 from .managed import ask, until
@@ -73,3 +75,34 @@ def test_a_capture_that_is_done_notes_a_server_that_hangs_once(
     server.now = Live(working=True, stalls=((0, a_stall(time.monotonic_ns())),))
     done = until(manager, capture, "done")
     assert len([note for note in done.notes if "has not got on: rank 0" in note]) == 1
+
+
+class StoppedWhileItWrites(PretendedServer):
+    """As by torch's profiler, which stops the engine while it puts its trace together."""
+
+    def live(self, capture: Capture) -> Live | None:
+        hung = capture.state == "importing"
+        return Live(working=True, stalls=((0, a_stall(time.monotonic_ns())),) if hung else ())
+
+
+def test_a_server_that_gets_on_by_the_end_is_not_said_to_hang(
+    store: Store, directory: Path, nsys: ScriptedNsys
+) -> None:
+    nsys.exports(DATA / "nsys" / "transformers_cpu.sqlite")
+    manager = Manager(store, directory, StoppedWhileItWrites(), max_seconds=60.0)
+    try:
+        done = until(manager, manager.request("g", "s", ask()), "done")
+    finally:
+        manager.close()
+    assert not [note for note in done.notes if "got on" in note]
+
+
+def test_what_cannot_be_analysed_tells_of_a_hang_too(
+    manager: Manager, nsys: ScriptedNsys, server: PretendedServer
+) -> None:
+    capture = manager.request("g", "s", ask(seconds=0.5))
+    until(manager, capture, "recording")
+    server.now = Live(working=True, stalls=((0, a_stall(time.monotonic_ns())),))
+    reason = until(manager, capture, "failed").reason or ""
+    assert "cannot be analysed" in reason
+    assert "has not got on: rank 0" in reason

@@ -17,14 +17,10 @@ from llmprobe.capture.boot import boot_id
 from llmprobe.capture.condition import Live
 from llmprobe.capture.manager import Manager
 from llmprobe.capture.session import Capture
-from llmprobe.capture.stopped import stopped
 from llmprobe.capture.store import RAW, Store
-from llmprobe.compute.stall import Bound, Stall
 
 from .managed import NEVER, ask, left, until
 from .scripted_nsys import PretendedServer, ScriptedNsys
-
-DATA = Path(__file__).parents[2] / "data"
 
 
 def kept_in(store: Store, directory: Path, *states: str) -> Capture:
@@ -234,22 +230,6 @@ def until_asked(nsys: ScriptedNsys) -> None:
     while nsys.asked() < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_a_hang_that_was_noted_before_a_restart_is_not_noted_again(
-    make: Callable[[], Manager], store: Store, directory: Path, nsys: ScriptedNsys, server: PretendedServer
-) -> None:
-    capture = kept_in(store, directory, "recording", "importing")
-    hung = Stall("step", time.monotonic_ns(), 12.0, Bound(10.0, ""), 7, "decode", 16, ())
-    before = stopped(Live(stalls=((0, hung),)), 0, "") or ""
-    store.write(capture.noting(before))
-    (store.folder(capture.id) / RAW).write_text("report")
-    nsys.exports(DATA / "nsys" / "transformers_cpu.sqlite")
-    server.now = Live(stalls=((0, dataclasses.replace(hung, seconds=40.0)),))
-    manager = make()
-    manager.resume()
-    done = until(manager, capture, "done")
-    assert [note for note in done.notes if "rank 0" in note] == [before]
 
 
 def grow_old(note: Path) -> None:
