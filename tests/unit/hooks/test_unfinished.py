@@ -262,3 +262,17 @@ def test_whatever_happened_a_second_later_pending_is_what_is_true(
         assert server.pending() == [having(engine) > 0 for engine in range(3)]
     finally:
         server.close()
+
+
+def test_what_comes_late_of_an_aborted_request_hides_no_end(make: Callable[..., Server]) -> None:
+    server = make(engines=1)
+    begun = server.now
+    for name in ("aborted", "served"):
+        server.request(name, 0)
+    server.abort("aborted")
+    ended = server.after(1)
+    del server.processor.request_states["served"]
+    those = [SimpleNamespace(request_id=name) for name in ("aborted", "served")]
+    server.account.outputs(server.processor, those)  # the engine had not heard of the abort
+    server.say(0, 0)
+    assert server.told(0) == [(begun, True), (ended, False)]

@@ -118,14 +118,15 @@ class Unfinished:
     def outputs(self, processor: Any, outputs: Any) -> None:
         """Outputs of an engine were processed. Only needed where vLLM knows of fewer requests than `at`."""
         self.processor = processor
-        states = processor.request_states
-        ended = len(self.at) - len(states)
+        states, at = processor.request_states, self.at
+        ended = len(at) - len(states)
         if ended <= 0:
             return
         gone = []
         for output in outputs:
-            if output.request_id not in states:
-                gone.append(output.request_id)
+            request_id = output.request_id
+            if request_id in at and request_id not in states:  # others were aborted: what comes late of them
+                gone.append(request_id)
                 if len(gone) == ended:
                     break
         self._gone(gone)
