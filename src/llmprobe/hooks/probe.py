@@ -21,9 +21,8 @@ _probes: weakref.WeakSet[Probe] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    """In a child: the journals are its parent's."""
     for probe in list(_probes):
-        probe.armed = False
+        probe.forked()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -131,6 +130,13 @@ class Probe:
         self._recorders, self._adopted, self.armed = {}, [], False
         for recorder in recorders:
             recorder.close(remove=True)
+
+    def forked(self) -> None:
+        """This is a child: the journals are its parent's, and it has none until it arms for itself."""
+        for recorder in (*self._recorders.values(), *self._adopted):
+            recorder.closed = True  # hooks that know it may be called here too
+        self._recorders, self._adopted, self.armed = {}, [], False
+        self._arming = threading.Lock()  # another thread of the parent may have had it
 
     def patch(self, owner: Any, name: str, make: Callable[..., Callable[..., Any]]) -> Patch:
         """Wrap ``owner.name`` (once) and remember it for `remove_patches`."""

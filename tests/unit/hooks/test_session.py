@@ -150,3 +150,26 @@ def test_a_probe_is_armed_as_long_as_its_process_has_a_journal(probe: Probe) -> 
     assert probe.armed
     probe.disarm()
     assert not probe.armed
+
+
+def test_a_child_writes_to_no_journal_of_its_parent_and_may_have_one_of_its_own(probe: Probe) -> None:
+    """A second ``vllm.LLM`` forks its engine from a process that has a front end."""
+    parents = probe.recorder
+    assert parents is not None
+    reader = JournalReader(parents.writer.path, parents.writer)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            parents.tokens(0, 1000)  # as a hook does that still knows it
+            own = probe.arm("frontend", lambda: {"role": "frontend"})
+            if own is not None and own is not parents and probe.recorder is own and probe.recorders() == [own]:
+                status = 0
+                own.close(remove=True)
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert reader.counters()["generated_tokens"] == 0
+    reader.close()
+    parents.tokens(0, 7)
+    assert probe.recorder is parents
