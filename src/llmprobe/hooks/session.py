@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import secrets
 import threading
 import time
+from multiprocessing.util import Finalize
 from typing import Any
 
 from llmprobe.hooks.naming import GROUP_VARIABLE
@@ -20,6 +20,7 @@ from llmprobe.settings import Settings, SettingsError, logger
 
 _POLL_SECONDS = 0.25
 _KEEPALIVE_SECONDS = 1.0
+_LAST_WRITE_SECONDS = 1.0  # a program that ends waits no longer for a round that is under way
 
 _lock = threading.Lock()
 _probe: Probe | None = None
@@ -148,16 +149,19 @@ class _Housekeeping(threading.Thread):
         self._keepalive_at = 0.0
         self._asked: dict[Recorder, AskedCaptures] = {}
         self._watched: Recorder | None = None
+        self._writing = threading.Lock()
 
     def run(self) -> None:
         # Engines pin workers to processors that their threads then fill. A thread there takes what those
         # need, and an agent that it starts answers no one for minutes.
         run_on(self._probe.processors)
-        atexit.register(self._write_last)
+        # Not `atexit`: forked workers of `multiprocessing`, as vLLM's are, end without it. Nor does it run in a
+        # child of this process.
+        last = Finalize(None, self._write_last, exitpriority=0)
         while self._probe.recorder is self._recorder:
             self.round()
             time.sleep(_POLL_SECONDS)
-        atexit.unregister(self._write_last)
+        last.cancel()
         for asked in self._asked.values():
             asked.close()
 
@@ -172,17 +176,21 @@ class _Housekeeping(threading.Thread):
         guard.call("housekeeping.captures", self._look_for_asks)
         guard.call("housekeeping.kernels", self._watch_kernels)
 
-    def _write(self) -> None:
+    def _write(self, wait: float = -1) -> None:
+        if not self._writing.acquire(timeout=wait):
+            return
         guard = self._probe.guard
-        for write in self._probe.writers:
-            guard.call("housekeeping.write", write)
-        for recorder in self._probe.recorders():
-            guard.call("housekeeping.publish", recorder.publish)
+        try:
+            for write in list(self._probe.writers):  # workers come and go
+                guard.call("housekeeping.write", write)
+            for recorder in self._probe.recorders():
+                guard.call("housekeeping.publish", recorder.publish)
+        finally:
+            self._writing.release()
 
     def _write_last(self) -> None:
-        """The program ends: its last steps are not left to a round that never comes."""
-        if self._recorder.pid == os.getpid():  # not in a child that it forked
-            self._write()
+        """The program ends: its last steps are not left to a round that never comes, or is cut off."""
+        self._write(_LAST_WRITE_SECONDS)
 
     def _control_state(self) -> tuple[int, int] | None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,32 +106,41 @@ def test_readers_learn_that_the_probe_gave_up(probe: Probe, monkeypatch: pytest.
 
 #: Ends right after a round of the thread, so long before the next one.
 _ENDS_SOON = """
-import os, sys, threading
+import multiprocessing, os, sys, threading
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.session import _Housekeeping
 from llmprobe.settings import Settings
 
-probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": sys.argv[1], "LLMPROBE_AGENT": "off"}))
-came, ran = threading.Event(), []
+def main():
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": sys.argv[1], "LLMPROBE_AGENT": "off"}))
+    came, ran = threading.Event(), []
 
-def write():
-    print(os.getpid(), *ran, flush=True)
-    came.set()
+    def write():
+        print(os.getpid(), *ran, flush=True)
+        came.set()
 
-probe.writers.append(write)
-probe.on_armed.append(lambda recorder: _Housekeeping(probe, recorder).start())
-probe.arm("worker", lambda: {"role": "frontend"})
-came.wait()
-ran.append("the last step")
-if not os.fork():
-    sys.exit()
-os.wait()
+    probe.writers.append(write)
+    probe.on_armed.append(lambda recorder: _Housekeeping(probe, recorder).start())
+    probe.arm("worker", lambda: {"role": "frontend"})
+    came.wait()
+    ran.append("the last step")
+    if not os.fork():
+        sys.exit()
+    os.wait()
+
+if sys.argv[2] == "program":
+    main()
+else:
+    child = multiprocessing.get_context(sys.argv[2]).Process(target=main)
+    child.start()
+    child.join()
 """
 
 
-def test_a_program_that_ends_leaves_nothing_unwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["program", "fork"])
+def test_a_program_or_worker_that_ends_leaves_nothing_unwritten(tmp_path: Path, kind: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _ENDS_SOON, str(tmp_path)],
+        [sys.executable, "-c", _ENDS_SOON, str(tmp_path), kind],
         capture_output=True,
         text=True,
         timeout=300,
@@ -173,3 +183,30 @@ def test_a_child_writes_to_no_journal_of_its_parent_and_may_have_one_of_its_own(
     reader.close()
     parents.tokens(0, 7)
     assert probe.recorder is parents
+
+
+def test_a_program_that_ends_waits_for_the_round_that_is_under_way(probe: Probe) -> None:
+    """Two at once would write the same twice, and the one of a daemon thread is cut off."""
+    recorder = probe.recorder
+    assert recorder is not None
+    keeping = session._Housekeeping(probe, recorder)
+    inside, go_on = threading.Event(), threading.Event()
+    running: list[str] = []
+
+    def write() -> None:
+        running.append(threading.current_thread().name)
+        inside.set()
+        go_on.wait(300)
+        running.append(threading.current_thread().name)
+
+    probe.writers.append(write)
+    first = threading.Thread(target=keeping._write, name="round")
+    first.start()
+    inside.wait(300)
+    last = threading.Thread(target=keeping._write_last, name="end")
+    last.start()
+    last.join(0.05)
+    go_on.set()
+    for thread in (first, last):
+        thread.join()
+    assert running == ["round", "round", "end", "end"]

@@ -442,6 +442,13 @@ def test_two_workers_of_one_process_share_the_seam(tmp_path: Path) -> None:
     probe.disarm()
 
 
+def test_the_last_steps_of_a_worker_that_is_gone_are_written(rig: Rig) -> None:
+    rig.run(new("a", 3))
+    assert len(rig.reader.read().steps) == 0
+    rig.steps.forget()
+    assert len(rig.reader.read().steps) == 1
+
+
 def test_of_a_plain_decode_only_references_are_kept(rig: Rig) -> None:
     scheduled = cached(a=(4, 1))
     rig.run(scheduled)

@@ -154,6 +154,7 @@ class WorkerSteps:
 
     def forget(self) -> None:
         """The worker is gone."""
+        self._probe.guard.call("vllm.forget", self.write)
         self.armed = False
         if self._running.steps is self:
             self._running.steps = None
