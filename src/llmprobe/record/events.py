@@ -10,7 +10,6 @@ from typing import Any
 
 from llmprobe.record import layout
 from llmprobe.record.journal import JournalWriter
-from llmprobe.record.journal_batches import append_all
 
 _INDEX = layout.COUNTER_INDEX
 _SPAN = _INDEX["span_ns_prefill"]  # steps_* come first, each family in the order of the phases
@@ -58,7 +57,7 @@ class JournalEvents:
         self.unflushed = 0  # steps that were written and whose totals readers do not see yet
         self.tokens_due = False
         self._last_end = 0
-        self._ended: list[tuple[Any, ...]] = []  # records of requests, left for later
+        self._ended: list[bytes] = []  # records of requests, left for later
 
     def end(self, number: int) -> None:
         """A step is over, recorded or not."""
@@ -165,7 +164,7 @@ class JournalEvents:
     def _write_ended(self) -> None:
         if self._ended:
             ended, self._ended = self._ended, []
-            append_all(self._writer, layout.REQUEST_PACK, ended)
+            self._writer.append_packed(ended)
 
     def pending(self, fields: tuple[Any, ...]) -> None:
         """Work is pending, or nothing is any more: fields of that record. Ends of requests come before it."""
@@ -183,7 +182,8 @@ class JournalEvents:
     ) -> None:
         """A request ended: fields of its record, and durations in nanoseconds, negative where not known."""
         writer = self._writer
-        self._ended.append(fields)
+        # Packed here: one that does not fit costs none of the others.
+        self._ended.append(layout.REQUEST_PACK.pack(0, *fields))
         counters = writer.counters
         counters[_REQUESTS] += 1
         counters[_ABORTED] += aborted

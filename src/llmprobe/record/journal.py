@@ -3,6 +3,10 @@
 The writer allocates its file before anything else, so that it can never meet a full disk later, and uses
 ``os.pwrite`` (a memory map that loses its backing kills the process with SIGBUS). It holds a record lock
 on the file for as long as it lives: the kernel drops it at any kind of death, so liveness needs no pid.
+
+What lies side by side in the file goes there with one write. Each ``os.pwrite`` gives the interpreter lock
+away: a thread that writes a quarter second of a loaded front end cell by cell takes it from the event loop a
+hundred times, and as often the loop waits to get it back.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import os
 import secrets
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,8 @@ _CRC = layout.CRC
 _crc32 = zlib.crc32
 _pwrite = os.pwrite
 _pack_crc = layout.CRC.pack
-_pack_cell = layout.CELL.pack
+_pack_seq = struct.Struct("<Q").pack
+_pack_cell_pair = struct.Struct("<QI4xQI4x").pack_into
 _pack_position = struct.Struct("<QQ").pack
 _pack_progress = layout.PROGRESS.pack
 _pack_step_totals = layout.STEP_TOTALS.pack
@@ -39,6 +44,8 @@ _STEP_TOTALS_OFFSET = layout.STEP_TOTALS_OFFSET
 _REQUEST_TOTALS_OFFSET = layout.REQUEST_TOTALS_OFFSET
 _RING_OFFSET = layout.RING_OFFSET
 _FIRST_STEP_HISTOGRAM = layout.HISTOGRAM_INDEX["step_prefill"]  # behind those of requests
+#: Cells between two changed ones that are written once more rather than written around: a page of them.
+_APART = 4096 // CELL_PAIR
 
 
 class JournalError(Exception):
@@ -68,6 +75,8 @@ class JournalWriter:
         #: Cells that are counted and not yet published, of requests and of steps.
         self._due: tuple[set[tuple[int, int]], set[tuple[int, int]]] = set(), set()
         self._cells = [[0] * BUCKETS for _ in layout.HISTOGRAMS]
+        #: Histogram → its cells as they lie in the file, for those that were ever counted in (58 KiB each).
+        self._images: dict[int, bytearray] = {}
 
     @classmethod
     def create(cls, path: Path, facts: Mapping[str, Any], size: int = layout.DEFAULT_SIZE) -> JournalWriter:
@@ -148,6 +157,21 @@ class JournalWriter:
         self._seq = seq + 1  # only now: a write that failed must not leave a hole
         return seq
 
+    def append_packed(self, records: Sequence[bytes]) -> None:
+        """Append records packed beforehand by their layout, whatever their ``seq`` says."""
+        at = 0
+        while at < len(records):
+            slot = self._seq % self._slots
+            some = records[at : at + self._slots - slot]
+            written = bytearray()
+            for seq, record in enumerate(some, self._seq):
+                payload = _pack_seq(seq) + record[8:]
+                written += payload
+                written += _pack_crc(_crc32(payload))
+            _pwrite(self._fd, written, _RING_OFFSET + slot * layout.RECORD_SIZE)
+            self._seq += len(some)  # as in `append`
+            at += len(some)
+
     def progress(self, begun: int, time_ns: int, ended: int, phase: int, tokens: int) -> None:
         """Publish the step begun last and the one ended last."""
         payload = _pack_progress(begun, time_ns, ended, phase, tokens)
@@ -199,11 +223,31 @@ class JournalWriter:
         self._due[histogram >= _FIRST_STEP_HISTOGRAM].add((histogram, bucket))
 
     def _write_cells(self, cells: set[tuple[int, int]]) -> None:
-        while cells:
-            self._write_cell(*cells.pop())
+        for cell in cells:
+            self._draw(*cell)
+        for histogram, first, last in _runs(cells):
+            image = self._images[histogram]
+            with memoryview(image) as view:
+                offset = HISTOGRAMS_OFFSET + histogram * len(image) + first * CELL_PAIR
+                _pwrite(self._fd, view[first * CELL_PAIR : (last + 1) * CELL_PAIR], offset)
+        cells.clear()  # only now, for the same reason
 
-    def _write_cell(self, histogram: int, bucket: int) -> None:
+    def _draw(self, histogram: int, bucket: int) -> None:
+        """Bring a cell of its histogram's image up to date."""
+        image = self._images.get(histogram)
+        if image is None:
+            image = self._images[histogram] = bytearray(BUCKETS * CELL_PAIR)
         value = self._cells[histogram][bucket]
-        position = histogram * BUCKETS + bucket
-        cell = _pack_cell(value, _crc32(_pack_position(position, value)) or 1)
-        _pwrite(self._fd, cell + cell, HISTOGRAMS_OFFSET + position * CELL_PAIR)
+        crc = _crc32(_pack_position(histogram * BUCKETS + bucket, value)) or 1
+        _pack_cell_pair(image, bucket * CELL_PAIR, value, crc, value, crc)
+
+
+def _runs(cells: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Cells that are close together, as (histogram, first bucket, last bucket)."""
+    runs: list[tuple[int, int, int]] = []
+    for histogram, bucket in sorted(cells):
+        if runs and runs[-1][0] == histogram and bucket - runs[-1][2] <= _APART:
+            runs[-1] = histogram, runs[-1][1], bucket
+        else:
+            runs.append((histogram, bucket, bucket))
+    return runs

@@ -18,7 +18,6 @@ from typing import Any
 from llmprobe.record import layout
 from llmprobe.record.events import JournalEvents
 from llmprobe.record.journal import JournalWriter
-from llmprobe.record.journal_batches import BatchWriter
 
 _QUEUE_LIMIT = 4096
 _GIVEN_UP_KEPT = 64  # the last ones are the highest
@@ -71,7 +70,7 @@ class Recorder:
         """
         journals = prepare_directory(directory)
         path = journals / f"{role}-{os.getpid()}-{secrets.token_hex(4)}.journal"
-        return cls(BatchWriter.create(path, facts, size), facts)
+        return cls(JournalWriter.create(path, facts, size), facts)
 
     def close(self, remove: bool = False) -> None:
         """End the journal; the agent then drops this process. Waits for a write that is under way."""

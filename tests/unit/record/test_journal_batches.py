@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprobe.record import journal_batches, layout
+from llmprobe.record import journal, layout
 from llmprobe.record.journal import JournalWriter
-from llmprobe.record.journal_batches import BatchWriter, append_all
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.recorder import Recorder
 
@@ -44,24 +44,29 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def make(kind: type[JournalWriter], folder: Path) -> JournalWriter:
-    return kind.create(folder / f"{kind.__name__}.journal", {}, SIZE)
+def make(folder: Path, name: str) -> JournalWriter:
+    return JournalWriter.create(folder / f"{name}.journal", {}, SIZE)
 
 
 @given(st.lists(st.tuples(observed, st.integers(0, 2 * SLOTS + 1)), max_size=4))
 def test_the_file_is_the_same_to_the_byte(
     folder: Path, rounds: list[tuple[list[tuple[int, int]], int]]
 ) -> None:
-    one_by_one, batch = make(JournalWriter, folder), make(BatchWriter, folder)
+    one_by_one, batch = make(folder, "one"), make(folder, "batch")
     try:
         for times, records in rounds:
-            for histogram, nanoseconds in times:
-                one_by_one.observe(histogram, nanoseconds)
-                batch.observe(histogram, nanoseconds)
             rows = [ended(number) for number in range(records)]
             for row in rows:
                 one_by_one.append(layout.REQUEST_PACK, *row)
-            append_all(batch, layout.REQUEST_PACK, rows)
+            batch.append_packed(
+                [layout.REQUEST_PACK.pack(number, *row) for number, row in enumerate(rows, 7)]
+            )
+            for histogram, nanoseconds in times:
+                batch.observe(histogram, nanoseconds)
+                one_by_one.observe(histogram, nanoseconds)
+                one_by_one.flush_steps()
+                one_by_one.flush_requests()
+            one_by_one._updates = batch._updates
             for writer in (one_by_one, batch):
                 writer.flush_steps()
                 writer.flush_requests()
@@ -79,7 +84,7 @@ class Killed(Exception):
 def test_a_writer_killed_at_any_byte_of_a_batch_leaves_every_count_as_it_was_or_as_it_will_be(
     folder: Path, data: st.DataObject
 ) -> None:
-    writer = make(BatchWriter, folder)
+    writer = make(folder, "killed")
     reader = JournalReader(writer.path, writer)
     patch = pytest.MonkeyPatch()
     try:
@@ -100,7 +105,7 @@ def test_a_writer_killed_at_any_byte_of_a_batch_leaves_every_count_as_it_was_or_
                 raise Killed
             return len(some)
 
-        patch.setattr(journal_batches, "_pwrite", pwrite)
+        patch.setattr(journal, "_pwrite", pwrite)
         after = before.copy()
         for nanoseconds in then:
             writer.observe(TTFT, nanoseconds)
@@ -132,7 +137,7 @@ def test_a_quarter_second_of_a_loaded_front_end_takes_few_writes(
         writes.append(len(payload))
         return os.pwrite(fd, payload, offset)
 
-    monkeypatch.setattr(journal_batches, "_pwrite", pwrite)
+    monkeypatch.setattr(journal, "_pwrite", pwrite)
     for number in range(25):
         milliseconds = 10 + number / 5
         recorder.tokens(
@@ -144,7 +149,7 @@ def test_a_quarter_second_of_a_loaded_front_end_takes_few_writes(
     recorder.publish()
     reader = JournalReader(recorder.writer.path, recorder.writer)
     try:
-        assert len(writes) <= 5  # the records, and one for each histogram
+        assert len(writes) <= 6  # the records, the totals, and one for each histogram
         assert reader.counters()["requests"] == len(reader.read().requests) == 25
         assert int(reader.histogram("time_per_output_token").sum()) == 25
     finally:
@@ -169,6 +174,22 @@ def test_requests_left_for_later_are_written_before_one_that_is_not(tmp_path: Pa
         for number in range(1000):  # nobody publishes
             recorder.request(number, 100, later=True)
         assert reader.counters()["requests"] > 500
+    finally:
+        reader.close()
+        recorder.close(remove=True)
+
+
+def test_a_request_that_does_not_fit_into_its_record_costs_none_of_the_others(tmp_path: Path) -> None:
+    recorder = Recorder.open(tmp_path, "frontend", {})
+    reader = JournalReader(recorder.writer.path, recorder.writer)
+    try:
+        recorder.request(1, 100, later=True)
+        with pytest.raises(struct.error):
+            recorder.request(2, 100, prompt_tokens=-1, later=True)
+        recorder.request(3, 100, later=True)
+        recorder.publish()
+        assert [int(row["time"]) for row in reader.read().requests] == [1, 3]
+        assert reader.counters()["requests"] == 2
     finally:
         reader.close()
         recorder.close(remove=True)
