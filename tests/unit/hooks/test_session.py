@@ -173,7 +173,12 @@ def test_a_child_writes_to_no_journal_of_its_parent_and_may_have_one_of_its_own(
         try:
             parents.tokens(0, 1000)  # as a hook does that still knows it
             own = probe.arm("frontend", lambda: {"role": "frontend"})
-            if own is not None and own is not parents and probe.recorder is own and probe.recorders() == [own]:
+            if (
+                own is not None
+                and own is not parents
+                and probe.recorder is own
+                and probe.recorders() == [own]
+            ):
                 status = 0
                 own.close(remove=True)
         finally:
