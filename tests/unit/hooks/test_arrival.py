@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import importlib.util
 import inspect
@@ -434,3 +435,52 @@ def test_an_error_of_ours_while_a_piece_is_sent_does_not_reach_the_response() ->
 
     with hooked():
         assert asyncio.run(streamed([(b"first", 0.0), (b"second", 0.0)], chunk)) == [b"first", b"second"]
+
+
+def test_requests_that_another_thread_forgets_meanwhile_have_no_token() -> None:
+    tokens = FirstTokens()
+    tokens.arrived("a", time.monotonic_ns())
+
+    class Output:
+        reads = 0
+
+        @property
+        def request_id(self) -> str:
+            self.reads += 1
+            if self.reads == 2:
+                tokens.forget_all()
+            return "a"
+
+    tokens.outputs([Output()])
+    assert tokens.take() == ()
+
+
+def test_a_partial_that_middleware_makes_of_send_sees_the_exchange_too() -> None:
+    """Python melts a partial of a partial into one, of what that calls at the moment."""
+    got: list[Any] = []
+
+    async def send(message: Any) -> None:
+        got.append(message)
+
+    http = HttpRequest(0)
+    wrapped = functools.partial(http.watched(send, Guard()))
+    asyncio.run(wrapped(messages("start")))
+    token = FirstToken(0, 1)
+    http.hold(token)
+    assert token.held
+    asyncio.run(wrapped(messages("piece")))
+    assert not token.held
+    assert len(got) == 2
+
+
+def test_a_token_that_waits_when_the_probe_gives_up_still_leaves_and_takes_our_code_along() -> None:
+    async def send(message: Any) -> None:
+        pass
+
+    http, guard = HttpRequest(0), Guard()
+    handed = http.watched(send, guard)
+    asyncio.run(handed(messages("start")))
+    http.hold(FirstToken(0, 1))
+    guard.inert = True
+    asyncio.run(handed(messages("piece")))
+    assert handed.func is send  # type: ignore[attr-defined]

@@ -139,13 +139,64 @@ def test_one_that_cannot_be_read_costs_none_of_the_others(journal: Journal) -> N
     iterations = Iterations(lambda where, error: failed.append(where))
     iterations.note(noted(recorder, iteration(0.01)))
     iterations.note(noted(recorder, SimpleNamespace()))
+    iterations.note(noted(recorder, iteration(0.01, float("nan"))))
     ends = [finished(), finished(e2e_latency=None), finished()]
     iterations.note(noted(recorder, iteration(0.01, finished_requests=ends)))
     iterations.write()
     recorder.publish()
     assert counted(reader) == (2, 2)
     assert reader.counters()["requests"] == 2
-    assert failed == ["vllm.iteration", "vllm.finished"]
+    assert failed == ["vllm.iteration", "vllm.iteration", "vllm.finished"]
+
+
+def test_one_journal_that_cannot_be_written_costs_the_others_nothing(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, reader = journal
+    broken = Recorder.open(tmp_path, "frontend", {"role": "frontend"})
+
+    def tokens(*numbers: int, **more: Any) -> None:
+        raise OSError("no journal")
+
+    monkeypatch.setattr(broken, "tokens", tokens)
+    failed: list[str] = []
+    iterations = Iterations(lambda where, error: failed.append(where))
+    for one in (broken, recorder):
+        iterations.note(noted(one, iteration(0.01, finished_requests=[finished()])))
+    iterations.write()
+    recorder.publish()
+    assert (counted(reader), reader.counters()["requests"]) == ((1, 1), 1)
+    assert failed == ["vllm.iteration"]
+    broken.close(remove=True)
+
+
+def test_a_front_end_that_is_replaced_leaves_what_it_noted_to_the_next(
+    journal: Journal, tmp_path: Path
+) -> None:
+    """vLLM makes its statistics anew when it is scaled to more engines."""
+    recorder, reader = journal
+    front, _ = front_end(journal, tmp_path, "a")
+    front.record(None, iteration(0.01, finished_requests=[finished()]), 0)
+    after = FrontEnd(front._probe, None, [], before=front)
+    front._sent(front._engines[0], None, 5_000_000)  # a first token whose piece leaves only now
+    after.look(True)
+    recorder.publish()
+    assert (counted(reader), reader.counters()["requests"]) == ((1, 1), 1)
+    assert reader.counters()["sum_ns_time_to_first_token"] == 5_000_000
+
+
+def test_an_iteration_with_many_first_tokens_has_them_all(journal: Journal, tmp_path: Path) -> None:
+    """Such as the first one of a program that asks a thousand short questions."""
+    recorder, reader = journal
+    names = [f"request {number}" for number in range(1000)]
+    front, processor = front_end(journal, tmp_path, *names, "waits")
+    told = iteration(time_to_first_tokens_iter=[7.0] * len(names))  # what vLLM says, if ours do not match
+    front.outputs(processor, [SimpleNamespace(request_id=name, events=None) for name in names], None, told)
+    front.record(None, told, 0)
+    front.look(True)
+    recorder.publish()
+    assert int(reader.histogram("time_to_first_token").sum()) == len(names)
+    assert reader.counters()["sum_ns_time_to_first_token"] < len(names) * 7 * 10**9
 
 
 def test_nobody_counting_them_makes_no_heap(journal: Journal) -> None:

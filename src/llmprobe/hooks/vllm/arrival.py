@@ -24,7 +24,7 @@ from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 
 _now = time.monotonic_ns
-_AT_MOST = 512  # first tokens, should vLLM not tell of their iterations
+_AT_MOST = 8192  # first tokens, should vLLM not tell of their iterations; engines take on fewer in one
 _QUEUED, _SCHEDULED = 1, 2  # vLLM's EngineCoreEventType, in every version so far
 
 
@@ -76,7 +76,17 @@ class FirstToken:
 class HttpRequest:
     """One HTTP request; it may bring several requests for the engine, at once or one after another."""
 
-    __slots__ = ("_handing", "_held", "_plain", "_streaming", "_watching", "answered", "arrived_ns", "scope")
+    __slots__ = (
+        "_handing",
+        "_held",
+        "_plain",
+        "_starting",
+        "_streaming",
+        "_watching",
+        "answered",
+        "arrived_ns",
+        "scope",
+    )
 
     def __init__(self, arrived_ns: int, scope: Any = None) -> None:
         self.arrived_ns = arrived_ns
@@ -86,8 +96,10 @@ class HttpRequest:
         #: Its response began before a token was there: tokens are sent as they come.
         self._streaming = False
         self._held: list[FirstToken] = []
-        #: What the application calls to send; what that calls, while a first token is held and else.
+        #: What the application calls to send; what that calls before the response has begun, while a first
+        #: token is held, and else.
         self._handing: functools.partial[Any] | None = None
+        self._starting: Callable[[Any], Any] | None = None
         self._watching: Callable[[Any], Any] | None = None
         self._plain: Callable[[Any], Any] | None = None
 
@@ -109,7 +121,8 @@ class HttpRequest:
 
         async def sending(message: Any) -> None:
             await send(message)
-            guard.call("vllm.first_token", self.let_go, _now())
+            # Also inert: else every piece to come would pass through here.
+            guard.call_even_inert("vllm.first_token", self.let_go, _now())
 
         def watching(message: Any) -> Any:
             if message["type"] == "http.response.body" and message.get("body"):
@@ -122,8 +135,9 @@ class HttpRequest:
                 self._hand(send)
             return send(message)
 
-        self._watching, self._plain = watching, send
-        self._handing = functools.partial(starting)
+        self._starting, self._watching, self._plain = starting, watching, send
+        self._handing = functools.partial(send)
+        self._hand(starting)
         return self._handing
 
     def let_go(self, there_ns: int | None = None) -> None:
@@ -138,13 +152,14 @@ class HttpRequest:
         """The application is done with it: no piece follows."""
         self._streaming = False
         # Functions that know this request: a ring, which would keep the connection until memory is swept.
-        self._handing = self._watching = self._plain = None
+        self._handing = self._starting = self._watching = self._plain = None
         self.let_go()
 
     def _hand(self, target: Callable[[Any], Any] | None) -> None:
         if self._handing is not None:
-            # Both stay referenced here: a partial that is being called does not hold what it calls.
-            self._handing.__setstate__((target, (), {}, None))  # type: ignore[attr-defined]
+            # A partial that is being called does not hold what it calls: all three stay referenced here. One
+            # without a ``__dict__`` would be melted into a partial that middleware makes of it.
+            self._handing.__setstate__((target, (), {}, {}))  # type: ignore[attr-defined]
 
 
 _http_request: ContextVar[HttpRequest | None] = ContextVar("llmprobe_http_request", default=None)
@@ -182,7 +197,10 @@ class FirstTokens:
         left = len(waiting) if most is None else most
         for output in reversed(outputs):  # the engine takes new requests on behind the others
             if output.request_id in waiting:
-                arrived_ns, http = waiting.pop(output.request_id)
+                known = waiting.pop(output.request_id, None)
+                if known is None:  # the housekeeping thread has forgotten them all meanwhile
+                    return
+                arrived_ns, http = known
                 token = FirstToken(arrived_ns, now, queued_ns(getattr(output, "events", None)))
                 self._there.append(token)
                 if http is not None:

@@ -30,14 +30,23 @@ _JOURNAL_BYTES = 1152 * 1024  # one a front end and engine: histograms and about
 class FrontEnd:
     """What llmprobe keeps about this front-end process: one recorder an engine, and what is unfinished."""
 
-    def __init__(self, probe: Probe, config: Any, engines: list[int], *, told: bool = True) -> None:
+    def __init__(
+        self,
+        probe: Probe,
+        config: Any,
+        engines: list[int],
+        *,
+        told: bool = True,
+        before: FrontEnd | None = None,
+    ) -> None:
         """
         Args:
             told: whether `sent` will be called.
+            before: the one that this replaces: what it noted, and what its requests still wait for, counts.
         """
         self._probe = probe
         self._first_tokens = FirstTokens()
-        self._iterations = Iterations(probe.guard.failed)
+        self._iterations: Iterations = before._iterations if before else Iterations(probe.guard.failed)
         self._heard = True  # as of the last `look`
         #: When outputs were made and handed to their streams of which nobody has said yet which engine's.
         self._made: tuple[float | None, int] = NOT_MADE
@@ -205,7 +214,8 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
 
     def arm(config: Any, engines: Any) -> None:
         global _front_end
-        _front_end = FrontEnd(probe, config, sorted(int(engine) for engine in engines or [0]), told=_told)
+        those = sorted(int(engine) for engine in engines or [0])
+        _front_end = FrontEnd(probe, config, those, told=_told, before=_front_end)
 
     def make_init(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

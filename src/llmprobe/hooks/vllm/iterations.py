@@ -44,7 +44,10 @@ class Iterations:
             self.write()
 
     def write(self) -> None:
-        """Count what was noted. Tokens come before the end of the request that they are of."""
+        """Count what was noted. Tokens come before the end of the request that they are of.
+
+        Nobody waits for another thread that is counting: what that has taken it writes a moment later.
+        """
         sums: dict[Recorder, _Sum] = {}
         while self._noted:
             try:
@@ -59,7 +62,11 @@ class Iterations:
             except Exception as error:  # noqa: BLE001 - the others are good
                 self._failed("vllm.iteration", error)
         for recorder, found in sums.items():
-            found.write(recorder)
+            for write in (found.write_tokens, found.write_finished, found.write_lags):
+                try:
+                    write(recorder)
+                except Exception as error:  # noqa: BLE001 - the others are good
+                    self._failed("vllm.iteration", error)
 
 
 class _Sum:
@@ -70,7 +77,7 @@ class _Sum:
         self._prompt = self._generated = self._cached = self._preemptions = self._own_ns = 0
         self._first_token_ns: list[int] = []
         self._first_token_queue_ns: list[int] = []
-        self._gaps: Counter[float] = Counter()
+        self._gaps_ns: Counter[int] = Counter()
         self._lags_ns: list[int] = []
         self._finished: list[tuple[int, int, Any]] = []
 
@@ -84,14 +91,14 @@ class _Sum:
         self._first_token_queue_ns += first_token_queue_ns
         if iteration is None:
             return
-        self._generated += iteration.num_generation_tokens
         if gaps := _token_gaps(iteration):
             first = gaps[0]
             # The tokens of a step share their gap, but for those of requests that were held up.
             if (same := gaps.count(first)) == len(gaps):
-                self._gaps[first] += same
+                self._gaps_ns[round(first * 1e9)] += same
             else:
-                self._gaps.update(gaps)
+                self._gaps_ns.update([round(seconds * 1e9) for seconds in gaps])
+        self._generated += iteration.num_generation_tokens
         self._preemptions += iteration.num_preempted_reqs
         if prompt := iteration.num_prompt_tokens:
             self._prompt += prompt
@@ -100,12 +107,8 @@ class _Sum:
         for finished in iteration.finished_requests:
             self._finished.append((time_ns, engine, finished))
 
-    def write(self, recorder: Recorder) -> None:
-        """To be published with the next `Recorder.publish`."""
-        gaps_ns: dict[int, int] = {}
-        for seconds, times in self._gaps.items():
-            gap = round(seconds * 1e9)
-            gaps_ns[gap] = gaps_ns.get(gap, 0) + times
+    def write_tokens(self, recorder: Recorder) -> None:
+        """To be published, as the rest, with the next `Recorder.publish`."""
         recorder.tokens(
             self._prompt,
             self._generated,
@@ -113,15 +116,21 @@ class _Sum:
             preemptions=self._preemptions,
             first_token_ns=tuple(self._first_token_ns),
             first_token_queue_ns=tuple(self._first_token_queue_ns),
-            inter_token_ns=gaps_ns,
+            inter_token_ns=self._gaps_ns,
             own_ns=self._own_ns,
             later=True,
         )
+
+    def write_finished(self, recorder: Recorder) -> None:
+        """Requests that ended."""
         for time_ns, engine, finished in self._finished:
             try:
                 _write_finished(recorder, time_ns, engine, finished)
             except Exception as error:  # noqa: BLE001 - the others are good
                 self._failed("vllm.finished", error)
+
+    def write_lags(self, recorder: Recorder) -> None:
+        """How long outputs waited."""
         if self._lags_ns:
             recorder.output_lags(tuple(self._lags_ns))
 
