@@ -155,8 +155,8 @@ class _Housekeeping(threading.Thread):
         # Engines pin workers to processors that their threads then fill. A thread there takes what those
         # need, and an agent that it starts answers no one for minutes.
         run_on(self._probe.processors)
-        # Not `atexit`, without which forked workers of `multiprocessing`, as vLLM's are, end. Nor does this run
-        # in a child of this process.
+        # Not `atexit`: forked workers of `multiprocessing`, as vLLM's may be, end without it. In a child that
+        # this process forks it does not run.
         last = Finalize(None, self._write_last, exitpriority=0)
         while self._probe.recorder is self._recorder:
             self.round()
