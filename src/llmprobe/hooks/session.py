@@ -150,6 +150,7 @@ class _Housekeeping(threading.Thread):
         self._asked: dict[Recorder, AskedCaptures] = {}
         self._watched: Recorder | None = None
         self._writing = threading.Lock()
+        self._gave_up = False  # the guard, as of the last time that all was written
 
     def run(self) -> None:
         # Engines pin workers to processors that their threads then fill. A thread there takes what those
@@ -180,11 +181,14 @@ class _Housekeeping(threading.Thread):
         if not self._writing.acquire(timeout=wait):
             return
         guard = self._probe.guard
+        # What was kept when the guard gave up is written all the same, once: then nothing is added.
+        call = guard.call if self._gave_up else guard.call_even_inert
+        self._gave_up = guard.inert
         try:
             for write in list(self._probe.writers):  # workers come and go
-                guard.call("housekeeping.write", write)
+                call("housekeeping.write", write)
             for recorder in self._probe.recorders():
-                guard.call("housekeeping.publish", recorder.publish)
+                call("housekeeping.publish", recorder.publish)
         finally:
             self._writing.release()
 

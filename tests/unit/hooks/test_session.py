@@ -215,3 +215,21 @@ def test_a_program_that_ends_waits_for_the_round_that_is_under_way(probe: Probe)
     for thread in (first, last):
         thread.join()
     assert running == ["round", "round", "end", "end"]
+
+
+@pytest.mark.swallows
+def test_what_was_kept_when_the_probe_gives_up_is_written_once(probe: Probe) -> None:
+    recorder = probe.recorder
+    assert recorder is not None
+    reader = JournalReader(recorder.writer.path, recorder.writer)
+    keeping = session._Housekeeping(probe, recorder)
+    written: list[bool] = []
+    probe.writers.append(lambda: written.append(probe.active))
+    keeping._write()
+    recorder.tokens(0, 7, later=True)
+    probe.guard.inert = True
+    for _ in range(3):
+        keeping._write()
+    assert written == [True, False]
+    assert reader.counters()["generated_tokens"] == 7
+    reader.close()
