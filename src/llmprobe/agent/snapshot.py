@@ -225,7 +225,7 @@ def _columns(rows: np.ndarray) -> dict[str, list[Any]]:
 
 
 def _oldest(*kinds: np.ndarray) -> int | None:
-    times = [int(rows["time"][0]) for rows in kinds if len(rows)]
+    times = [int(rows["time"].min()) for rows in kinds if len(rows)]
     return min(times, default=None)
 
 
