@@ -19,7 +19,7 @@ from llmprobe.record.window_file import Seen, WindowFileError, read_window, wind
 _SETTLE_NS = 600_000_000
 #: Evidence of a phase is the newest windows with so many of its steps ...
 _ENOUGH_STEPS = 16
-#: ... that lie no further apart than this, which is as old as evidence may be (`kernel_age_seconds`).
+#: ... no older than this, which is as old as evidence may be (`kernel_age_seconds`); the newest in any case.
 _TOGETHER_NS = 60 * 10**9
 _KEPT_NS = 120 * 10**9
 
@@ -120,7 +120,8 @@ class Windows:
             newest = kept[-1][0]
             chosen: list[PhaseWindow] = []
             for end_ns, window in reversed(kept):
-                if newest - end_ns > _TOGETHER_NS or sum(one.steps for one in chosen) >= _ENOUGH_STEPS:
+                old = end_ns < newest and now_ns - end_ns > _TOGETHER_NS
+                if old or sum(one.steps for one in chosen) >= _ENOUGH_STEPS:
                     break
                 chosen.append(window)
             found[phase] = newest, together(chosen)

@@ -93,6 +93,24 @@ def test_old_windows_are_no_evidence(tmp_path: Path, clock: Clock, server: Serve
     assert only(found).ranks[0].kernels == {}
 
 
+def test_windows_of_a_minute_stand_together_until_they_hold_enough_steps(
+    tmp_path: Path, clock: Clock, server: Server
+) -> None:
+    found = collector(tmp_path, clock, server)
+    start = clock.now
+    seen = []
+    for number, second in enumerate((0, 40, 45), 1):
+        begin = start + second * SECOND
+        busy_second(server, begin)
+        leave_window(server, begin, begin + SECOND, number)
+        clock.now = begin + 2 * SECOND
+        seen.append(only(found).ranks[0].kernels["decode"].steps)
+    assert seen == [10, 20, 20]  # the third and second are enough without the first
+    clock.now = start + 104 * SECOND  # the second is older than a minute
+    kernels = only(found).ranks[0].kernels["decode"]
+    assert (kernels.steps, kernels.age_seconds) == (10, pytest.approx(58.0))
+
+
 def test_windows_that_lost_records_or_are_damaged_say_nothing(
     tmp_path: Path, clock: Clock, server: Server
 ) -> None:
