@@ -139,7 +139,11 @@ class _Case:
 
     def _contradictions(self) -> tuple[str, ...]:
         found, limits, figures = [], self._limits, self._figures
-        for name, value in (("MBU", figures.mbu_busy), ("MFU", figures.mfu_busy)):
+        # Without the bubbles that lie in busy time, as everything below takes them. Where waiting decides, no
+        # rate does, and the little that windows saw would be held against all other steps.
+        waits = self._stall.ratio >= self._moved.sync_gap_ratio
+        mbu, mfu = (figures.mbu_busy, figures.mfu_busy) if waits else (self._mbu, self._mfu)
+        for name, value in (("MBU", mbu), ("MFU", mfu)):
             if value is not None and value > limits.above_peak_ratio:
                 cache = ", or the weights fit a cache" if name == "MBU" else ""
                 found.append(f"{name} {value:.2f} is above the peak: the clock or the peak is wrong{cache}")
@@ -162,10 +166,16 @@ class _Case:
 
     def _near_a_roof(self) -> bool:
         """Whether so much of the span is accounted for that bubbles cannot be what it consists of."""
-        moved, counters = self._moved, self._counters
+        counters = self._counters
+        # What stands may make a roof easier to reach here, never harder: a phase that is found to be near
+        # neither roof, yet without room for bubbles, would have room for them once that class stands.
+        mbu, mfu = (
+            min(getattr(limits, name) for limits in (self._limits, self._moved))
+            for name in ("memory_mbu_ratio", "compute_mfu_ratio")
+        )
         return (
-            (self._mbu_span or 0) >= moved.memory_mbu_ratio
-            or (self._mfu_span or 0) >= moved.compute_mfu_ratio
+            (self._mbu_span or 0) >= mbu
+            or (self._mfu_span or 0) >= mfu
             or (counters is not None and self._counter_roof(counters) is not None)
         )
 

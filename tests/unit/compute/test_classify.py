@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmprobe.compute.classify import classify
@@ -250,7 +252,52 @@ def test_a_class_that_stands_is_kept_a_little_beyond_its_threshold() -> None:
     assert classify(waits, LIMITS, current="memory_bound").bottleneck == "memory_bound"
 
 
+def test_what_beats_the_peak_without_its_bubbles_is_a_contradiction() -> None:
+    """1.05 may be noise; with the bubbles that windows saw in busy time it is 1.28."""
+    assert classify(seen(figures(mbu=1.05)), LIMITS).bottleneck == "memory_bound"
+    found = classify(seen(figures(mbu=1.05), kernels=kernels(0.18)), LIMITS)
+    assert (found.bottleneck, found.cause) == ("unknown", "contradiction")
+    assert found.reason.startswith("MBU 1.28 is above the peak")
+    waits = classify(seen(figures(mbu=0.4), kernels=kernels(0.77)), LIMITS)
+    assert waits.bottleneck == "sync_bound", "a wait that windows saw says nothing of the rate beside it"
+
+
 ratios = st.floats(0, 1.05)
+
+
+@settings(deadline=None)
+@given(
+    mbu=ratios,
+    mfu=ratios,
+    by_memory=ratios,
+    by_compute=ratios,
+    gap=st.floats(0, 5),
+    windows=st.none() | st.tuples(ratios, ratios, ratios).map(lambda three: kernels(*three)),
+    gpm=st.none() | st.builds(counters, ratios, ratios, graphics_active_ratio=st.none() | ratios),
+    one_graph=st.booleans(),
+    clock=st.sampled_from(["cuda", "host"]),
+)
+@example(0.52, 0.38, 0.22, 0.34, 0.1, None, None, False, "cuda")
+def test_what_is_found_once_is_found_again_while_it_stands(  # type: ignore[no-untyped-def]
+    mbu, mfu, by_memory, by_compute, gap, windows, gpm, one_graph, clock
+) -> None:
+    """Else a constant load would make two classes take turns."""
+    found = figures(mbu=mbu, mfu=mfu, gap=gap)
+    # Operators have roofs of their own: the larger part of the floor need not be the nearer roof's.
+    floors = {
+        "floor_memory": by_memory * found.span_seconds,
+        "floor_compute": by_compute * found.span_seconds,
+    }
+    observation = seen(
+        dataclasses.replace(found, components={**found.components, **floors}),
+        kernels=windows,
+        counters=gpm,
+        one_graph=one_graph,
+        clock=clock,
+    )
+    first = classify(observation, LIMITS)
+    again = classify(observation, LIMITS, first.bottleneck)
+    assert (again.bottleneck, again.cause) == (first.bottleneck, first.cause)
 
 
 @settings(deadline=None)
