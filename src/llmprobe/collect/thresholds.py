@@ -27,8 +27,10 @@ def load_thresholds(path: Path | None) -> tuple[Thresholds, str | None]:
         return Thresholds.from_mapping(tomllib.loads(path.read_text(encoding="utf-8"))), None
     except OSError as error:
         problem = f"it cannot be read: {os.strerror(error.errno or 0)}"
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problem = f"it is not TOML: {error}"
     except ThresholdError as error:
         problem = str(error)
+    except ValueError as error:  # not TOML, not UTF-8, or an integer of more digits than Python reads
+        problem = f"it is not TOML: {error}"
+    except RecursionError:
+        problem = "it is nested too deeply"
     return Thresholds(), f"{VARIABLE}={str(path)!r}: {problem}. The defaults are in force."

@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 _DESIGN = "llmprobe's definition"
 _FIELD = "usual practice, not calibrated"
+_MOST_SHOWN = 60  # characters of a value that is refused
 
 
 class ThresholdError(ValueError):
     """An override is not allowed. The message is one line: key, value, what is allowed."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key}={value!r} is not allowed: {allowed}")
+        named = key if key.isprintable() else repr(key)
+        super().__init__(f"{named}={_brief(value)} is not allowed: {allowed}")
         self.key = key
         self.value = value
         self.allowed = allowed
+
+
+def _brief(value: object) -> str:
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # Python writes no integer of more than 4300 digits
+        return f"({type(value).__name__})"
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,8 @@ class Thresholds:
             if (row := rows.get(key)) is None:
                 raise ThresholdError(key, value, f"no such threshold; there are {', '.join(rows)}")
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not row.lowest <= value <= row.highest:  # type: ignore[arg-type, operator]
+            # No NaN lies in a range, and an integer of any size can be compared, though not made a float.
+            if not number or not row.lowest <= value <= row.highest:  # type: ignore[operator]
                 raise ThresholdError(key, value, f"a number from {row.lowest:g} to {row.highest:g}")
             values[key] = float(value)  # type: ignore[arg-type]
         return cls(**values)

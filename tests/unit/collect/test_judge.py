@@ -404,6 +404,10 @@ def test_thresholds_come_from_a_file(tmp_path: Path) -> None:
         (b"sync_gap = 0.3", "no such threshold"),
         (b"sync_gap_ratio", "it is not TOML"),
         (b"\xff\xfe", "it is not TOML"),
+        (b"kernel_age_seconds = 1" + b"0" * 400, "is not allowed: a number from 1 to 3600"),
+        (b"kernel_age_seconds = " + b"1" * 5000, "it is not TOML"),
+        (b"kernel_age_seconds = " + b"[" * 20_000 + b"]" * 20_000, "it is nested too deeply"),
+        (b'"a\\nb" = 1', "no such threshold"),
         (None, "it cannot be read: No such file or directory"),
     ],
 )

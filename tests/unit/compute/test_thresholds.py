@@ -34,6 +34,7 @@ def test_an_override_changes_one_value() -> None:
         ("sync_gap_ratio", True, "a number from 0.01 to 0.99"),
         ("sync_gap_ratio", float("nan"), "a number from 0.01 to 0.99"),
         ("idle_steps", {}, "a number from 1 to 100000"),
+        ("idle_steps", float("inf"), "a number from 1 to 100000"),
     ],
 )
 def test_a_wrong_override_names_key_value_and_what_is_allowed(key: str, value: object, says: str) -> None:
@@ -41,6 +42,25 @@ def test_a_wrong_override_names_key_value_and_what_is_allowed(key: str, value: o
         Thresholds.from_mapping({key: value})
     assert str(error.value).startswith(f"{key}={value!r} is not allowed: {says}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("idle_steps", 10**400, "idle_steps=1000"),  # no float holds it
+        ("idle_steps", 16**5000, "idle_steps=(int) is"),  # nor does Python write it
+        ("idle_steps", [0] * 1000, "idle_steps=[0, 0"),
+        ("a\nb", 1, "'a\\nb'=1 is"),
+    ],
+    ids=["too large for a float", "too large to be written", "long", "two lines"],
+)
+def test_whatever_is_refused_is_refused_in_one_line(key: str, value: object, says: str) -> None:
+    with pytest.raises(ThresholdError) as error:
+        Thresholds.from_mapping({key: value})
+    said = str(error.value)
+    assert said.startswith(says)
+    assert said.isprintable()
+    assert len(said.partition(" is not allowed")[0]) < 80
 
 
 @settings(deadline=None)
