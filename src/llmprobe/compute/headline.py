@@ -60,7 +60,10 @@ def headline(
 def stalled(rank: int, stall: Stall) -> str:
     """A headline above all others: a rank that has stopped getting on, and what it last did."""
     if stall.where == "step":
-        doing = f"in step {stall.step} ({stall.phase}, {stall.tokens} tokens)"
+        known = [stall.phase] if stall.phase is not None else []
+        if stall.tokens is not None:
+            known.append(f"{stall.tokens} tokens")
+        doing = f"in step {stall.step}" + (f" ({', '.join(known)})" if known else "")
     else:
         doing = f"without a step since step {stall.step}, with requests waiting"
     last = f"; the last step took {stall.last_steps[-1].seconds:.3g} s" if stall.last_steps else ""

@@ -134,7 +134,8 @@ def _queue(load: EngineLoad, limits: Thresholds) -> Pressure | None:
         return None
     text = f"queueing is {share:.0%} of TTFT, {_seconds(load.queue_seconds)}"
     long = load.queue_seconds >= limits.queue_wait_seconds
-    active, high = long and share >= limits.queue_share_ratio, long and share >= limits.queue_share_high_ratio
+    active = long and share >= limits.queue_share_ratio
+    high = active and share >= limits.queue_share_high_ratio
     return Pressure(
         "queue", load.engine, active, high, share, limits.queue_share_ratio, text, "queue_share_ratio"
     )

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from llmprobe.compute.headline import headline
+from llmprobe.compute.headline import headline, stalled
 from llmprobe.compute.host import ThreadLoad
 from llmprobe.compute.pressure import EngineLoad, Pressure, pressures, worst
+from llmprobe.compute.stall import Bound, Stall
 from llmprobe.compute.thresholds import Thresholds
 
 from .verdicts import verdict
@@ -300,6 +301,26 @@ def test_the_phase_that_takes_most_time_comes_first() -> None:
     )
     assert text.startswith("Prefill compute-bound")
     assert "decode memory-bound" in text
+
+
+def test_what_is_high_is_active_too_whatever_the_thresholds() -> None:
+    limits = Thresholds.from_mapping({"queue_share_ratio": 0.9, "queue_share_high_ratio": 0.1})
+    queued = load(queue_seconds=1.0, first_token_seconds=2.0, waiting=3)
+    (found,) = (item for item in pressures(queued, limits) if item.kind == "queue")
+    assert (found.active, found.high) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("phase", "tokens", "says"),
+    [
+        ("decode", 4, "in step 12 (decode, 4 tokens) for"),
+        (None, 4, "in step 12 (4 tokens) for"),
+        (None, None, "in step 12 for"),
+    ],
+)
+def test_a_stall_says_of_its_step_what_is_known(phase: str | None, tokens: int | None, says: str) -> None:
+    hang = Stall("step", 0, 33.0, Bound(10.0, "a reason"), 12, phase, tokens, ())
+    assert says in stalled(0, hang)
 
 
 def test_texts_are_one_line() -> None:
