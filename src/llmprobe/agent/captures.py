@@ -18,7 +18,7 @@ from llmprobe.capture import session
 from llmprobe.capture.condition import ENGINE_FIGURES, PHASE_FIGURES, Live
 from llmprobe.capture.manager import Manager, Refused, choose_tool
 from llmprobe.capture.session import Capture
-from llmprobe.capture.store import REPORT_JSON, REPORT_TEXT, is_public, is_raw
+from llmprobe.capture.store import REPORT_JSON, REPORT_TEXT, StoreError, is_public, is_raw
 from llmprobe.capture.tool import Worker
 from llmprobe.capture.tools import nsys_session, tools_of
 from llmprobe.collect.views import EngineView, RankView, ServerView
@@ -257,6 +257,8 @@ def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path
             removed = manager.delete(capture_id)
         except KeyError:
             raise _no_capture(capture_id) from None
+        except StoreError as error:
+            raise Problem(409, f"{error}.", "`llmprobe doctor` looks at it too.") from None
         response.status_code = 200 if removed else 202
         return {"schema_version": SCHEMA_VERSION, "id": capture_id, "removed": removed}
 

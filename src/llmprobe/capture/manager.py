@@ -264,19 +264,24 @@ class Manager:
         if capture.live:
             return  # this agent leaves; the next one goes on
         self.ended[(capture.request.tool, capture.state)] += 1
-        if capture.id in self._doomed:
-            self._doomed.discard(capture.id)
-            with contextlib.suppress(KeyError, OSError):
+        doomed = capture.id in self._doomed
+        if doomed:
+            with contextlib.suppress(KeyError, StoreError):  # who asked for it tries again, and is told
                 self.store.remove(capture.id)
+        if self._kept(capture, gone=doomed):
             del self._runs[capture.id]
-        elif self._kept(capture):
-            del self._runs[capture.id]
+        self._doomed.discard(capture.id)
 
-    def _kept(self, capture: Capture) -> bool:
-        """Whether the disk says what we know; a state that could not be written is kept here."""
-        with contextlib.suppress(KeyError):
+    def _kept(self, capture: Capture, *, gone: bool) -> bool:
+        """Whether the disk says what we know; a state that could not be written is kept here.
+
+        Args:
+            gone: we know that it is to be gone.
+        """
+        try:
             return self.store.read(capture.id).state == capture.state
-        return False
+        except KeyError:
+            return gone
 
     def get(self, capture_id: str) -> Capture:
         """A capture as it is now. Raises KeyError if there is none."""
@@ -285,7 +290,8 @@ class Manager:
 
     def all(self) -> list[Capture]:
         """Every capture, newest first."""
-        return [self.get(capture.id) for capture in self.store.all()]
+        found = self.store.all()  # then what we know better; never once more from a disk that has changed
+        return [capture if (run := self._runs.get(capture.id)) is None else run.capture for capture in found]
 
     def busy(self) -> bool:
         """Whether any capture of this agent is live."""
@@ -299,13 +305,18 @@ class Manager:
 
         Raises:
             KeyError: there is none.
+            StoreError: its files cannot be removed.
         """
         with self._lock:
             capture = self.get(capture_id)
             run = self._runs.get(capture_id)
             if run is None or not capture.live:
+                try:
+                    self.store.remove(capture_id)  # first: one that cannot be removed stays known
+                except KeyError:
+                    if run is None:
+                        raise
                 self._runs.pop(capture_id, None)
-                self.store.remove(capture_id)
                 return True
             self._doomed.add(capture_id)
             run.cancelled.set()
@@ -315,9 +326,13 @@ class Manager:
                 self._take(run)  # only notes the end: it had not begun
                 self._forget(run)
         until = self._clock() + wait_seconds
-        while capture_id in self._runs and self._clock() < until:
+        while capture_id in self._doomed:
+            if self._clock() >= until:
+                return False
             time.sleep(0.02)
-        return capture_id not in self._runs
+        with contextlib.suppress(KeyError):  # it is gone, as it should be
+            self.store.remove(capture_id)
+        return True
 
     def close(self) -> None:
         """Let go: what is live stays as it is on disk, for the next agent."""

@@ -344,6 +344,7 @@ class Run:
             log.error("capture %s: cannot write its state: %s", self.capture.id, error)
         self.capture = ended
         self._entered(ended)
+        self._quietly(lambda: self._store.trim(keep=ended.id))
         log.warning("capture %s of %s %s: %s", self.capture.id, self.capture.server, state, reason)
 
     def _hang(self, *, wait: bool = False) -> str | None:
@@ -364,7 +365,7 @@ class Run:
         """Whether to wait no longer, after so many seconds."""
         return self.cancelled.wait(seconds) or self.leaving.is_set()
 
-    def _quietly(self, clean: Callable[[], None]) -> None:
+    def _quietly(self, clean: Callable[[], object]) -> None:
         try:
             clean()
         except Exception:

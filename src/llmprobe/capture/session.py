@@ -6,10 +6,11 @@ Pure: no clock and no I/O. `llmprobe.capture.store` writes it to disk at every c
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 SCHEMA = 1
 
@@ -148,12 +149,12 @@ class Capture:
         """What `to_json` gave.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is something else, or what no JSON in UTF-8 can say.
         """
         try:
             if data["schema"] != SCHEMA or not is_id(data["id"]) or data["state"] not in STATES:
                 raise ValueError("not a capture of this version")
-            return cls(
+            found = cls(
                 id=data["id"],
                 owner=str(data["owner"]),
                 server=str(data["server"]),
@@ -161,16 +162,31 @@ class Capture:
                 request=_request(data["request"]),
                 state=cast("State", data["state"]),
                 times={str(state): float(at) for state, at in data["times"].items()},
-                progress=data["progress"],
-                reason=data["reason"],
+                progress=None if data["progress"] is None else float(data["progress"]),
+                reason=None if data["reason"] is None else str(data["reason"]),
                 notes=tuple(map(str, data["notes"])),
                 clocks={str(state): float(at) for state, at in data.get("clocks", {}).items()},
                 boot=str(data.get("boot", "")),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+            # Surrogates and infinite numbers get as far as here.
+            json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False).encode()
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a capture: {error}") from None
+        return found
 
 
 def _request(data: Mapping[str, Any]) -> Request:
     ranks = data.get("ranks")
-    return Request(**{**data, "ranks": None if ranks is None else tuple(map(int, ranks))})
+    if data["tool"] not in get_args(Tool):
+        raise ValueError("not a tool of this version")
+    return Request(
+        tool=cast("Tool", data["tool"]),
+        seconds=None if data["seconds"] is None else float(data["seconds"]),
+        steps=None if data["steps"] is None else int(data["steps"]),
+        when=str(data["when"]),
+        wait_seconds=float(data["wait_seconds"]),
+        label=str(data["label"]),
+        ranks=None if ranks is None else tuple(map(int, ranks)),
+        torch_cpu=bool(data.get("torch_cpu", False)),
+        torch_stacks=bool(data.get("torch_stacks", False)),
+    )

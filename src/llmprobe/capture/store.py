@@ -43,6 +43,8 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 LEAST_FREE_BYTES = 512 << 20
 #: Less than this free, and a recording is ended early.
 STOP_FREE_BYTES = 256 << 20
+#: So many captures that have ended are kept, failed ones too.
+MOST_ENDED = 200
 
 
 def is_public(name: str) -> bool:
@@ -79,6 +81,7 @@ class Store:
         *,
         clock: Callable[[], float] = time.time,
         least_free_bytes: int = LEAST_FREE_BYTES,
+        most_ended: int = MOST_ENDED,
     ) -> None:
         """
         Args:
@@ -87,11 +90,13 @@ class Store:
                 next is asked for.
             clock: Unix seconds.
             least_free_bytes: of the file system, without which no capture starts.
+            most_ended: how many captures that have ended are kept; the oldest go first.
         """
         self.root = root
         self.max_bytes = max_bytes
         self._clock = clock
         self._least_free = least_free_bytes
+        self._most_ended = most_ended
 
     def prepare(self) -> None:
         """Make sure that a capture can be kept.
@@ -116,16 +121,19 @@ class Store:
                 os.unlink(probe, dir_fd=root)
             free = self.free_bytes()
         except OSError as error:
-            why = os.strerror(error.errno or 0)
-            hint = "set LLMPROBE_CAPTURE_DIR to a folder that the server's user may write, and start it again"
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                hint = f"mount a writable volume at {self.root}, or {hint}"
-            raise StoreError(f"captures cannot be kept in {self.root}: {why}; {hint}") from None
+            raise self._unusable("captures cannot be kept in", error) from None
         if free < self._least_free:
             raise StoreError(
                 f"{self.root} has {free >> 20} MiB free, and a capture wants {self._least_free >> 20}: "
                 "make room, or set LLMPROBE_CAPTURE_DIR to another disk"
             )
+
+    def _unusable(self, what: str, error: OSError) -> StoreError:
+        why = os.strerror(error.errno or 0)
+        hint = "set LLMPROBE_CAPTURE_DIR to a folder that the server's user may write, and start it again"
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            hint = f"mount a writable volume at {self.root}, or {hint}"
+        return StoreError(f"{what} {self.root}: {why}; {hint}")
 
     def free_bytes(self) -> int:
         """What is free where captures are kept."""
@@ -142,8 +150,8 @@ class Store:
         Raises:
             StoreError: it cannot be made.
         """
+        self.trim()  # first: what fills the disk may be ours
         self.prepare()
-        self.trim()
         folder = self.folder(capture.id)
         try:
             folder.mkdir(mode=0o700)
@@ -167,7 +175,7 @@ class Store:
         try:
             with self.open(capture_id, STATE_NAME, (STATE_NAME,)) as fd:
                 return Capture.from_json(json.loads(_read_all(fd)))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise KeyError(capture_id) from None
 
     def all(self) -> list[Capture]:
@@ -183,13 +191,23 @@ class Store:
         return found
 
     def remove(self, capture_id: str) -> None:
-        """Delete a capture and its files. Raises KeyError if there is none."""
+        """Delete a capture and its files.
+
+        Raises:
+            KeyError: there is none.
+            StoreError: it cannot be deleted.
+        """
         folder = self.folder(capture_id)
         if folder.is_symlink() or not folder.is_dir():
             raise KeyError(capture_id)
         # Renamed first: what a crash leaves half deleted is no capture any more.
         doomed = self.root / f".removed-{capture_id}"
-        folder.rename(doomed)
+        try:
+            folder.rename(doomed)
+        except FileNotFoundError:  # somebody was faster
+            raise KeyError(capture_id) from None
+        except OSError as error:
+            raise self._unusable("nothing can be removed from", error) from None
         shutil.rmtree(doomed, ignore_errors=True)
 
     def sweep(self) -> None:
@@ -199,7 +217,9 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
 
     def trim(self, keep: str | None = None) -> list[str]:
-        """Delete the oldest finished captures until the rest takes ``max_bytes`` at most.
+        """Delete the oldest captures that have ended until the rest is neither too large nor too many.
+
+        And, where that helps, until a capture may start: the disk may be full of ours.
 
         Args:
             keep: the id of one that stays, whatever it takes.
@@ -209,16 +229,27 @@ class Store:
         """
         captures = self.all()
         sizes = {capture.id: self.size(capture.id) for capture in captures}
-        total, removed = sum(sizes.values()), []
-        for capture in reversed(captures):
-            if total <= self.max_bytes:
+        ended = [capture for capture in captures if capture.state in FINAL]
+        may_go = [capture.id for capture in reversed(ended) if capture.id != keep]
+        too_many, too_large = len(ended) - self._most_ended, sum(sizes.values()) - self.max_bytes
+        missing = self._missing_bytes()
+        if missing > sum(sizes[one] for one in may_go):
+            missing = 0  # of no use: something else fills the disk
+        removed = []
+        for one in may_go:
+            if max(too_many, too_large, missing) <= 0:
                 break
-            if capture.state in FINAL and capture.id != keep:
-                with contextlib.suppress(OSError, KeyError):
-                    self.remove(capture.id)
-                    total -= sizes[capture.id]
-                    removed.append(capture.id)
+            with contextlib.suppress(StoreError, KeyError):
+                self.remove(one)
+                removed.append(one)
+                too_many, too_large, missing = too_many - 1, too_large - sizes[one], missing - sizes[one]
         return removed
+
+    def _missing_bytes(self) -> int:
+        """How much more must be free for a capture to start."""
+        with contextlib.suppress(OSError):
+            return self._least_free - self.free_bytes()
+        return 0
 
     def size(self, capture_id: str) -> int:
         """Bytes that a capture takes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import http.client
 import json
@@ -402,6 +403,50 @@ def test_deleting_goes_no_further_than_the_folder(
     assert client.delete(f"/api/captures/{capture.id}").json()["removed"] is True
     assert (elsewhere / "mine").exists()
     problem(client.delete(f"/api/captures/{capture.id}"), 404)
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be removed, whoever asks: root may write where the mode says no."""
+
+    def refuse(path: Path, target: Path) -> Path:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+def test_what_cannot_be_removed_is_a_problem_that_names_the_mount(
+    client: TestClient, manager: Manager, read_only: None
+) -> None:
+    capture = done(manager, {})
+    detail = problem(client.delete(f"/api/captures/{capture.id}"), 409)["detail"]
+    assert f"mount a writable volume at {manager.store.root}" in detail
+    assert "LLMPROBE_CAPTURE_DIR" in detail
+    assert client.get(f"/api/captures/{capture.id}").json()["state"] == "done"
+
+
+def test_one_that_goes_on_is_stopped_where_it_cannot_be_removed(
+    client: TestClient, nsys: ScriptedNsys, read_only: None
+) -> None:
+    url = client.post("/api/captures", json={"when": NEVER}).json()["url"]
+    assert "LLMPROBE_CAPTURE_DIR" in problem(client.delete(url), 409)["detail"]
+    assert client.get(url).json()["state"] == "cancelled"
+
+
+def test_captures_that_go_while_they_are_listed_break_nothing(
+    client: TestClient, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays, goes = done(manager, {}), done(manager, {})
+    listed = manager.store.all
+
+    def all_and_then_one_goes() -> list[Capture]:
+        found = listed()
+        manager.store.remove(goes.id)
+        return found
+
+    monkeypatch.setattr(manager.store, "all", all_and_then_one_goes)
+    said = client.get("/api/captures").json()["captures"]
+    assert {stays.id} <= {capture["id"] for capture in said} <= {stays.id, goes.id}
 
 
 def test_a_report_is_not_there_before_its_time(client: TestClient, nsys: ScriptedNsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -71,10 +72,80 @@ def test_captures_come_newest_first(tmp_path: Path) -> None:
     assert ids(kept) == sorted(made, reverse=True)
 
 
-def test_what_cannot_be_read_is_no_capture(tmp_path: Path) -> None:
+def test_of_those_that_have_ended_the_newest_are_kept(tmp_path: Path) -> None:
+    kept = Store(tmp_path / "captures", 1 << 30, least_free_bytes=0, most_ended=2)
+    running = add(kept, 0, "recording")
+    made = [add(kept, number).id for number in (1, 2, 3, 4)]
+    kept.trim()
+    assert ids(kept) == [*reversed(made[-2:]), running.id]
+    assert kept.trim(keep=made[-2]) == []
+    add(kept, 5)
+    assert kept.trim(keep=made[-2]) == [made[-1]]
+
+
+class Disk(Store):
+    """A store on a disk of 10 000 bytes, of which others take ``others``."""
+
+    others = 0
+
+    def free_bytes(self) -> int:
+        return 10_000 - self.others - sum(self.size(path.name) for path in self.root.iterdir())
+
+
+def test_a_disk_that_captures_fill_makes_room_for_a_new_one(tmp_path: Path) -> None:
+    kept = Disk(tmp_path / "captures", 1 << 30, least_free_bytes=5000)
+    kept.root.mkdir(mode=0o700)
+    old = add(kept, 1, size=2500)
+    newer = add(kept, 2, size=2000)
+    assert ids(kept) == [newer.id, old.id]
+    new = add(kept, 3)
+    assert ids(kept) == [new.id, newer.id]
+
+
+def test_nothing_is_removed_for_a_disk_that_others_fill(tmp_path: Path) -> None:
+    kept = Disk(tmp_path / "captures", 1 << 30, least_free_bytes=5000)
+    kept.root.mkdir(mode=0o700)
+    old = add(kept, 1, size=2000)
+    kept.others = 8000
+    with pytest.raises(StoreError, match="MiB free"):
+        add(kept, 2)
+    assert ids(kept) == [old.id]
+
+
+def changed(**members: object) -> str:
+    request = {"tool": "nsys", "seconds": 1.0, "steps": None, "when": "now", "wait_seconds": 1.0, "label": ""}
+    state = {"id": "20261123-101501-ab12cd", "state": "done", "times": {}, "progress": None, "reason": None}
+    names = {"schema": 1, "owner": "/o", "server": "s", "group": "g", "notes": []}
+    return json.dumps({**state, **names, "request": request, **members})
+
+
+def test_the_state_that_the_next_test_changes_can_be_read(tmp_path: Path) -> None:
     kept = store(tmp_path)
     capture = add(kept, 1)
-    (kept.folder(capture.id) / "capture.json").write_text('{"schema": 1')
+    (kept.folder(capture.id) / "capture.json").write_text(changed())
+    assert ids(kept) == [capture.id]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"schema": 1',
+        "[" * 100_000,
+        changed(server="\ud800"),
+        changed(reason="\udfff"),
+        changed(notes=["\ud800"]),
+        changed(progress=float("inf")),
+        changed(progress=[]),
+        changed(times={"pending": 10**400}),
+        changed(request={"tool": "rm"}),
+        changed(request=[]),
+    ],
+    ids=lambda text: text[-40:],
+)
+def test_what_cannot_be_read_is_no_capture(tmp_path: Path, text: str) -> None:
+    kept = store(tmp_path)
+    capture = add(kept, 1)
+    (kept.folder(capture.id) / "capture.json").write_text(text)
     assert ids(kept) == []
     with pytest.raises(KeyError):
         kept.read(capture.id)
