@@ -33,15 +33,19 @@ class Problem(Exception):
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
-        """The JSON members."""
+        """The JSON members. Lone surrogates, which a request may hold and UTF-8 cannot, are "?" there."""
         return {
             "type": "about:blank",
             "title": http.HTTPStatus(self.status).phrase,
             "status": self.status,
-            "detail": self.detail,
-            "next": self.next,
+            "detail": _sayable(self.detail),
+            "next": _sayable(self.next),
         }
 
     def response(self) -> JSONResponse:
         """As an HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers, media_type=MEDIA_TYPE)
+
+
+def _sayable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()

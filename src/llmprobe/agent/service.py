@@ -94,8 +94,8 @@ class Switch(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     armed: bool = Field(description="Whether the probes shall record.")
-    servers: list[str] | None = Field(
-        None, description="The servers it is meant for, by their label; all if left out."
+    servers: list[Annotated[str, Field(max_length=128)]] | None = Field(
+        None, max_length=1024, description="The servers it is meant for, by their label; all if left out."
     )
 
 
@@ -136,7 +136,10 @@ def _add_reading(app: FastAPI, state: State) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse, summary="Every server's metrics for Prometheus")
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):  # of versions that are none
+            encode, content_type = choose_encoder("")
         return Response(encode(registry), media_type=content_type)
 
     @app.get("/healthz", summary="Whether the agent reads journals")

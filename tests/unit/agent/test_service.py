@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from llmprobe.agent.door import Door, door_for
 from llmprobe.agent.files import Token
+from llmprobe.agent.problems import Problem
 from llmprobe.agent.service import State, create_app
 from llmprobe.collect.collector import Collector
 from llmprobe.record.layout import Clock, Phase
@@ -75,6 +76,21 @@ def test_metrics_are_openmetrics_when_asked(client: TestClient) -> None:
     assert answer.text.endswith("# EOF\n")
 
 
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=xx",
+        "text/plain;version=zz;escaping=underscores",
+        "application/openmetrics-text;version=1.x",
+        "text/plain;version=",
+    ],
+)
+def test_metrics_are_there_whatever_version_is_asked_for(client: TestClient, accept: str) -> None:
+    answer = client.get("/metrics", headers={"Accept": accept})
+    assert answer.status_code == 200
+    assert "llmprobe_build_info" in answer.text
+
+
 def test_health_is_ok_while_journals_are_read(client: TestClient, state: State) -> None:
     assert client.get("/healthz").json()["processes"] == 1
     for stuck in (lambda: None, lambda: 60.0):
@@ -124,6 +140,20 @@ def test_the_switch_needs_the_token(client: TestClient, tmp_path: Path) -> None:
 def test_a_wrong_switch_is_a_problem(client: TestClient, token: Token, body: Any, tmp_path: Path) -> None:
     problem(client.post("/api/probe", json=body, headers=auth(token)), 422)
     assert not (tmp_path / "control.json").exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [rb'{"armed": true, "servers": ["\ud800"]}', rb'{"armed": true, "\ud800": 1}', rb'{"armed": "\ud800"}'],
+)
+def test_what_utf8_cannot_say_is_a_problem(client: TestClient, token: Token, body: bytes) -> None:
+    headers = {**auth(token), "Content-Type": "application/json"}
+    problem(client.post("/api/probe", content=body, headers=headers), 422)
+
+
+def test_a_problem_can_be_said_whatever_it_names() -> None:
+    said = json.loads(Problem(404, "No such server: \ud800.", "Ask for \udfff.").response().body)
+    assert (said["detail"], said["next"]) == ("No such server: ?.", "Ask for ?.")
 
 
 def test_an_unknown_server_is_named_with_those_there_are(client: TestClient, token: Token) -> None:
