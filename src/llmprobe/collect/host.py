@@ -15,7 +15,7 @@ from typing import Any
 
 from llmprobe.collect import cgroup, procfs
 from llmprobe.collect.host_threads import MAIN, OTHER, Threads
-from llmprobe.compute.host import HostSignals
+from llmprobe.compute.host import HostSignals, ThreadLoad
 
 MOST_LABELS = 8  #: of threads, `MAIN` and `OTHER` included
 
@@ -128,13 +128,14 @@ class HostWatch:
             return None
         loads = self._threads.loads(last.time_ns)
         cores = self._threads.cores(last.time_ns)
+        waits = [load.run_queue_ratio for load in loads if load.run_queue_ratio is not None]
         nodes = self._nodes
         return HostSignals(
             window_seconds=wall,
             cpus_allowed=len(cores),
-            threads=tuple(loads[:_SHOWN_THREADS]),
+            threads=_shown(loads),
             cpu_ratio=max(last.stat.cpu_seconds - first.stat.cpu_seconds, 0.0) / wall,
-            run_queue_ratio=loads[0].run_queue_ratio if loads else None,
+            run_queue_ratio=max(waits, default=None),
             voluntary_switches_per_second=(last.voluntary - first.voluntary) / wall,
             involuntary_switches_per_second=(last.involuntary - first.involuntary) / wall,
             minor_faults_per_second=(last.stat.minor_faults - first.stat.minor_faults) / wall,
@@ -223,6 +224,16 @@ class HostWatch:
         named = sum(ran_by_name.get(name, 0) for name in self._labels) / 1e9
         # From the sum over the whole process, so that what ended threads used is in it.
         self._other_seconds = max(self._other_seconds, cpu_seconds - named, 0.0)
+
+
+def _shown(loads: list[ThreadLoad]) -> tuple[ThreadLoad, ...]:
+    """The busiest, and the one that waited for a core most: starved, it is none of the busiest."""
+    shown = loads[:_SHOWN_THREADS]
+    if len(loads) > _SHOWN_THREADS:
+        starved = max(loads, key=lambda load: load.run_queue_ratio or 0.0)
+        if starved not in shown:
+            shown[-1] = starved
+    return tuple(shown)
 
 
 def _rate(before: float | None, now: float | None, wall_seconds: float) -> float | None:

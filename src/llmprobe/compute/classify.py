@@ -95,7 +95,9 @@ class _Case:
         self._old_kernels = seen.kernels is not None and seen.kernels.age_seconds > limits.kernel_age_seconds
         self._kernels: KernelEvidence | None = None if self._old_kernels else seen.kernels
         self._counters = self._usable_counters()
-        self._signs: tuple[Sign, ...] = signs(seen.host, limits)
+        found = signs(seen.host, limits)
+        self._signs: tuple[Sign, ...] = tuple(sign for sign in found if sign.explains)
+        self._circumstances: tuple[Sign, ...] = tuple(sign for sign in found if not sign.explains)
         # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
         self._device_queue = seen.clock != "host"
         self._bubbles_possible = self._device_queue and not seen.one_graph
@@ -180,7 +182,7 @@ class _Case:
         )
 
     def _unknown(self, cause: str, missing: tuple[str, ...]) -> Verdict:
-        shown = self._shown()
+        shown = self._shown(self._signs)
         return Verdict(self._seen.phase, UNKNOWN, cause, 0.0, missing[0], missing=missing, evidence=shown)
 
     # Waiting
@@ -215,7 +217,8 @@ class _Case:
             refuted = idle is not None and cause in _NOTHING_RUNS and idle < nothing / 2
             sure = roof is not None or refuted or (idle is not None and idle >= limits.sync_gap_ratio)
             votes.append(Vote("hardware counters", roof is None and not refuted, 1.0 if sure else 0.5))
-        explained = self._signs if cause in ("host_between_steps", "launch_bubbles", "sampling") else ()
+        of_host = cause in ("host_between_steps", "launch_bubbles", "sampling")
+        explained = self._signs if of_host else ()
         if explained:
             votes.append(Vote("host signals", True))
         bound = "" if self._kernels or not self._bubbles_possible else "at least "
@@ -231,7 +234,8 @@ class _Case:
             )
         if explained:
             reason += f"; {explained[0].text}"
-        return self._judged(SYNC, cause, votes, margin(stall.ratio, limits.sync_gap_ratio), reason)
+        told = self._signs + (self._circumstances if of_host else ())
+        return self._judged(SYNC, cause, votes, margin(stall.ratio, limits.sync_gap_ratio), reason, told)
 
     # Roofs
 
@@ -329,8 +333,16 @@ class _Case:
     # The verdict put together
 
     def _judged(
-        self, bottleneck: str, cause: str | None, votes: list[Vote], far: float, reason: str
+        self,
+        bottleneck: str,
+        cause: str | None,
+        votes: list[Vote],
+        far: float,
+        reason: str,
+        told: tuple[Sign, ...] | None = None,
     ) -> Verdict:
+        """``told``: the signs to show, if not all that explain."""
+        told = self._signs if told is None else told
         attained = attributes.attained(self._seen, bottleneck, self._mbu, self._mfu)
         near = None if attained is None else attained >= 1 - self._limits.near_roof_ratio
         return Verdict(
@@ -344,11 +356,11 @@ class _Case:
             attained_ratio=attained,
             bound_by_operator=attributes.operator(self._figures, bottleneck),
             headroom_seconds=attributes.headroom(self._seen, self._figures),
-            signs=tuple(sign.name for sign in self._signs),
-            evidence=self._shown(),
+            signs=tuple(sign.name for sign in told),
+            evidence=self._shown(told),
         )
 
-    def _shown(self) -> tuple[Evidence, ...]:
+    def _shown(self, told: tuple[Sign, ...]) -> tuple[Evidence, ...]:
         figures, limits, kernels, counters = self._figures, self._limits, self._kernels, self._counters
         shown: list[Evidence] = []
         if figures.sync_gap_ratio is not None:
@@ -371,9 +383,7 @@ class _Case:
             shown.append(Evidence("tensor_active_ratio", tensor, limits.tensor_active_ratio, "counter", age))
             if (active := counters.graphics_active_ratio) is not None:
                 shown.append(Evidence("graphics_active_ratio", active, None, "counter", age))
-        shown += [
-            Evidence(f"host_{sign.name}", sign.value, sign.threshold, "measured") for sign in self._signs
-        ]
+        shown += [Evidence(f"host_{sign.name}", sign.value, sign.threshold, "measured") for sign in told]
         return tuple(shown)
 
 

@@ -25,9 +25,9 @@ class HostSignals:
 
     window_seconds: float
     cpus_allowed: int  # cores that the process may run on
-    threads: tuple[ThreadLoad, ...]  # busiest first, at most 8
+    threads: tuple[ThreadLoad, ...]  # busiest first, at most 8, the one that waited most among them
     cpu_ratio: float  # of one core, all threads together
-    run_queue_ratio: float | None  # of the busiest thread
+    run_queue_ratio: float | None  # of the thread that waited for a core most
     voluntary_switches_per_second: float
     involuntary_switches_per_second: float
     minor_faults_per_second: float
@@ -41,6 +41,12 @@ class HostSignals:
     def busiest(self) -> ThreadLoad | None:
         """The thread that used most CPU time."""
         return self.threads[0] if self.threads else None
+
+    @property
+    def starved(self) -> ThreadLoad | None:
+        """The thread that waited for a core most; None where that is not known."""
+        known = [thread for thread in self.threads if thread.run_queue_ratio is not None]
+        return max(known, key=lambda thread: thread.run_queue_ratio or 0.0, default=None)
 
     @property
     def fullest(self) -> ThreadLoad | None:

@@ -10,12 +10,17 @@ from llmprobe.compute.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class Sign:
-    """One signal beyond its threshold. ``text`` is for people."""
+    """One signal beyond its threshold. ``text`` is for people.
+
+    ``explains``: whether it is a reason for a wait. What is not is a circumstance, of healthy servers too, that
+    makes waits longer where there are any.
+    """
 
     name: str
     value: float
     threshold: float
     text: str
+    explains: bool = True
 
 
 #: Every sign that `signs` may find.
@@ -26,15 +31,24 @@ SIGNS = (
     "involuntary_switches",
     "major_faults",
     "memory_pressure",
+    "minor_faults",
+    "cpu_pressure",
+    "numa_spread",
 )
+_CIRCUMSTANCES = ("numa_spread",)
 
 
 def signs(host: HostSignals | None, limits: Thresholds) -> tuple[Sign, ...]:
     """What stands out, gravest first; nothing where a signal is not known."""
     if host is None:
         return ()
-    busiest = host.busiest
+    busiest, starved = host.busiest, host.starved
     thread = busiest.name if busiest else ""
+    waits = host.run_queue_ratio
+    if starved is not None and starved.run_queue_ratio is not None:
+        waits = max(starved.run_queue_ratio, waits or 0.0)
+    # PSI does not say whose tasks wait; where the engine's own are known not to, they are others'.
+    pressed = host.cpu_pressure_ratio if waits is None or waits >= limits.run_queue_ratio else None
     seen: tuple[tuple[str, float | None, float, str], ...] = (
         (
             "throttled",
@@ -44,9 +58,9 @@ def signs(host: HostSignals | None, limits: Thresholds) -> tuple[Sign, ...]:
         ),
         (
             "run_queue",
-            host.run_queue_ratio,
+            waits,
             limits.run_queue_ratio,
-            f"thread {thread} waited for a core {{value:.0%}} of the time",
+            f"thread {starved.name if starved else ''} waited for a core {{value:.0%}} of the time",
         ),
         (
             "involuntary_switches",
@@ -67,14 +81,32 @@ def signs(host: HostSignals | None, limits: Thresholds) -> tuple[Sign, ...]:
             "tasks waited for memory {value:.0%} of the time",
         ),
         (
+            "minor_faults",
+            host.minor_faults_per_second,
+            limits.minor_faults_per_second,
+            "{value:.0f} page faults a second mapped memory anew",
+        ),
+        (
+            "cpu_pressure",
+            pressed,
+            limits.cpu_pressure_ratio,
+            "tasks waited for a core {value:.0%} of the time",
+        ),
+        (
             "thread_busy",
             busiest.cpu_ratio if busiest else None,
             limits.thread_busy_ratio,
             f"thread {thread} used {{value:.0%}} of a core",
         ),
+        (
+            "numa_spread",
+            host.numa_nodes_allowed,
+            limits.numa_nodes,
+            "its threads may run on {value:.0f} NUMA nodes",
+        ),
     )
     return tuple(
-        Sign(name, value, limit, text.format(value=value))
+        Sign(name, value, limit, text.format(value=value), explains=name not in _CIRCUMSTANCES)
         for name, value, limit, text in seen
         if value is not None and value >= limit
     )

@@ -185,6 +185,24 @@ class Thresholds:
     memory_pressure_ratio: float = _at(
         0.10, 0, 1, "share of time that tasks waited for memory (PSI)", _DESIGN
     )
+    minor_faults_per_second: float = _at(
+        100_000,
+        1,
+        1e8,
+        "page faults that mapped memory without reading it",
+        "about 1 µs each: a tenth of a core. vLLM on a CPU has 5000 to 10,000 under load",
+    )
+    cpu_pressure_ratio: float = _at(
+        0.50,
+        0.01,
+        1,
+        "share of time that tasks of the container, or the machine, waited for a core (PSI), "
+        "unless the engine's own threads are known not to",
+        _DESIGN,
+    )
+    numa_nodes: float = _at(
+        2, 2, 1024, "NUMA nodes that the engine's threads may run on: explains nothing by itself", _DESIGN
+    )
 
     @classmethod
     def rows(cls) -> tuple[Row, ...]:

@@ -141,6 +141,23 @@ def test_allowed_cores_and_their_numa_nodes_are_counted(root: Path) -> None:
     assert spread.numa_nodes_allowed == 2
 
 
+def test_the_thread_that_waits_most_is_among_those_shown(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler beside a worker that spins on the only core: it uses little, and wants much."""
+    watch = HostWatch(PID, root=root)
+    watch.sample(0)
+    later(root)
+    edit(task(root, "loader_1") / "schedstat", "2925770764", str(840531955 + BETWEEN_NS * 9 // 10))
+    watch.sample(BETWEEN_NS)
+    for shown, names in ((8, ["sampler_0", "loader_1"]), (1, ["loader_1"])):
+        monkeypatch.setattr("llmprobe.collect.host._SHOWN_THREADS", shown)
+        signals = watch.signals()
+        assert signals is not None
+        assert [thread.name for thread in signals.threads] == names
+        assert signals.run_queue_ratio == pytest.approx(0.9)
+        assert signals.starved is not None
+        assert signals.starved.name == "loader_1"
+
+
 def test_what_the_kernel_does_not_tell_is_absent(root: Path) -> None:
     for pattern in ("proc/*/task/*/schedstat", "proc/pressure/*", "sys/fs/cgroup/**/*.pressure"):
         for path in root.glob(pattern):
