@@ -235,7 +235,9 @@ class _Case:
         if explained:
             reason += f"; {explained[0].text}"
         told = self._signs + (self._circumstances if of_host else ())
-        return self._judged(SYNC, cause, votes, margin(stall.ratio, limits.sync_gap_ratio), reason, told)
+        found = self._judged(SYNC, cause, votes, margin(stall.ratio, limits.sync_gap_ratio), reason, told)
+        waits = {name: seconds / self._figures.steps for name, seconds in stall.by_cause.items() if seconds}
+        return replace(found, wait_seconds=waits)
 
     # Roofs
 

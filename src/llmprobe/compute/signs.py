@@ -12,8 +12,8 @@ from llmprobe.compute.thresholds import Thresholds
 class Sign:
     """One signal beyond its threshold. ``text`` is for people.
 
-    ``explains``: whether it is a reason for a wait. What is not is a circumstance, of healthy servers too, that
-    makes waits longer where there are any.
+    ``explains``: whether it is a reason for a wait. What is not is a circumstance, of healthy servers too,
+    that makes waits longer where there are any.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmprobe.compute.evidence import CounterEvidence, Evidence, KernelEvidence
 from llmprobe.compute.figures import PhaseFigures
@@ -79,7 +79,7 @@ class Verdict:
     ``share_ratio`` (of the window that the phase fills, gaps included) say under what load. ``near_roof`` is
     None where the device was not measured, ``bound_by_operator`` where no floor is known.
     ``headroom_seconds`` is what a step takes beyond its floor, by attainable roofs where they are known.
-    ``clock`` is that of the steps.
+    ``clock`` is that of the steps. ``wait_seconds``: what a step of a `SYNC` phase waits, by cause.
     """
 
     phase: str
@@ -99,3 +99,4 @@ class Verdict:
     share_ratio: float = 0.0
     clock: str = ""
     held_seconds: float = 0.0  # for how long this has been the verdict
+    wait_seconds: dict[str, float] = field(default_factory=dict)

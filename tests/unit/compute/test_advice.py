@@ -25,7 +25,7 @@ from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import BOTTLENECKS, CAUSES, UNKNOWN_CAUSES
 
 from .test_pressure import load, thread
-from .verdicts import figures, kernels, seen, verdict
+from .verdicts import counters, figures, kernels, seen, verdict
 
 SRC = Path(__file__).resolve().parents[3] / "src/llmprobe"
 ABOUT = {"@framework", "@clock", "@phase", "@operator", "@healthy", "@kv_usage", "@waiting"} | {
@@ -107,7 +107,7 @@ def test_entries_are_whole(entry: Entry) -> None:
             assert condition.fact in ABOUT
         else:
             assert condition.fact in recorded_flags()
-        if condition.operation == "above_fact":
+        if condition.operation in ("above_fact", "doubled_at_most_fact"):
             assert condition.value in recorded_flags()
     if entry.change is not None and entry.change.told_by:
         assert entry.change.told_by in recorded_flags()
@@ -226,6 +226,53 @@ def test_what_vllm_would_refuse_is_not_proposed() -> None:
         assert "memory_bound.quantization" not in findings(reads, quantization=quantised)
     assert "memory_bound.speculation" in findings(reads)
     assert "memory_bound.speculation" not in findings(reads, speculative_method="eagle3")
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(every_verdict()),
+    st.integers(1, 4096),
+    st.integers(1, 4096),
+    st.integers(1, 4096),
+    st.floats(0, 1),
+)
+def test_no_more_sequences_are_proposed_than_tokens_fit_into_a_step(
+    judged: tuple[str, str | None], seqs: int, tokens: int, batch: int, kv_usage: float
+) -> None:
+    """vLLM: "max_num_batched_tokens must be greater than or equal to max_num_seqs"."""
+    on = target(max_num_seqs=seqs, max_num_batched_tokens=tokens)
+    found = [*advise(verdict(*judged), figures(decode_tokens=1000 * batch), on)]
+    under = load(running=seqs, waiting=9, kv_usage=kv_usage, queue_seconds=0.09, max_num_seqs=seqs)
+    for pressed in pressures(under, Thresholds()):
+        found += advise_pressure(pressed, under, on)
+    for item in found:
+        if item.flag == "max_num_seqs" and item.proposed > seqs:
+            assert item.proposed <= tokens
+        if item.flag == "max_num_batched_tokens":
+            assert item.proposed >= tokens
+
+
+def test_more_sequences_are_proposed_where_they_fit() -> None:
+    under = load(running=256, waiting=9, kv_usage=0.2, queue_seconds=0.09, max_num_seqs=256)
+    found = worst(pressures(under, Thresholds()))
+    for tokens, proposed in ((256, []), (511, []), (512, [512])):
+        on = target(max_num_seqs=256, max_num_batched_tokens=tokens)
+        for kind in ("queue", "sequence_limit"):
+            advice = advise_pressure(found[kind], under, on)
+            assert advice
+            assert [item.proposed for item in advice if item.flag == "max_num_seqs"] == proposed
+
+
+def test_the_gain_is_the_wait_that_the_reason_tells() -> None:
+    """Something was seen to run in 0.4 of the gaps; a counter alone saw bubbles; nothing but the clock."""
+    looked = seen(figures(span=6.0, gap=4.0), kernels=kernels(0.0, gap_busy_ratio=0.4))
+    counted = seen(figures(mbu=0.2, mfu=0.01), counters=counters(0.15, 0.0, graphics_active_ratio=0.4))
+    between = seen(figures(span=6.0, gap=3.0))
+    for observation, milliseconds in ((looked, 2.4), (counted, 5.0), (between, 3.0)):
+        found = classify(observation, Thresholds())
+        assert f"({milliseconds:.2f} ms a step)" in found.reason
+        (first, *_) = advise(found, observation.figures, target(enforce_eager=True, async_scheduling=False))
+        assert first.gain_seconds == pytest.approx(milliseconds / 1e3, abs=1e-5)
 
 
 def test_larger_graphs_are_for_batches_beyond_them() -> None:
@@ -363,7 +410,8 @@ def test_no_gain_is_larger_than_the_step(
 ) -> None:
     found = figures(mbu=mbu, mfu=mfu, gap=gap)
     step = found.seconds / found.steps
-    said = verdict(*judged, phase=phase, healthy=healthy, headroom_seconds=step / 2)
+    waits = {judged[1]: gap / found.steps} if judged[0] == "sync_bound" and judged[1] else {}
+    said = verdict(*judged, phase=phase, healthy=healthy, headroom_seconds=step / 2, wait_seconds=waits)
     for item in advise(said, found, target(dtype="float32")):
         assert item.gain_seconds is None or 0 < item.gain_seconds <= step
         assert item.gain_throughput is None or 1 < item.gain_throughput <= 2

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Operation = Literal["is", "is_not", "above", "above_fact", "at_most", "known", "absent"]
+Operation = Literal[
+    "is", "is_not", "above", "above_fact", "at_most", "doubled_at_most_fact", "known", "absent"
+]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class When:
     pressure, ``@running_ratio`` (how many decode, or run, of ``max_num_seqs``), ``@front_end_wait`` (share of
     the time that the front end's thread is known to have waited for a core). A fact that is not known
     fulfils ``is_not`` and ``absent`` alone.
-    ``above_fact`` compares with the fact that ``value`` names.
+    ``above_fact`` compares with the fact that ``value`` names; so does ``doubled_at_most_fact``, with twice
+    the fact: what a change to ``x2`` would set.
     """
 
     fact: str
@@ -41,6 +44,9 @@ class When:
         if self.operation == "above_fact":
             other = facts.get(self.value)
             return other is not None and bool(known > other)
+        if self.operation == "doubled_at_most_fact":
+            other = facts.get(self.value)
+            return other is not None and bool(2 * known <= other)
         return bool(known > self.value) if self.operation == "above" else bool(known <= self.value)
 
 
@@ -97,5 +103,7 @@ GPU = When("@clock", "is_not", "host")
 CPU = When("@clock", "is", "host")
 CAPTURE = "llmprobe capture {server} --seconds 2"
 STATUS = "llmprobe status"
+#: vLLM refuses a limit on sequences that is above its budget of tokens.
+SEQS_FIT_TWICE = When("max_num_seqs", "doubled_at_most_fact", "max_num_batched_tokens")
 #: A limit on the batch matters only to a batch that comes near it.
 AT_LIMIT = When("@batch_ratio", "above", 0.8)

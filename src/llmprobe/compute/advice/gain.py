@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmprobe.compute.figures import PhaseFigures
-from llmprobe.compute.verdict import CAUSES, Verdict
+from llmprobe.compute.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,7 @@ def _memory(figures: PhaseFigures, *operators: str) -> float:
 
 
 def _stall(verdict: Verdict, figures: PhaseFigures) -> Gain | None:
-    component = CAUSES.get(verdict.cause or "")
-    if component is None:
-        return None
-    waited = figures.components.get(component, 0.0)
-    if component == "host_gap":
-        waited = figures.gap_seconds
-    seen = {item.quantity: item.value for item in verdict.evidence}
-    if component == "launch_gap":
-        waited = seen.get("launch_gap_ratio", 0.0) * figures.span_seconds
-    return _saved(waited / figures.steps, figures)
+    return _saved(verdict.wait_seconds.get(verdict.cause or "", 0.0), figures)
 
 
 def _headroom(verdict: Verdict, figures: PhaseFigures) -> Gain | None:

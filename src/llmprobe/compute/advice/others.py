@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmprobe.compute.advice.entry import CAPTURE, GPU, STATUS, VLLM, Change, Entry, When
+from llmprobe.compute.advice.entry import CAPTURE, GPU, SEQS_FIT_TWICE, STATUS, VLLM, Change, Entry, When
 
 _THREADS = "top -H -b -n 1 | head -n 20"
 _UNKNOWN = "unknown"
@@ -117,7 +117,7 @@ PRESSURE = (
         "TPOT of single requests rises with the batch.",
         STATUS,
         "",
-        (VLLM, When("@kv_usage", "at_most", 0.8), When("@running_ratio", "above", 0.8)),
+        (VLLM, When("@kv_usage", "at_most", 0.8), When("@running_ratio", "above", 0.8), SEQS_FIT_TWICE),
         Change("max_num_seqs", "x2"),
     ),
     Entry(
@@ -174,7 +174,7 @@ PRESSURE = (
         "TPOT of single requests rises; the KV cache must hold them.",
         STATUS,
         "",
-        (VLLM, When("max_num_seqs", "known")),
+        (VLLM, SEQS_FIT_TWICE),
         Change("max_num_seqs", "x2"),
     ),
     Entry(

@@ -7,6 +7,7 @@ from llmprobe.compute.advice.entry import (
     CAPTURE,
     CPU,
     GPU,
+    SEQS_FIT_TWICE,
     STATUS,
     TRANSFORMERS,
     VLLM,
@@ -50,7 +51,7 @@ MEMORY = (
         "TPOT of single requests rises; the KV cache must hold the batch.",
         STATUS,
         "batch",
-        (VLLM, When("@operator", "is_not", "attention"), AT_LIMIT),
+        (VLLM, When("@operator", "is_not", "attention"), AT_LIMIT, SEQS_FIT_TWICE),
         Change("max_num_seqs", "x2"),
     ),
     Entry(
@@ -272,7 +273,7 @@ OTHER = (
         "TPOT of single requests rises.",
         CAPTURE,
         "headroom",
-        (VLLM, When("max_num_seqs", "at_most", 8), AT_LIMIT),
+        (VLLM, When("max_num_seqs", "at_most", 8), AT_LIMIT, SEQS_FIT_TWICE),
         Change("max_num_seqs", "x2"),
     ),
     Entry(

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from llmprobe.compute.advice.entry import AT_LIMIT, CAPTURE, CPU, GPU, TRANSFORMERS, VLLM, Change, Entry, When
+from llmprobe.compute.advice.entry import (
+    AT_LIMIT,
+    CAPTURE,
+    CPU,
+    GPU,
+    SEQS_FIT_TWICE,
+    TRANSFORMERS,
+    VLLM,
+    Change,
+    Entry,
+    When,
+)
 
 _SYNC = "sync_bound"
 
@@ -91,7 +102,7 @@ ENTRIES = (
         "TPOT of single requests rises with the batch.",
         CAPTURE,
         "stall",
-        (VLLM, AT_LIMIT),
+        (VLLM, AT_LIMIT, SEQS_FIT_TWICE),
         Change("max_num_seqs", "x2"),
     ),
     Entry(
@@ -229,7 +240,7 @@ ENTRIES = (
         "The custom all-reduce, quicker for small messages, is switched off.",
         "It needs GPUs that reach each other directly.",
         "nvidia-smi topo -m",
-        "",
+        "stall",
         (VLLM, When("tensor_parallel_size", "above", 1), When("disable_custom_all_reduce", "is", True)),
         Change("disable_custom_all_reduce", False),
     ),
@@ -251,6 +262,7 @@ ENTRIES = (
         "Ranks wait for each other, or for the links between them; a capture of all ranks shows for which.",
         "None: only a look.",
         CAPTURE,
+        "stall",
     ),
     Entry(
         "sync_bound.offload",
@@ -259,7 +271,7 @@ ENTRIES = (
         "Weights or cache are moved in from the host in every step.",
         "Needs GPU memory: a smaller model, quantised weights, or more GPUs.",
         CAPTURE,
-        "",
+        "stall",
         (TRANSFORMERS, When("device_map", "known")),
     ),
     Entry(
@@ -269,5 +281,6 @@ ENTRIES = (
         "Copies between host and device run while nothing computes; a capture shows which.",
         "None: only a look.",
         CAPTURE,
+        "stall",
     ),
 )
