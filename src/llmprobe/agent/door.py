@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llmprobe.agent.bucket import HOLD_SECONDS, Bucket, hold
 from llmprobe.agent.files import Token
 from llmprobe.agent.problems import Problem
 from llmprobe.agent.sessions import Sessions
@@ -170,9 +171,15 @@ class DoorKeeper:
     The request's state gets ``by_session``, and ``admitted``, which asks the door again.
     """
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    def __init__(self, app: ASGIApp, door: Door, hold_seconds: float = HOLD_SECONDS) -> None:
+        """
+        Args:
+            hold_seconds: how long one waits for a refusal, once there are too many of them.
+        """
         self._app = app
         self._door = door
+        self._hold_seconds = hold_seconds
+        self._refusals = Bucket(rate=50, burst=100)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the problem, or pass the request on."""
@@ -180,6 +187,8 @@ class DoorKeeper:
             headers = Headers(scope=scope)
             problem = self._door.check(scope["method"], scope["path"], headers)
             if problem is not None:
+                if not self._refusals.take():
+                    await hold(scope, receive, self._hold_seconds)
                 await problem.response()(scope, receive, send)
                 return
             state = scope.setdefault("state", {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import struct
 import time
@@ -15,56 +16,68 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmprobe.agent.door import is_guarded
+from llmprobe.agent.bucket import HOLD_SECONDS, Bucket, gone, hold
+from llmprobe.agent.door import PUBLIC_PATHS, is_guarded
 from llmprobe.agent.problems import Problem
 
 log = logging.getLogger("llmprobe.audit")
 
 MOST_BODY_BYTES = 64 << 10
 _BODY_SECONDS = 10.0
-
-
-class Bucket:
-    """So many calls a second, and a burst of so many at once."""
-
-    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._clock = clock
-        self._left = burst
-        self._at = clock()
-
-    def take(self) -> bool:
-        """Whether one more call fits."""
-        now = self._clock()
-        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+#: For scrapes, and again for all else that is read without a token.
+_SHARE_OF_CORE = 0.1
+_BURST_SECONDS = 2.0
+#: What a call takes beside its handler, about: to parse it, and to write the answer.
+_CALL_SECONDS = 0.001
 
 
 class Limits:
-    """ASGI middleware: bodies of at most 64 KiB within 10 s; guarded calls at a bounded rate."""
+    """ASGI middleware: bodies of at most 64 KiB within 10 s, guarded calls at a bounded rate, a bounded share
+    of a core for the others.
+
+    What those take is paid for when it is known: a scrape may take a hundred times as long as a look at the
+    agent's health, and with many servers a hundred times as long as with one.
+    """
 
     def __init__(
-        self, app: ASGIApp, bucket: Bucket | None = None, body_seconds: float = _BODY_SECONDS
+        self,
+        app: ASGIApp,
+        *,
+        bounded: bool = True,
+        body_seconds: float = _BODY_SECONDS,
+        hold_seconds: float = HOLD_SECONDS,
+        work: Callable[[], float] = time.thread_time,
     ) -> None:
+        """
+        Args:
+            bounded: whether calls that need no token are bounded too.
+            hold_seconds: how long those wait for their 429.
+            work: seconds that the event loop's thread has worked.
+        """
         self._app = app
-        self._bucket = bucket or Bucket(rate=50, burst=100)
+        self._bounded = bounded
         self._body_seconds = body_seconds
+        self._hold_seconds = hold_seconds
+        self._work = work
+        self._calls = Bucket(rate=50, burst=100)
+        self._scrapes = Bucket(rate=_SHARE_OF_CORE, burst=_BURST_SECONDS)
+        self._reads = Bucket(rate=_SHARE_OF_CORE, burst=_BURST_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the body within the limits and pass it on, or answer with the problem."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        budget = None
         try:
-            if is_guarded(scope["method"], scope["path"]) and not self._bucket.take():
-                raise Problem(
-                    429, "Too many calls.", "Ask less often; once a second shows all.", {"Retry-After": "1"}
-                )
+            if is_guarded(scope["method"], scope["path"]):
+                if not self._calls.take():
+                    raise _too_many(1.0)
+            elif self._bounded:
+                budget = self._scrapes if scope["path"] in PUBLIC_PATHS else self._reads
+                if empty := budget.empty_seconds():
+                    await hold(scope, receive, self._hold_seconds)
+                    raise _too_many(empty)
             body = await asyncio.wait_for(_body(receive), self._body_seconds)
         except asyncio.TimeoutError:
             late = Problem(408, f"The body took over {self._body_seconds:g} s.", "Send it at once.")
@@ -76,7 +89,28 @@ class Limits:
         if body is None:
             return  # the caller has left
         scope.setdefault("state", {})["abort"] = _abort_of(receive)
+        if budget is not None:
+            send = self._paying(budget, send)
         await self._app(scope, _replay(body, receive), send)
+
+    def _paying(self, budget: Bucket, send: Send) -> Send:
+        """``send`` that pays for what was done before the answer begins: later, streams wait for events.
+
+        Handlers work on the event loop and without a pause, so that it is theirs alone.
+        """
+        begun = self._work()
+
+        async def paying(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                budget.pay(self._work() - begun + _CALL_SECONDS)
+            await send(message)
+
+        return paying
+
+
+def _too_many(seconds: float) -> Problem:
+    after = str(max(1, math.ceil(seconds)))
+    return Problem(429, "Too many calls.", "Ask less often; once a second shows all.", {"Retry-After": after})
 
 
 async def abort(scope: Scope, receive: Receive) -> None:
@@ -88,8 +122,7 @@ async def abort(scope: Scope, receive: Receive) -> None:
     if end is None:
         return
     end()
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await gone(receive)
 
 
 def _abort_of(receive: Receive) -> Callable[[], None] | None:

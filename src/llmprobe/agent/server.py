@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from llmprobe.agent import daemon, listen
 from llmprobe.agent.captures import Watched
+from llmprobe.agent.connections import MOST_CONNECTIONS, Connection
 from llmprobe.agent.door import Door, door_for
 from llmprobe.agent.event_log import EventLog
 from llmprobe.agent.events import Watch
@@ -229,14 +230,14 @@ class _Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="asyncio",
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=256,
+                limit_concurrency=MOST_CONNECTIONS + 1,
                 timeout_graceful_shutdown=2,
             )
         )

@@ -2,103 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import errno
-import functools
-import http.client
 import json
 import logging
 import os
-import socket
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from capture.scripted_nsys import ScriptedNsys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from llmprobe.agent import limits
 from llmprobe.agent.captures import Watched
 from llmprobe.agent.door import Door, door_for
 from llmprobe.agent.files import Token
-from llmprobe.agent.limits import Bucket, Limits
 from llmprobe.agent.service import State, create_app
 from llmprobe.capture.manager import Manager
 from llmprobe.capture.session import Capture, Request
-from llmprobe.capture.store import LIVE, PUBLIC_FILES, RAW, Store
+from llmprobe.capture.store import LIVE, PUBLIC_FILES, RAW
 from llmprobe.collect.collector import Collector
 from llmprobe.record.layout import Clock, Phase
 from llmprobe.record.recorder import Recorder
 
-FACTS = {"group": "g", "role": "program", "server": "prog", "model_name": "m", "framework": "transformers"}
+from .served import FACTS, HERE, problem
+
 NEVER = "sync_gap_ratio > 9"
-HERE = "http://127.0.0.1:9480"
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    """The agent's state over a real journal, with a server that the scripted nsys can capture."""
-    recorder = Recorder.open(tmp_path, "program", FACTS)
-    for number in range(1, 4):
-        at = number * 10_000_000
-        recorder.begin(int(Phase.DECODE), 1, at)
-        times = (at, at + 5_000_000, at + 5_000_000, at + 6_000_000)
-        counts = {"requests": 1, "prefill_requests": 0, "prompt_tokens": 0, "decode_tokens": 1}
-        recorder.step(number, at, int(Phase.DECODE), int(Clock.HOST), 0, times, **counts)
-    collector = Collector(tmp_path, own_writers=lambda: {recorder.writer.path: recorder.writer})
-    collector.tick(final=True)
-    store = Store(tmp_path / "captures", 1 << 20, least_free_bytes=0)
-    manager = Manager(store, tmp_path, Watched(collector), max_seconds=60.0)
-    yield State(collector, tmp_path, since_read=lambda: 0.1, captures=manager)
-    manager.close()
-    collector.close()
-    recorder.close(remove=True)
-
-
-@pytest.fixture
-def manager(state: State) -> Manager:
-    assert state.captures is not None
-    return state.captures
-
-
-@pytest.fixture
-def nsys(tmp_path: Path) -> ScriptedNsys:
-    return ScriptedNsys(tmp_path / "scripted", tmp_path)
-
-
-@pytest.fixture
-def token(tmp_path: Path) -> Token:
-    return Token.make(tmp_path)
-
-
-@pytest.fixture
-def bare(state: State, token: Token) -> TestClient:
-    """Over loopback, without the token."""
-    door = door_for("127.0.0.1", token, token_file_given=False)
-    return TestClient(create_app(state, door), base_url=HERE, raise_server_exceptions=True)
-
-
-@pytest.fixture
-def client(bare: TestClient, token: Token) -> TestClient:
-    """Over loopback, with the token."""
-    bare.headers["Authorization"] = f"Bearer {token.value()}"
-    return bare
-
-
-def problem(answer: Any, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    body = answer.json()
-    assert body["next"].endswith(".")
-    return dict(body)
 
 
 def done(manager: Manager, files: dict[str, bytes]) -> Capture:
@@ -455,43 +386,6 @@ def test_a_report_is_not_there_before_its_time(client: TestClient, nsys: Scripte
     problem(client.get(f"{url}/files/report.json"), 409)
 
 
-def test_a_large_body_is_413(client: TestClient) -> None:
-    problem(client.post("/api/captures", content=b"x" * 70_000), 413)
-    problem(client.post("/api/captures", content=(b"x" * 1000 for _ in range(70))), 413)
-
-
-@pytest.fixture
-def standing_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No time passes for those who count calls: a slow machine must not be let through."""
-    monkeypatch.setattr(limits, "Bucket", functools.partial(limits.Bucket, clock=lambda: 0.0))
-
-
-def test_too_many_calls_are_429_and_scrapes_go_on(standing_still: None, client: TestClient) -> None:
-    codes = [client.get("/api/captures").status_code for _ in range(110)]
-    assert codes == [200] * 100 + [429] * 10
-    refused = client.get("/api/captures")
-    assert refused.headers["retry-after"]
-    assert client.get("/metrics").status_code == 200
-    assert client.get("/api/status").status_code == 200
-
-
-def test_callers_without_the_token_do_not_use_up_the_calls(bare: TestClient, token: Token) -> None:
-    for _ in range(300):
-        assert bare.get("/api/captures").status_code == 401
-    answer = bare.get("/api/captures", headers={"Authorization": f"Bearer {token.value()}"})
-    assert answer.status_code == 200
-
-
-def test_a_bucket_fills_again() -> None:
-    now = 0.0
-    bucket = Bucket(rate=2, burst=3, clock=lambda: now)
-    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
-    now = 0.5
-    assert [bucket.take() for _ in range(2)] == [True, False]
-    now = 60.0
-    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
-
-
 def test_every_call_is_in_the_log_with_its_outcome(
     bare: TestClient, token: Token, nsys: ScriptedNsys, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -554,76 +448,6 @@ def test_no_body_and_no_path_makes_it_fail(state: State, body: Any, capture_id: 
         assert answer.status_code < 500
         if answer.status_code >= 400:
             assert answer.headers["content-type"] == "application/problem+json"
-
-
-@contextlib.contextmanager
-def serving(app: Any) -> Iterator[tuple[str, int]]:
-    """The app behind a real socket; its address."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, http="h11", lifespan="off", log_config=None, ws="none")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.01)
-            yield listener.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
-def test_a_slow_body_is_408_and_holds_nobody_up(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Limits.__init__, "__defaults__", (None, 0.3))
-    with serving(create_app(state, Door("unix", None))) as address:
-        slow = socket.create_connection(address)
-        slow.sendall(
-            b"POST /api/captures HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
-            b"Content-Type: application/json\r\n\r\n{"
-        )
-        quick = socket.create_connection(address)
-        quick.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        assert quick.makefile("rb").readline().startswith(b"HTTP/1.1 200")
-        assert slow.makefile("rb").readline().startswith(b"HTTP/1.1 408")
-        quick.close()
-        slow.close()
-
-
-def test_a_flood_of_calls_begins_nothing_and_breaks_nothing(
-    standing_still: None, state: State, token: Token, manager: Manager, caplog: pytest.LogCaptureFixture
-) -> None:
-    """How it looks from the server that is watched is measured: benchmarks/capture_cost.py --flood."""
-    caplog.set_level(logging.INFO)
-    seen: list[tuple[bool, int]] = []
-    app = create_app(state, door_for("127.0.0.1", token, token_file_given=False))
-
-    def call(address: tuple[str, int], known: bool) -> None:
-        connection = http.client.HTTPConnection(*address, timeout=60)
-        headers = {"Authorization": f"Bearer {token.value() if known else 'wrong'}"}
-        headers["Content-Type"] = "application/json"
-        for _ in range(100):
-            connection.request("POST", "/api/captures", b'{"tool": "nsys"}', headers)
-            answer = connection.getresponse()
-            answer.read()
-            seen.append((known, answer.status))
-        connection.close()
-
-    with serving(app) as address:
-        threads = [threading.Thread(target=call, args=(address, number % 2 == 0)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        connection = http.client.HTTPConnection(*address, timeout=60)
-        connection.request("GET", "/metrics")
-        assert connection.getresponse().status == 200
-        connection.close()
-    # There is no nsys here, so what the limit lets through is refused for that.
-    assert Counter(seen) == {(True, 409): 100, (True, 429): 100, (False, 401): 200}
-    assert manager.all() == []
-    said = [record for record in caplog.records if record.name == "llmprobe.audit"]
-    assert len(said) <= 100  # the log is not flooded either
 
 
 def test_no_word_of_a_request_reaches_a_command_line(

@@ -79,6 +79,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[State]:
     """An agent with one server that the scripted nsys captures, and one capture that is done."""
     monkeypatch.setattr(managing, "_STARTS_PER_MINUTE", 1 << 30)  # or most answers would be 429
     monkeypatch.setattr(limits.Bucket, "take", lambda self: True)
+    monkeypatch.setattr(limits.Bucket, "pay", lambda self, amount: None)
     recorder = Recorder.open(tmp_path, "program", FACTS)
     counts = {"requests": 1, "prefill_requests": 0, "prompt_tokens": 0, "decode_tokens": 1}
     recorder.begin(int(StepPhase.DECODE), 1, 1)
