@@ -122,9 +122,10 @@ class Judge:
                     host=shown.host,
                     one_graph=launched_whole(shown.facts.get("flags") or {}, phase, tokens),
                     no_model=no_model,
+                    running_seconds=_running(shown, phase),
                 )
                 found = long.get(phase)
-                weight = found.seconds if found else 0.0
+                weight = (found.seconds if found else 0.0) + min(seen.running_seconds, long_seconds)
                 whole[phase].append((weight, classify(seen, self._limits, state.standing)))
                 observed[phase] = weight, seen
                 if found and (phase not in largest or found.seconds > largest[phase].seconds):
@@ -207,6 +208,12 @@ class Judge:
             )
             cause = verdict.cause or ""
             of_class[cause] = of_class.get(cause, 0.0) + seconds
+
+
+def _running(rank: RankView, phase: str) -> float:
+    """For how long a step of a phase has run that has not ended; one that nobody could read may be of any."""
+    running = rank.running
+    return running.seconds if running is not None and running.phase in (phase, None) else 0.0
 
 
 def _counters_within(rank: RankView, seconds: float) -> CounterEvidence | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from llmprobe.collect.process import Rank
-from llmprobe.collect.stalls import find_stall
+from llmprobe.collect.stalls import find_stall, running_step
 from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.views import RankView
 from llmprobe.collect.watches import Watches
@@ -80,6 +80,7 @@ def rank_view(
         kernels=rank.windows.evidence(now),
         top_kernels=rank.windows.top(now),
         kernel_totals=rank.windows.totals(),
+        running=running_step(rank, pending, now) if armed and not inert else None,
         stall=find_stall(rank, pending, now, process.engine if several_engines else None)
         if armed and not inert
         else None,

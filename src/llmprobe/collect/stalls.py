@@ -7,7 +7,8 @@ import dataclasses
 from llmprobe.collect.process import Rank
 from llmprobe.compute import stall
 from llmprobe.compute.intervals import Intervals
-from llmprobe.compute.stall import Stall
+from llmprobe.compute.stall import RunningStep, Stall
+from llmprobe.compute.steps import PHASES
 
 _RECENT = 1000  # steps that say how long a step takes
 _LEAST_NS = round(stall.LEAST_SECONDS * 1e9)
@@ -30,8 +31,7 @@ def find_stall(rank: Rank, pending: Intervals | None, now_ns: int, engine: int |
     last_end = 0 if newest is None else int(newest["e3"])
     if now_ns - max(running or 0, last_end) < _LEAST_NS:
         return None  # as nearly always: nothing else need be looked at
-    open_spans = pending[pending[:, 1] > now_ns] if pending is not None else None
-    since = int(open_spans[-1, 0]) if open_spans is not None and len(open_spans) else None
+    since = _pending_since(pending, now_ns)
     found = stall.find(
         begun=progress.begun,
         begun_ns=progress.time,
@@ -45,3 +45,28 @@ def find_stall(rank: Rank, pending: Intervals | None, now_ns: int, engine: int |
         pending_known=pending is not None,
     )
     return None if found is None else dataclasses.replace(found, engine=engine)
+
+
+def running_step(rank: Rank, pending: Intervals | None, now_ns: int) -> RunningStep | None:
+    """The step that a live rank is in while requests are unfinished; None where there is none.
+
+    Args:
+        rank: the rank.
+        pending: when its engine had unfinished requests; None where nobody tells: a step is then itself work.
+        now_ns: CLOCK_MONOTONIC.
+    """
+    progress, since = rank.process.progress, rank.running_since()
+    if progress is None or since is None or not rank.process.alive:
+        return None
+    if pending is not None and _pending_since(pending, now_ns) is None:
+        return None
+    phase = PHASES[progress.phase] if progress.phase < len(PHASES) else None
+    return RunningStep(phase, max(now_ns - since, 0) / 1e9)
+
+
+def _pending_since(pending: Intervals | None, now_ns: int) -> int | None:
+    """Since when requests have been unfinished; None if none is, or nobody tells."""
+    if pending is None:
+        return None
+    open_spans = pending[pending[:, 1] > now_ns]
+    return int(open_spans[-1, 0]) if len(open_spans) else None

@@ -22,7 +22,7 @@ from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.host import HostSignals
 from llmprobe.compute.kernel_windows import TopKernel
 from llmprobe.compute.pressure import Pressure
-from llmprobe.compute.stall import Stall
+from llmprobe.compute.stall import RunningStep, Stall
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import Verdict
 
@@ -137,6 +137,8 @@ class RankView:
     host: HostSignals | None = None
     #: Cumulative, likewise.
     host_totals: HostTotals | None = None
+    #: The step that it is in while requests are unfinished.
+    running: RunningStep | None = None
     #: What it hangs in; None while it gets on, or has nothing to do.
     stall: Stall | None = None
     #: The file that its process writes.

@@ -50,8 +50,12 @@ def classify(
     least = limits.idle_steps if idle_steps is None else idle_steps
     if figures is None or _idle(figures, seen.window_seconds, least, limits):
         steps = figures.steps if figures else 0
-        reason = f"{steps} steps in {seen.window_seconds:g} s"
-        return _with_load(Verdict(seen.phase, IDLE, None, 1.0, reason), seen)
+        ended = f"{steps} steps in {seen.window_seconds:g} s"
+        if _running(seen, limits):
+            why = f"{ended}, and one has been running for {seen.running_seconds:.0f} s"
+            found = Verdict(seen.phase, UNKNOWN, "step_running", 0.0, why, missing=(why,))
+            return _with_load(found, seen, min(seen.running_seconds, seen.window_seconds))
+        return _with_load(Verdict(seen.phase, IDLE, None, 1.0, ended), seen)
     case = _Case(seen, figures, limits, limits.favouring(current))
     return _with_load(case.verdict(), seen)
 
@@ -61,15 +65,21 @@ def _idle(figures: PhaseFigures, window_seconds: float, least: float, limits: Th
     return figures.steps == 0 or (figures.steps < least and share < limits.idle_share_ratio)
 
 
-def _with_load(verdict: Verdict, seen: Observation) -> Verdict:
+def _running(seen: Observation, limits: Thresholds) -> bool:
+    """Whether a step that has not ended makes a phase busy: it is in no figure yet, and it is no idleness."""
+    ended = seen.figures.seconds if seen.figures else 0.0
+    least = limits.idle_share_ratio * seen.window_seconds
+    return seen.running_seconds > 0 and ended + seen.running_seconds >= least
+
+
+def _with_load(verdict: Verdict, seen: Observation, running_seconds: float = 0.0) -> Verdict:
     figures = seen.figures
-    if figures is None:
-        return replace(verdict, clock=seen.clock)
+    seconds = (figures.seconds if figures else 0.0) + running_seconds
     return replace(
         verdict,
         clock=seen.clock,
-        steps_per_second=figures.steps_per_second,
-        share_ratio=min(figures.seconds / seen.window_seconds, 1.0) if seen.window_seconds > 0 else 0.0,
+        steps_per_second=figures.steps_per_second if figures else 0.0,
+        share_ratio=min(seconds / seen.window_seconds, 1.0) if seen.window_seconds > 0 else 0.0,
     )
 
 

@@ -46,6 +46,14 @@ class StepSeen:
 
 
 @dataclass(frozen=True)
+class RunningStep:
+    """A step that has begun and not ended, with work pending."""
+
+    phase: str | None  # None where nobody could read it
+    seconds: float  # since it began
+
+
+@dataclass(frozen=True)
 class Stall:
     """An engine that has not got on."""
 

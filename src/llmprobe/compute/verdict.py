@@ -28,6 +28,7 @@ UNKNOWN_CAUSES = (
     "contradiction",
     "shared_gpu",
     "changing",
+    "step_running",
 )
 #: What a `SYNC` phase waits for → the component of `llmprobe.compute.accounting.COMPONENTS`.
 CAUSES = {
@@ -53,6 +54,7 @@ class Observation:
         host: of the engine's process.
         one_graph: each step was launched as one CUDA graph, see `llmprobe.compute.graphs`.
         no_model: why MBU and MFU are not known, if that is a matter of the model.
+        running_seconds: for how long a step of it has been running that has not ended, with work pending.
         problems: contradictions that were found elsewhere; any makes the verdict `UNKNOWN`.
     """
 
@@ -67,6 +69,7 @@ class Observation:
     host: HostSignals | None = None
     one_graph: bool = False
     no_model: str = ""
+    running_seconds: float = 0.0
     problems: tuple[str, ...] = ()
 
 

@@ -284,11 +284,16 @@ def test_a_step_that_hangs_takes_the_headline_and_ends(world: World) -> None:
     world.seconds(15)
     number = world.server.worker.begin(Phase.DECODE, 4, world.at)
     world.server.worker.publish()
+    seen = []
     for _ in range(9):
         view = world.second(span_ms=2000)  # pending, and no step ends
         assert view.ranks[0].stall is None
-    for _ in range(3):
+        seen.append(view.verdicts["decode"])
+    for _ in range(6):
         view = world.second(span_ms=2000)
+        seen.append(view.verdicts["decode"])
+    assert {item.bottleneck for item in seen} == {"memory_bound", "unknown"}, "a step that runs is not idle"
+    assert (seen[-1].cause, seen[-1].share_ratio) == ("step_running", 1.0)
     stall = view.ranks[0].stall
     assert stall is not None
     assert (stall.where, stall.step, stall.phase, stall.tokens) == ("step", number, "decode", 4)
@@ -297,6 +302,12 @@ def test_a_step_that_hangs_takes_the_headline_and_ends(world: World) -> None:
     world.server.worker.publish()
     world.second()
     assert world.second().ranks[0].stall is None
+    assert world.second(span_ms=2000).ranks[0].running is None
+    world.server.worker.begin(Phase.DECODE, 4, world.at)
+    world.server.worker.publish()
+    for _ in range(12):
+        view = world.second(busy=False)  # its requests are gone, and with them the work
+    assert view.verdicts["decode"].bottleneck == "idle"
 
 
 def test_a_rank_with_nothing_to_do_does_not_stall(world: World) -> None:

@@ -159,6 +159,30 @@ def test_class_and_cause(label: str, observation: Observation, bottleneck: str, 
     assert found.cause is None or found.cause in {*CAUSES, *UNKNOWN_CAUSES}
 
 
+@pytest.mark.parametrize(
+    ("steps", "span", "running", "bottleneck"),
+    [
+        (0, 0.0, 0.0, "idle"),
+        (0, 0.0, 4.9, "idle"),
+        (0, 0.0, 5.1, "unknown"),
+        (0, 0.0, 700.0, "unknown"),
+        (10, 3.0, 1.0, "idle"),
+        (10, 3.0, 2.1, "unknown"),
+        (10, 6.0, 2.1, "memory_bound"),  # enough ended to be judged
+        (500, 9.0, 0.9, "memory_bound"),
+    ],
+)
+def test_a_step_that_runs_is_no_idleness(steps: int, span: float, running: float, bottleneck: str) -> None:
+    ended = figures(steps=steps, span=span, gap=0.0) if steps else None
+    found = classify(dataclasses.replace(seen(), figures=ended, running_seconds=running), LIMITS)
+    assert found.bottleneck == bottleneck
+    if bottleneck == "unknown":
+        assert found.cause == "step_running"
+        assert found.confidence == 0
+        assert found.share_ratio == pytest.approx(min(span + running, 10) / 10)
+        assert found.reason == f"{steps} steps in 10 s, and one has been running for {running:.0f} s"
+
+
 def test_each_witness_that_agrees_makes_it_surer() -> None:
     plain = classify(seen(figures(mbu=0.72)), LIMITS)
     windows = classify(seen(figures(mbu=0.72), kernels=kernels()), LIMITS)

@@ -6,6 +6,7 @@ from llmprobe.compute.advice.entry import CAPTURE, GPU, SEQS_FIT_TWICE, STATUS, 
 
 _THREADS = "top -H -b -n 1 | head -n 20"
 _UNKNOWN = "unknown"
+_STACKS = "py-spy dump --native --pid {pid}"
 _CROWDED = When("@front_end_wait", "above", 0.1)
 _NOT_CROWDED = When("@front_end_wait", "at_most", 0.1)
 
@@ -75,6 +76,14 @@ NOT_JUDGED = (
         "The load has just changed; a verdict follows within 15 s of it being steady.",
         "None.",
         STATUS,
+    ),
+    Entry(
+        "unknown.step_running",
+        _UNKNOWN,
+        "step_running",
+        "A step has been running for longer than most of the window: it is that long, compiles, or hangs.",
+        "None: only a look, for which the process stops for a moment.",
+        _STACKS,
     ),
 )
 
