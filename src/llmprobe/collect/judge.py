@@ -277,6 +277,8 @@ def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> En
         starved_seconds=engine.starved_seconds,
         front_end=front.fullest if front is not None and settled else None,
         output_lag_seconds=mean("output_lag"),
+        prompt_tokens=round(engine.recent_counts.get("prompt_tokens", 0)),
+        generated_tokens=round(engine.recent_counts.get("generated_tokens", 0)),
     )
 
 

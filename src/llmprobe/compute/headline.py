@@ -28,7 +28,7 @@ def headline(
 ) -> str:
     """Pressure first if it costs users more than the device does, else the phase that takes most time.
 
-    Pressure costs a request its time in the queue. The device costs it what its steps take beyond their
+    Pressure costs a request its time in the queue, or what it computes anew once it was preempted. The device costs it what its steps take beyond their
     floor: that share of the time a request is not queueing. Where no floor is known, high pressure leads.
     Figures of requests are of the last 30 s: once nothing runs or waits, they are the past, and lead nothing.
 
@@ -44,6 +44,11 @@ def headline(
     requests = _requests(loads)
     pressing = [item for item in pressure.values() if item.high and _costs_more(item, busy, loads)]
     if pressing and (busy or requests):
+        if any(item.kind == "queue" for item in pressing):  # a cache without room is why, whatever it costs
+            why = [
+                item for item in pressure.values() if item.high and item.kind in ("preemption", "kv_cache")
+            ]
+            pressing += [item for item in why if item not in pressing]
         parts = [item.text for item in sorted(pressing, key=_importance)]
         first = parts[0] + (f" ({', '.join(parts[1:])})" if parts[1:] else "")
         return f"SLOW: {first}. {_capital(said)}." if said else f"SLOW: {first}."
@@ -86,8 +91,14 @@ def _importance(pressure: Pressure) -> int:
 def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, EngineLoad]) -> bool:
     load = loads.get(pressure.engine)
     wasted = wasted_share(busy)
-    if pressure.kind == "preemption" or load is None or wasted is None:
+    if load is None or wasted is None:
         return True
+    if pressure.kind == "preemption":
+        again = load.recompute_seconds
+        if again is None or not load.request_seconds:
+            return True
+        lost = min(pressure.value * again, load.request_seconds)
+        return lost >= wasted * (load.request_seconds - lost)
     if pressure.kind == "front_end" and load.output_lag_seconds is not None:
         lag = load.output_lag_seconds
         return not load.request_seconds or lag >= wasted * max(load.request_seconds - lag, 0.0)

@@ -29,6 +29,8 @@ class EngineLoad:
         starved_seconds: for how long requests have been waiting while none had its first token.
         front_end: the thread of its front ends that has least time left.
         output_lag_seconds: mean time that outputs waited in a front end in the window, detokenizing included.
+        prompt_tokens: of requests in the window, all together.
+        generated_tokens: likewise.
     """
 
     engine: int
@@ -45,6 +47,20 @@ class EngineLoad:
     starved_seconds: float | None = None
     front_end: ThreadLoad | None = None
     output_lag_seconds: float | None = None
+    prompt_tokens: int | None = None
+    generated_tokens: int | None = None
+
+    @property
+    def recompute_seconds(self) -> float | None:
+        """What a preemption costs its request besides waiting for room, which is the queue's; None: not known.
+
+        The prefill again, which took what of TTFT was not the queue, and in proportion for every token
+        generated: at most so much, as it may have come at the first of them, and blocks may still be cached.
+        """
+        if self.first_token_seconds is None or self.queue_seconds is None:
+            return None
+        longer = 1 + (self.generated_tokens or 0) / self.prompt_tokens if self.prompt_tokens else 1.0
+        return max(self.first_token_seconds - self.queue_seconds, 0.0) * longer
 
     @property
     def waited_seconds(self) -> float | None:

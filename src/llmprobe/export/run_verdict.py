@@ -146,4 +146,6 @@ def _load(
         request_seconds=mean("duration_seconds"),
         full_steps_ratio=None,
         max_num_seqs=limit if isinstance(limit, int) else None,
+        prompt_tokens=document["prompt_tokens"],
+        generated_tokens=document["generated_tokens"],
     )

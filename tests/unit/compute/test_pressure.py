@@ -196,6 +196,36 @@ def test_an_engine_whose_tokens_wait_is_worse_off_than_one_whose_front_end_is_ju
         assert (found.engine, found.high) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "leads"),
+    [
+        # 1 in 10 computes its 0.09 s of prefill anew: 9 ms of a request, of which the device wastes 0.2 s
+        ({"preemptions": 1, "requests": 10}, False),
+        ({"preemptions": 20, "requests": 10}, False),  # 0.18 s
+        ({"preemptions": 30, "requests": 10}, True),  # 0.27 s
+        ({"preemptions": 1, "requests": 10, "prompt_tokens": 10, "generated_tokens": 400}, True),  # 41 x 9 ms
+        ({"preemptions": 1, "requests": 10, "prompt_tokens": 400, "generated_tokens": 10}, False),
+        ({"preemptions": 1, "requests": 10, "queue_seconds": None}, True),  # nobody knows what it costs
+        ({"preemptions": 9, "requests": 0, "request_seconds": None}, True),
+    ],
+)
+def test_preemptions_lead_where_what_is_computed_anew_costs_more(
+    changes: dict[str, Any], leads: bool
+) -> None:
+    slow = verdict("memory_bound", headroom_seconds=0.001, steps_per_second=100.0, share_ratio=1.0)
+    under = load(**{"queue_seconds": 0.01, "first_token_seconds": 0.1, **changes})
+    (found,) = (item for item in pressures(under, LIMITS) if item.kind == "preemption")
+    assert found.high
+    assert ("preemptions for" in said(under, slow)) is leads
+
+
+def test_preemptions_that_cost_little_still_say_why_others_queue() -> None:
+    under = load(preemptions=1, requests=10, queue_seconds=1.0, first_token_seconds=1.1)
+    assert said(under, BUSY).startswith(
+        "SLOW: queueing is 91% of TTFT, 1.0 s (1 preemptions for 10 finished requests)."
+    )
+
+
 def test_slight_pressure_does_not_lead() -> None:
     assert not said(load(queue_seconds=0.3, first_token_seconds=1.0), BUSY).startswith("SLOW")
 
