@@ -195,7 +195,9 @@ def _steps(steps: dict[str, list[Any]]) -> Table:
 
 
 def _host(host: dict[str, Any]) -> str:
-    parts = [f"host: {host['cpu_ratio']:.2f} cores of {host['cpus_allowed']}"]
+    parts = [f"host: {host['cpu_ratio']:.2f} cores"]
+    if host["cpus_allowed"] is not None:
+        parts[0] += f" of {host['cpus_allowed']}"
     if host["threads"]:
         busiest = host["threads"][0]
         parts.append(f"busiest thread {busiest['name']} {busiest['cpu_ratio']:.0%}")
@@ -207,6 +209,7 @@ def _host(host: dict[str, Any]) -> str:
     ):
         if host[name] is not None:
             parts.append(f"{words} {host[name]:.0%}")
-    parts.append(f"{host['involuntary_switches_per_second']:.0f} involuntary switches/s")
+    if (switches := host["involuntary_switches_per_second"]) is not None:
+        parts.append(f"{switches:.0f} involuntary switches/s")
     parts.append(f"{host['major_faults_per_second']:.0f} major faults/s")
     return ", ".join(parts)

@@ -49,6 +49,7 @@ class HostTotals:
     cpu_seconds: dict[str, float]
     page_faults: dict[str, int]  # "minor", "major"
     #: "voluntary", "involuntary"; what a thread did between the last look at it and its end is missing.
+    #: Empty where the kernel does not count them.
     context_switches: dict[str, int]
     run_queue_seconds: float | None  # runnable but waiting for a core; None: the kernel does not count it
 
@@ -59,8 +60,8 @@ class _Point:
 
     time_ns: int
     stat: procfs.ProcessStat
-    voluntary: int
-    involuntary: int
+    voluntary: int | None
+    involuntary: int | None
     throttled: tuple[cgroup.Throttled, ...] | None
     cpu_pressure: float | None
     memory_pressure: float | None
@@ -132,12 +133,12 @@ class HostWatch:
         nodes = self._nodes
         return HostSignals(
             window_seconds=wall,
-            cpus_allowed=len(cores),
+            cpus_allowed=len(cores) or None,
             threads=_shown(loads),
             cpu_ratio=max(last.stat.cpu_seconds - first.stat.cpu_seconds, 0.0) / wall,
             run_queue_ratio=max(waits, default=None),
-            voluntary_switches_per_second=(last.voluntary - first.voluntary) / wall,
-            involuntary_switches_per_second=(last.involuntary - first.involuntary) / wall,
+            voluntary_switches_per_second=_per_second(first.voluntary, last.voluntary, wall),
+            involuntary_switches_per_second=_per_second(first.involuntary, last.involuntary, wall),
             minor_faults_per_second=(last.stat.minor_faults - first.stat.minor_faults) / wall,
             major_faults_per_second=(last.stat.major_faults - first.stat.major_faults) / wall,
             throttled_ratio=cgroup.throttled_ratio(first.throttled, last.throttled, wall),
@@ -151,11 +152,12 @@ class HostWatch:
         if not self._points:
             return None
         stat, threads = self._points[-1].stat, self._threads
+        switches = {"voluntary": threads.voluntary, "involuntary": threads.involuntary}
         cpu = {name: threads.cpu_ns_by_label.get(name, 0) / 1e9 for name in self._labels}
         return HostTotals(
             cpu_seconds={**cpu, OTHER: self._other_seconds},
             page_faults={"minor": stat.minor_faults, "major": stat.major_faults},
-            context_switches={"voluntary": threads.voluntary, "involuntary": threads.involuntary},
+            context_switches={kind: count for kind, count in switches.items() if count is not None},
             run_queue_seconds=None if threads.delay_ns is None else threads.delay_ns / 1e9,
         )
 
@@ -234,6 +236,10 @@ def _shown(loads: list[ThreadLoad]) -> tuple[ThreadLoad, ...]:
         if starved not in shown:
             shown[-1] = starved
     return tuple(shown)
+
+
+def _per_second(before: int | None, now: int | None, wall_seconds: float) -> float | None:
+    return None if before is None or now is None else (now - before) / wall_seconds
 
 
 def _rate(before: float | None, now: float | None, wall_seconds: float) -> float | None:

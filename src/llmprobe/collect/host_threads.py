@@ -45,12 +45,12 @@ class _Booked(NamedTuple):
     """What of a thread is in the totals already; times in nanoseconds."""
 
     cpu_ns: int
-    delay_ns: int
-    voluntary: int
-    involuntary: int
+    delay_ns: int | None  # None: the kernel does not count it; likewise
+    voluntary: int | None
+    involuntary: int | None
 
 
-_NOTHING = _Booked(0, 0, 0, 0)
+_NOTHING = _Booked(0, None, None, None)
 
 
 class _Thread:
@@ -61,7 +61,7 @@ class _Thread:
         self.name = ""
         self.readings: deque[_Reading] = deque()
         self.booked = _NOTHING
-        self.cpus_allowed = ""
+        self.cpus_allowed: str | None = None
         self.moved_ns = 0  # CPU time between the last two readings
 
     def add(self, reading: _Reading, since_ns: int) -> None:
@@ -101,9 +101,9 @@ class Threads:
         self._unexplained_ns = 0.0  # CPU time of threads not read yet; fades, because ended ones used it too
         self._saved: dict[str, _Booked] | None = None
         #: Cumulative, since the process began.
-        self.voluntary = 0
-        self.involuntary = 0
-        self.delay_ns: int | None = None  # None: the kernel does not count it
+        self.voluntary: int | None = None  # None: the kernel does not count it; likewise
+        self.involuntary: int | None = None
+        self.delay_ns: int | None = None
         self.cpu_ns_by_label: dict[str, int] = {}
 
     def look(self, now_ns: int, before_ns: int | None, ran_seconds: float, changed: bool) -> None:
@@ -146,10 +146,13 @@ class Threads:
         return sorted(loads, key=lambda load: load.cpu_ratio, reverse=True)
 
     def cores(self, now_ns: int) -> frozenset[int]:
-        """Where the threads that ran may run, all together: some engines bind each to a core of its own."""
+        """Where the threads that ran may run, all together: some engines bind each to a core of its own.
+
+        None of them where the kernel does not say.
+        """
         since = now_ns - self._window_ns
         ran = [thread for thread in self._threads.values() if thread.load(since)]
-        lists = {thread.cpus_allowed for thread in ran or self._threads.values()} - {""}
+        lists = {thread.cpus_allowed for thread in ran or self._threads.values() if thread.cpus_allowed}
         return frozenset().union(*map(procfs.cpu_list, lists))
 
     def save(self) -> dict[str, Any]:
@@ -164,10 +167,12 @@ class Threads:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from `save`; before the first `look`."""
-        self.voluntary, self.involuntary = (int(count) for count in saved["switches"])
+        self.voluntary, self.involuntary = (
+            None if count is None else int(count) for count in saved["switches"]
+        )
         self.delay_ns = None if saved["delay_ns"] is None else int(saved["delay_ns"])
         self.cpu_ns_by_label = {str(name): int(ran) for name, ran in saved["cpu_ns"].items()}
-        self._saved = {str(tid): _Booked(*map(int, values)) for tid, values in saved["threads"].items()}
+        self._saved = {str(tid): _Booked(*values) for tid, values in saved["threads"].items()}
 
     def _list(self, directory: int) -> list[str]:
         """Bring the threads up to date; returns those that are new."""
@@ -217,7 +222,7 @@ class Threads:
             return
         status = procfs.thread_status(procfs.read(f"{thread.tid}/status", dir_fd=directory))
         thread.name, thread.cpus_allowed = status.name, status.cpus_allowed
-        now = _Booked(cpu_ns, delay_ns or 0, status.voluntary_switches, status.involuntary_switches)
+        now = _Booked(cpu_ns, delay_ns, status.voluntary_switches, status.involuntary_switches)
         if last is None or cpu_ns < last.cpu_ns:  # a number that was used again is a new thread
             thread.readings.clear()
             thread.booked = self._booked_before(thread.tid, now)
@@ -225,7 +230,7 @@ class Threads:
                 thread.readings.append(_Reading(before_ns, 0, None if delay_ns is None else 0))
         thread.add(reading, now_ns - self._window_ns)
         thread.moved_ns = cpu_ns - thread.booked.cpu_ns
-        self._book(thread, now, delay_ns is not None)
+        self._book(thread, now)
 
     def _booked_before(self, tid: str, now: _Booked) -> _Booked:
         """Of a thread that is read for the first time."""
@@ -236,16 +241,21 @@ class Threads:
         # counts twice.
         return saved if saved is not None and saved.cpu_ns <= now.cpu_ns else now
 
-    def _book(self, thread: _Thread, now: _Booked, delay_known: bool) -> None:
-        self.voluntary += max(now.voluntary - thread.booked.voluntary, 0)
-        self.involuntary += max(now.involuntary - thread.booked.involuntary, 0)
-        if delay_known:
-            self.delay_ns = (self.delay_ns or 0) + max(now.delay_ns - thread.booked.delay_ns, 0)
+    def _book(self, thread: _Thread, now: _Booked) -> None:
+        booked = thread.booked
+        self.voluntary = _more(self.voluntary, booked.voluntary, now.voluntary)
+        self.involuntary = _more(self.involuntary, booked.involuntary, now.involuntary)
+        self.delay_ns = _more(self.delay_ns, booked.delay_ns, now.delay_ns)
         label = MAIN if thread.tid == self._proc.name else thread_label(thread.name)
         if label not in self.cpu_ns_by_label and len(self.cpu_ns_by_label) >= _MOST_NAMES:
             label = OTHER
         self.cpu_ns_by_label[label] = self.cpu_ns_by_label.get(label, 0) + thread.moved_ns
         thread.booked = now
+
+
+def _more(total: int | None, booked: int | None, now: int | None) -> int | None:
+    """A total with what a thread added to it since it was booked; unchanged where the kernel tells nothing."""
+    return total if now is None else (total or 0) + max(now - (booked or 0), 0)
 
 
 def _cpu_and_delay(directory: int, tid: str) -> tuple[int, int | None]:

@@ -61,30 +61,38 @@ def schedstat(text: str) -> tuple[int, int] | None:
 
 
 class ThreadStatus(NamedTuple):
-    """From ``/proc/PID/task/TID/status``."""
+    """From ``/proc/PID/task/TID/status``. None where the kernel does not list it: gVisor counts no switches."""
 
     name: str
-    voluntary_switches: int
-    involuntary_switches: int
-    cpus_allowed: str  # as the kernel lists it, such as ``0-3,8``
+    voluntary_switches: int | None
+    involuntary_switches: int | None
+    cpus_allowed: str | None  # as the kernel lists it, such as ``0-3,8``
 
 
 def thread_status(text: str) -> ThreadStatus:
     """Parse a thread's ``status``. Raises ValueError."""
+    name = _field(text, "Name")
+    if name is None:
+        raise ValueError(f"not a thread's status: {text[:80]!r}")
+    voluntary, involuntary = (_field(text, f"{kind}voluntary_ctxt_switches") for kind in ("", "non"))
     return ThreadStatus(
-        name=_field(text, "Name"),
-        voluntary_switches=int(_field(text, "voluntary_ctxt_switches")),
-        involuntary_switches=int(_field(text, "nonvoluntary_ctxt_switches")),
+        name=name,
+        voluntary_switches=None if voluntary is None else int(voluntary),
+        involuntary_switches=None if involuntary is None else int(involuntary),
         cpus_allowed=_field(text, "Cpus_allowed_list"),
     )
 
 
-def _field(text: str, name: str) -> str:
+def _field(text: str, name: str) -> str | None:
     """One of sixty lines: to take all of them apart, for every thread, would cost the agent far more."""
     _, found, rest = f"\n{text}".partition(f"\n{name}:")
-    if not found:
-        raise ValueError(f"a status without {name!r}")
-    return rest.partition("\n")[0].strip()
+    return rest.partition("\n")[0].strip() if found else None
+
+
+def innermost_pid(text: str) -> int | None:
+    """What a process calls itself, from ``/proc/PID/status``; None where the kernel lists no namespaces."""
+    pids = _field(text, "NSpid")
+    return int(pids.split()[-1]) if pids else None
 
 
 def cpu_list(text: str) -> frozenset[int]:

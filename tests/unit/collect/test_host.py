@@ -187,6 +187,35 @@ def test_what_the_kernel_does_not_tell_is_absent(root: Path) -> None:
     assert signals.busiest.cpu_ratio == pytest.approx((203 - 60) / 100 / (BETWEEN_NS / 1e9))
 
 
+def test_a_kernel_that_counts_no_switches_hides_no_thread(root: Path) -> None:
+    """gVisor's ``status`` ends before them."""
+
+    def strip() -> None:
+        for path in root.glob("proc/*/task/*/status"):
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if not line.startswith(("Cpus_", *switches))))
+
+    switches = ("voluntary_ctxt", "nonvoluntary_ctxt")
+    strip()
+    watch = HostWatch(PID, root=root)
+    watch.sample(0)
+    later(root)
+    strip()
+    watch.sample(BETWEEN_NS)
+    signals, totals = watch.signals(), watch.totals()
+    assert signals is not None
+    assert totals is not None
+    assert [thread.name for thread in signals.threads] == ["sampler_0", "loader_1"]
+    assert totals.cpu_seconds["sampler"] > 2
+    assert (signals.voluntary_switches_per_second, signals.involuntary_switches_per_second) == (None, None)
+    assert totals.context_switches == {}
+    assert (signals.cpus_allowed, signals.numa_nodes_allowed) == (None, None)
+    again = HostWatch(PID, root=root)
+    assert again.restore(json.loads(json.dumps(watch.save())))
+    again.sample(BETWEEN_NS)
+    assert again.totals() == totals
+
+
 def test_threads_of_one_kind_share_a_label_and_the_sum_is_that_of_the_process(root: Path) -> None:
     totals = watched(root).totals()
     assert totals is not None
