@@ -15,6 +15,8 @@ from typing import Any
 from llmprobe.agent.listen import short_socket_path
 from llmprobe.record.agent_launch import LOG_NAME
 
+_MOST_ANSWER_BYTES = 64 << 20
+
 
 class AgentError(Exception):
     """No agent answers; the message says what to do."""
@@ -52,7 +54,7 @@ class Agent(ABC):
             HTTP status and the answer: parsed if it is JSON, else text.
 
         Raises:
-            AgentError: no agent runs there, or it does not answer.
+            AgentError: no agent runs there, it does not answer, or what answers is none.
         """
         connection = self._connect(timeout)
         try:
@@ -60,14 +62,24 @@ class Agent(ABC):
             kind = {} if data is None else {"Content-Type": "application/json"}
             connection.request(method, path, data, {**self._headers(), **kind})
             response = connection.getresponse()
-            text = response.read().decode()
-        except (OSError, http.client.HTTPException) as error:
+            data = response.read(_MOST_ANSWER_BYTES + 1)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise self._unreachable(error) from None
         finally:
             connection.close()
-        if "json" in response.headers.get("content-type", ""):
-            return response.status, json.loads(text)
+        if len(data) > _MOST_ANSWER_BYTES:
+            raise self.foreign(f"an answer of more than {_MOST_ANSWER_BYTES >> 20} MiB")
+        try:
+            text = data.decode()
+            if "json" in response.headers.get("content-type", ""):
+                return response.status, json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.foreign(f"{type(error).__name__} in its answer") from None
         return response.status, text
+
+    def foreign(self, why: str) -> AgentError:
+        """The error that says that something else answers there."""
+        return AgentError(f"what answers as {self.name} is no llmprobe agent ({why})")
 
     def download(self, path: str, target: Path, *, timeout: float = 60.0) -> None:
         """Fetch a file into ``target``, which must not be there yet. Mode 0600.
@@ -87,7 +99,7 @@ class Agent(ABC):
                 shutil.copyfileobj(response, file, 1 << 20)
                 if str(file.tell()) != response.headers.get("content-length"):
                     raise AgentError(f"{self.name} broke off while sending {path}")
-        except (ConnectionError, http.client.HTTPException, TimeoutError) as error:
+        except (ConnectionError, http.client.HTTPException, TimeoutError, UnicodeError) as error:
             raise self._unreachable(error) from None
         finally:
             connection.close()
@@ -126,7 +138,7 @@ class RemoteAgent(Agent):
     """An agent that listens on a TCP port. Plain HTTP: the token is for a network that you trust."""
 
     def __init__(self, host: str, port: int, token: str) -> None:
-        self.name = f"{host}:{port}"
+        self.name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._host = host
         self._port = port
         self._token = token

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llmprobe.agent.client import Agent, AgentError, LocalAgent, RemoteAgent
-from llmprobe.cli.capture_follow import Followed, follow
+from llmprobe.agent.client import AgentError
+from llmprobe.capture.store import LIVE, REPORT_JSON, REPORT_TEXT, is_public, is_raw
+from llmprobe.cli.capture_compare import side_by_side, summary
+from llmprobe.cli.capture_follow import Followed, follow, is_capture
+from llmprobe.cli.capture_targets import Target, TargetError, local, named
 from llmprobe.cli.console import fail, settings_or_fail
-from llmprobe.cli.output import err, print_json
+from llmprobe.cli.output import err, out, print_json
 
 _POST_SECONDS = 30.0
 _FETCH_SECONDS = 300.0
@@ -59,9 +64,15 @@ def capture(
         ),
     ] = False,
     target: Annotated[
-        list[str] | None, typer.Option(help="HOST:PORT of an agent; more than once for many nodes.")
+        list[str] | None,
+        typer.Option(
+            help="HOST:PORT of an agent, or TOKEN_FILE@HOST:PORT where its token is another one; "
+            "more than once for many nodes."
+        ),
     ] = None,
-    token_file: Annotated[Path | None, typer.Option(help="With --target: the file with the token.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="With --target: the file with the token of those that name none.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the captures as JSON.")] = False,
 ) -> None:
     """Capture what a running server does, wait for the result, and fetch it.
@@ -69,8 +80,11 @@ def capture(
     With nsys if the server was started with `llmprobe run --nsys`; else with
     torch's own profiler, or, where ending that would stop the engine (as on
     CUDA devices), by recording kernels, copies and sets alone.
+
+    With several targets all begin at the same moment, each has a folder of its
+    own, and a table at the end holds them side by side.
     """
-    agents = _agents(target or [], token_file)
+    targets = _targets(target or [], token_file)
     wanted = {
         "tool": tool,
         "server": server,
@@ -84,7 +98,7 @@ def capture(
         **({"torch_cpu": True} if torch_cpu else {}),
         **({"torch_stacks": True} if torch_stacks else {}),
     }
-    followed = _begin(agents, wanted)
+    followed = _begin(targets, wanted)
     try:
         follow(followed)
     except KeyboardInterrupt:
@@ -98,86 +112,112 @@ def capture(
         raise typer.Exit(1)
 
 
-def _agents(targets: Sequence[str], token_file: Path | None) -> list[Agent]:
-    if not targets:
+def _targets(named_ones: Sequence[str], token_file: Path | None) -> list[Target]:
+    if not named_ones:
         if token_file is not None:
             fail("--token-file is for --target", code=2)
-        return [LocalAgent(settings_or_fail().directory)]
-    if token_file is None:
-        fail("--target needs --token-file", code=2)
+        return [local(settings_or_fail().directory)]
     try:
-        token = token_file.read_text().strip()
-    except (OSError, ValueError) as error:
-        fail(f"cannot read {token_file}: {error}", code=2)
-    agents: list[Agent] = []
-    for target in targets:
-        host, _, port = target.rpartition(":")
-        if not host or not port.isdecimal():
-            fail(f"--target {target}: HOST:PORT is wanted", code=2)
-        agents.append(RemoteAgent(host.strip("[]"), int(port), token))
-    return agents
+        return named(named_ones, token_file)
+    except TargetError as error:
+        fail(str(error), code=2)
 
 
-def _begin(agents: list[Agent], wanted: dict[str, Any]) -> list[Followed]:
+def _begin(targets: list[Target], wanted: dict[str, Any]) -> list[Followed]:
     """Ask all at the same moment."""
 
-    def begin(agent: Agent) -> Followed:
+    def begin(target: Target) -> Followed:
         try:
-            status, answer = agent.request("POST", "/api/captures", wanted, timeout=_POST_SECONDS)
+            status, answer = target.agent.request("POST", "/api/captures", wanted, timeout=_POST_SECONDS)
         except AgentError as error:
-            return Followed(agent, {}, str(error))
+            return Followed(target, {}, str(error))
         if status != 202:
-            return Followed(agent, {}, _said(agent, status, answer))
-        return Followed(agent, answer)
+            return Followed(target, {}, _said(target, status, answer))
+        if not is_capture(answer):
+            return Followed(target, {}, str(target.agent.foreign("it says nothing of a capture")))
+        return Followed(target, answer)
 
-    with ThreadPoolExecutor(len(agents)) as pool:
-        return list(pool.map(begin, agents))
+    with ThreadPoolExecutor(len(targets)) as pool:
+        return list(pool.map(begin, targets))
 
 
-def _said(agent: Agent, status: int, answer: Any) -> str:
+def _said(target: Target, status: int, answer: Any) -> str:
+    if status == HTTPStatus.UNAUTHORIZED and target.token_file is not None:
+        # It names its own token file, which is not here.
+        return (
+            f"{target.agent.name} does not take the token in {target.token_file}: copy the one in "
+            "`token` of LLMPROBE_DIR, or in LLMPROBE_TOKEN_FILE, from its node"
+        )
     if isinstance(answer, dict) and "detail" in answer:
         return f"{answer['detail']} {answer.get('next', '')}".strip()
-    return f"{agent.name} answered {status}"
+    return f"{target.agent.name} answered {status}"
 
 
 def _cancel(followed: list[Followed]) -> None:
     for one in followed:
         if one.live:
             with contextlib.suppress(AgentError):
-                one.agent.request("DELETE", one.capture["url"], timeout=_POST_SECONDS)
+                one.agent.request("DELETE", one.url, timeout=_POST_SECONDS)
 
 
 def _fetch(one: Followed, output: Path, raw: bool) -> None:
-    folder = output / one.capture["id"]
+    """Save its files. Where to is decided here: an agent's answer only chooses among names that there are."""
+    folder = output / one.target.folder / one.capture["id"]
     try:
         folder.mkdir(parents=True, mode=0o700)
-        for file in one.capture["files"]:
-            if "warning" in file and not raw:
-                continue
-            one.agent.download(file["url"], folder / Path(file["name"]).name, timeout=_FETCH_SECONDS)
-        status, report = one.agent.request("GET", one.capture["report"], timeout=_POST_SECONDS)
+        for name in _names(one):
+            if is_public(name):
+                one.agent.download(f"{one.url}/files/{name}", folder / name, timeout=_FETCH_SECONDS)
+            elif raw and is_raw(name):
+                one.agent.download(f"{one.url}/files/{name}?raw=1", folder / name, timeout=_FETCH_SECONDS)
+        report = _read_json(folder / REPORT_JSON)
+        one.summary = summary(report, _read_json(folder / LIVE))
     except AgentError as error:
         one.error = str(error)
         return
     except OSError as error:
         one.error = f"cannot save in {folder}: {error.strerror}"
         return
+    except ValueError as error:
+        one.error = f"{folder}: {error}"
+        return
     one.folder = folder
-    one.report = report if status == 200 else None
+    one.report = report
+
+
+def _names(one: Followed) -> list[str]:
+    files = one.capture.get("files")
+    names = [file.get("name") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {type(error).__name__}") from None
 
 
 def _show(followed: list[Followed], as_json: bool) -> None:
     if as_json:
         print_json([one.as_json() for one in followed])
+    several = len(followed) > 1
     for one in followed:
-        where = f"{one.agent.name}: " if len(followed) > 1 else ""
+        where = f"{one.agent.name}: " if several else ""
         if one.error:
-            typer.echo(f"llmprobe: {where}{one.error}", err=True)
+            typer.echo(_plain(f"llmprobe: {where}{one.error}"), err=True)
         elif not as_json and one.folder is not None:
             if where:
                 typer.echo(where)
-            typer.echo((one.folder / "report.txt").read_text())
+            typer.echo(_plain((one.folder / REPORT_TEXT).read_text(errors="replace")))
         for note in one.capture.get("notes", []):
-            typer.echo(f"note: {where}{note}", err=True)
+            typer.echo(_plain(f"note: {where}{note}"), err=True)
         if one.folder is not None:
-            err.print(f"{where}saved {one.folder}")
+            err.print(f"{where}saved {one.folder}", markup=False)
+    if several and not as_json:
+        out.print(side_by_side([(one.agent.name, one.summary) for one in followed]))
+
+
+def _plain(text: str) -> str:
+    """Without what would steer the terminal: an agent elsewhere may be anything."""
+    return "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())
