@@ -13,7 +13,7 @@ from typing import Any
 
 from llmprobe.collect.process import Rank
 from llmprobe.collect.views import EngineView, RankView, ServerView
-from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
+from llmprobe.compute.advice import Advice, Target, advise, advise_pressure, advise_stall
 from llmprobe.compute.attribution import attribute
 from llmprobe.compute.classify import classify
 from llmprobe.compute.evidence import CounterEvidence
@@ -73,6 +73,8 @@ class Judge:
                 longest = max(hanging, key=lambda rank: rank.stall.seconds if rank.stall else 0.0)
                 assert longest.stall is not None
                 view.headline = stalled(longest.rank, longest.stall)
+                # What would make steps faster helps nobody whose step does not end.
+                view.advice = {"stall": advise_stall(longest.stall, _target(view, longest))}
         self._count(key, view.verdicts, now_ns)
         view.bottleneck_seconds = copy.deepcopy(self._stood.get(key, {}))  # views are read by other threads
 
@@ -282,12 +284,14 @@ def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> En
     )
 
 
-def _target(view: ServerView) -> Target:
-    pid = view.ranks[0].facts.get("pid") if view.ranks else None
+def _target(view: ServerView, rank: RankView | None = None) -> Target:
+    """``rank``: whose process is meant, if not the first's."""
+    rank = rank or (view.ranks[0] if view.ranks else None)
+    pid = rank.facts.get("pid") if rank else None
     return Target(
         view.server,
         view.framework,
         view.flags,
         pid if isinstance(pid, int) else None,
-        clock=view.ranks[0].clock if view.ranks else "",
+        clock=rank.clock if rank else "",
     )

@@ -28,8 +28,9 @@ def headline(
 ) -> str:
     """Pressure first if it costs users more than the device does, else the phase that takes most time.
 
-    Pressure costs a request its time in the queue, or what it computes anew once it was preempted. The device costs it what its steps take beyond their
-    floor: that share of the time a request is not queueing. Where no floor is known, high pressure leads.
+    Pressure costs a request its time in the queue, or what it computes anew once it was preempted. The
+    device costs it what its steps take beyond their floor: that share of the time a request is not queueing.
+    Where no floor is known, high pressure leads.
     Figures of requests are of the last 30 s: once nothing runs or waits, they are the past, and lead nothing.
 
     Args:

@@ -52,10 +52,11 @@ class EngineLoad:
 
     @property
     def recompute_seconds(self) -> float | None:
-        """What a preemption costs its request besides waiting for room, which is the queue's; None: not known.
+        """What a preemption costs its request besides the wait for room, which is the queue's.
 
-        The prefill again, which took what of TTFT was not the queue, and in proportion for every token
-        generated: at most so much, as it may have come at the first of them, and blocks may still be cached.
+        None if not known. The prefill again, which took what of TTFT was not the queue, and in proportion for
+        every token generated: at most so much, as it may have come at the first of them, and blocks may
+        still be cached.
         """
         if self.first_token_seconds is None or self.queue_seconds is None:
             return None
@@ -174,7 +175,8 @@ def _preemption(load: EngineLoad, limits: Thresholds) -> Pressure | None:
     if not load.requests and not load.preemptions:
         return None
     ratio = load.preemptions / max(load.requests, 1)
-    text = f"{load.preemptions} preemptions for {load.requests} finished requests"
+    many = "preemption" if load.preemptions == 1 else "preemptions"
+    text = f"{load.preemptions} {many} for {load.requests} finished requests"
     active = load.preemptions > 0 and ratio >= limits.preemption_ratio
     high = active and ratio >= limits.preemption_high_ratio
     return Pressure(

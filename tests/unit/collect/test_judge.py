@@ -298,10 +298,14 @@ def test_a_step_that_hangs_takes_the_headline_and_ends(world: World) -> None:
     assert stall is not None
     assert (stall.where, stall.step, stall.phase, stall.tokens) == ("step", number, "decode", 4)
     assert view.headline.startswith(f"STALLED: rank 0 has been in step {number} (decode, 4 tokens) for 1")
+    assert list(view.advice) == ["stall"], "nobody tunes what does not get on"
+    assert "py-spy" in view.advice["stall"][0].look
     world.server.worker.abandon(number)
     world.server.worker.publish()
     world.second()
-    assert world.second().ranks[0].stall is None
+    view = world.second()
+    assert view.ranks[0].stall is None
+    assert "stall" not in view.advice
     assert world.second(span_ms=2000).ranks[0].running is None
     world.server.worker.begin(Phase.DECODE, 4, world.at)
     world.server.worker.publish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import shlex
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprobe.cli.app import VERBS
-from llmprobe.compute.advice import ENTRIES, Entry, Target, When, advise, advise_pressure
+from llmprobe.compute.advice import ENTRIES, Entry, Target, When, advise, advise_pressure, advise_stall
 from llmprobe.compute.advice.advise import MOST, setting
 from llmprobe.compute.advice.entry import Operation
 from llmprobe.compute.advice.gain import GAINS
@@ -21,6 +22,7 @@ from llmprobe.compute.classify import classify
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.pressure import KINDS, pressures, worst
 from llmprobe.compute.signs import SIGNS
+from llmprobe.compute.stall import Bound, Stall
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import BOTTLENECKS, CAUSES, UNKNOWN_CAUSES
 
@@ -31,6 +33,8 @@ SRC = Path(__file__).resolve().parents[3] / "src/llmprobe"
 ABOUT = {"@framework", "@clock", "@phase", "@operator", "@healthy", "@kv_usage", "@waiting"} | {
     *("@batch", "@batch_ratio", "@running_ratio", "@front_end_wait")
 }
+#: A stall lies in a step or between two.
+WHERE = ("step", "between_steps")
 VLLM_FLAGS = {
     "enforce_eager": False,
     "dtype": "bfloat16",
@@ -89,12 +93,17 @@ def test_names_are_unique_and_begin_with_the_class() -> None:
     assert len(set(names)) == len(names)
     for entry in ENTRIES:
         assert entry.finding.startswith(f"{entry.bottleneck}.")
-        assert entry.bottleneck in {*BOTTLENECKS, "pressure"}
+        assert entry.bottleneck in {*BOTTLENECKS, "pressure", "stall"}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.finding)
 def test_entries_are_whole(entry: Entry) -> None:
-    causes = {"sync_bound": set(CAUSES), "unknown": set(UNKNOWN_CAUSES), "pressure": set(KINDS)}
+    causes: dict[str, set[str | None]] = {
+        "sync_bound": set(CAUSES),
+        "unknown": set(UNKNOWN_CAUSES),
+        "pressure": set(KINDS),
+        "stall": {*WHERE, None},
+    }
     assert entry.cause in causes.get(entry.bottleneck, {None})
     assert entry.reason.endswith(".")
     assert entry.risk.endswith(".")
@@ -115,9 +124,38 @@ def test_entries_are_whole(entry: Entry) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.finding)
 def test_the_next_look_is_a_command_that_exists(entry: Entry) -> None:
-    words = shlex.split(entry.look.format(server="s", pid=1))
+    words = shlex.split(entry.look.format(server="s", pid=1, metrics="http://localhost:8000/metrics"))
+    assert words[:2] != ["llmprobe", "status"], "that is where the advice is read"
     if words[0] == "llmprobe":
         VERBS[words[1]].load(words[1]).make_context(words[1], words[2:])  # raises for a wrong option
+
+
+def test_the_metrics_to_look_at_are_vllm_s() -> None:
+    """Patterns like ``vllm:num_requests_`` each match names in the source of the installed vLLM."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
+        pytest.skip("vLLM is not installed")
+    folder = Path(found.origin).parent
+    sources = [folder / "v1/metrics/loggers.py", *folder.glob("v1/spec_decode/*.py")]
+    names = {name for path in sources for name in re.findall(r'"(vllm:[a-z_]+)"', path.read_text())}
+    # As they are exposed: counters and histograms get a suffix.
+    exposed = {name + suffix for name in names for suffix in ("", "_total", "_sum", "_count", "_bucket")}
+    patterns = {
+        match[1] for entry in ENTRIES if (match := re.search(r"grep -E '\^(vllm:[^']+)'", entry.look))
+    }
+    assert len(patterns) > 5
+    # Each alternative by itself, so that one that matches does not hide one that does not.
+    for each in {one for pattern in patterns for one in alternatives(pattern)}:
+        assert any(name.startswith(each) for name in exposed), each
+
+
+def alternatives(pattern: str) -> list[str]:
+    """What a pattern with groups like ``(a|b)`` stands for."""
+    choice = re.search(r"\(([^)]*)\)", pattern)
+    if choice is None:
+        return [pattern]
+    begin, end = pattern[: choice.start()], pattern[choice.end() :]
+    return [one for middle in choice[1].split("|") for one in alternatives(begin + middle + end)]
 
 
 def recorded_flags() -> set[str]:
@@ -391,9 +429,43 @@ def test_healthy_is_said_to_be_healthy() -> None:
 def test_the_next_look_names_the_server_and_its_process() -> None:
     changed = Target("a b", "vllm", {}, 4711)
     (found, *_) = advise(verdict("unknown", "no_kernel_windows"), figures(), changed)
-    assert found.look == "llmprobe capture 'a b' --seconds 2"
+    assert found.look == "llmprobe capture 'a b' --tool kernels --seconds 2"
     busy = verdict("sync_bound", "host_between_steps", signs=("thread_busy",))
     assert "top -H -p 4711" in [item.look for item in advise(busy, figures(), target(async_scheduling=True))]
+
+
+def test_the_next_look_knows_where_a_server_serves_its_metrics() -> None:
+    under = load(kv_usage=0.99, waiting=9)
+    (pressed,) = (found for found in pressures(under, Thresholds()) if found.kind == "kv_cache")
+
+    def look(server: str, running: bool = True) -> str:
+        on = Target(server, "vllm", VLLM_FLAGS, 4711, running=running, clock="cuda")
+        return advise_pressure(pressed, under, on)[0].look
+
+    assert look("vllm-8123").startswith("curl -s http://localhost:8123/metrics | grep -E '^vllm:(kv_cache")
+    assert look("mine").startswith("curl -s http://HOST:PORT/metrics | ")
+    assert look("vllm-8123", running=False) == "llmprobe run -- COMMAND"
+
+
+def test_after_a_run_nobody_is_sent_to_a_process_that_ended() -> None:
+    busy = verdict("sync_bound", "host_between_steps", signs=("thread_busy", "run_queue"))
+    ended = Target("vllm-8000", "vllm", {**VLLM_FLAGS, "async_scheduling": False}, 4711, running=False)
+    looks = [item.look for item in advise(busy, figures(), ended)]
+    assert set(looks) == {"llmprobe run --nsys -- COMMAND"}
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("framework", ["vllm", "transformers"])
+@pytest.mark.parametrize("clock", ["cuda", "host"])
+def test_a_stall_has_advice_of_its_own(where: Any, framework: str, clock: str) -> None:
+    hang = Stall(where, 0, 33.0, Bound(10.0, "a reason"), 12, "decode", 4, ())
+    found = advise_stall(hang, Target("vllm-8000", framework, {"tensor_parallel_size": 2}, 4711, clock=clock))
+    assert "py-spy" in found[0].look
+    assert ("readlink /proc/4711/fd/2" in [item.look for item in found]) or len(found) == MOST
+    assert ("dmesg -T | grep -i xid" in [item.look for item in found]) is (
+        where == "step" and clock == "cuda"
+    )
+    assert not any(item.change for item in found), "no setting makes a step end"
 
 
 @settings(deadline=None)

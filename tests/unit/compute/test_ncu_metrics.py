@@ -31,4 +31,13 @@ def test_the_list_tells_names_that_exist_from_one_that_does_not() -> None:
 
 
 def test_every_metric_in_advice_exists() -> None:
-    assert set(ncu_metrics()) <= known()  # none is named today
+    named = set(ncu_metrics())
+    assert {"dram__throughput", "sm__throughput", "sm__warps_active"} <= named, "else nothing is tested here"
+    assert named <= known()
+
+
+def test_who_is_sent_to_ncu_is_told_what_to_measure() -> None:
+    sent = [entry for entry in ENTRIES if entry.look.startswith("ncu ")]
+    assert "inefficient_kernels" in {entry.bottleneck for entry in sent}
+    for entry in sent:
+        assert ncu_metrics([dataclasses.replace(entry, reason="", risk="")]), entry.finding

@@ -5,7 +5,7 @@ compute does not do, and need no file beside the code in the wheel. They hold no
 an operation and a value, gains name a formula of `llmprobe.compute.advice.gain`.
 """
 
-from llmprobe.compute.advice.advise import Advice, Target, advise, advise_pressure
+from llmprobe.compute.advice.advise import Advice, Target, advise, advise_pressure, advise_stall
 from llmprobe.compute.advice.entry import Change, Entry, When
 from llmprobe.compute.advice.ncu import ncu_metrics
 from llmprobe.compute.advice.table import ENTRIES
@@ -19,5 +19,6 @@ __all__ = [
     "When",
     "advise",
     "advise_pressure",
+    "advise_stall",
     "ncu_metrics",
 ]

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmprobe.compute.advice.entry import CAPTURE, STATUS, Change, Entry
+from llmprobe.compute.advice.entry import TOP, Change, Entry
 from llmprobe.compute.advice.gain import GAINS
 from llmprobe.compute.advice.table import ENTRIES
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.pressure import EngineLoad, Pressure
+from llmprobe.compute.stall import Stall
 from llmprobe.compute.verdict import Verdict
 
 #: What is still possible once a run has ended.
-_AFTERWARDS = {CAPTURE: "llmprobe run --nsys -- COMMAND", STATUS: "llmprobe run -- COMMAND"}
+_RECORD, _AGAIN = "llmprobe run --nsys -- COMMAND", "llmprobe run -- COMMAND"
+_SERVED = re.compile(r"vllm-(\d+)")  # the label of a server that was given none
 MOST = 4  #: findings a phase: more is no advice
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is advised: a server, its engine's flags by their own names, and the process of its rank 0.
+    """What is advised: a server, its engine's flags by their own names, and the process of one rank.
 
     ``clock`` is that of its steps.
     """
@@ -85,6 +88,13 @@ def advise_pressure(pressure: Pressure, load: EngineLoad, target: Target) -> tup
     return tuple(item for item in found if item is not None)[:MOST]
 
 
+def advise_stall(stall: Stall, target: Target) -> tuple[Advice, ...]:
+    """What to look at while a rank does not get on. ``target`` names its process."""
+    facts = {**target.flags, "@framework": target.framework, "@clock": target.clock or None}
+    found = (_advice(entry, target, None, None) for entry in _applying("stall", stall.where, facts))
+    return tuple(item for item in found if item is not None)[:MOST]
+
+
 def _batch(figures: PhaseFigures | None, flags: Mapping[str, Any]) -> dict[str, float | None]:
     """How many sequences decode in a step; not known where each may have several tokens in it."""
     if figures is None or not figures.steps or not figures.decode_tokens or flags.get("speculative_method"):
@@ -124,7 +134,6 @@ def _advice(
         if proposed is None or proposed == current:
             return None
         change = _said(entry.change, current, proposed, target.framework)
-    look = entry.look if target.running else _AFTERWARDS.get(entry.look, entry.look)
     gain = None
     if entry.gain and verdict is not None and figures is not None and figures.steps:
         gain = GAINS[entry.gain](verdict, figures)
@@ -139,7 +148,21 @@ def _advice(
         gain_seconds=gain.seconds if gain else None,
         gain_throughput=gain.throughput if gain else None,
         risk=entry.risk,
-        look=look.format(server=shlex.quote(target.server), pid=target.pid or "PID"),
+        look=_look(entry.look, target),
+    )
+
+
+def _look(look: str, target: Target) -> str:
+    if not target.running:
+        if "{server}" in look or "{pid}" in look:
+            return _RECORD
+        if "{metrics}" in look or look == TOP:
+            return _AGAIN
+    served = _SERVED.fullmatch(target.server)
+    return look.format(
+        server=shlex.quote(target.server),
+        pid=target.pid or "PID",
+        metrics=f"http://{f'localhost:{served[1]}' if served else 'HOST:PORT'}/metrics",
     )
 
 

@@ -76,14 +76,15 @@ class Entry:
 
     Attributes:
         finding: its name, unique; begins with the class.
-        bottleneck: a class of `llmprobe.compute.verdict.BOTTLENECKS`, or ``pressure``.
-        cause: of that class (for pressure its kind); None for every one.
+        bottleneck: a class of `llmprobe.compute.verdict.BOTTLENECKS`, ``pressure`` or ``stall``.
+        cause: of that class (for pressure its kind, for a stall where it is); None for every one.
         reason: what is likely so, in one sentence.
         risk: what the change may cost.
         gain: a formula of `llmprobe.compute.advice.gain`; "" where nothing can be said.
         when: all must hold.
         change: None where no setting helps.
-        look: the next thing to run; ``{server}`` and ``{pid}`` (of rank 0) are filled in.
+        look: the next thing to run, which says more than a status does; ``{server}``, ``{pid}`` (of rank 0,
+            or of the rank that is stalled) and ``{metrics}`` (where vLLM serves its own) are filled in.
     """
 
     finding: str
@@ -102,7 +103,18 @@ TRANSFORMERS = When("@framework", "is", "transformers")
 GPU = When("@clock", "is_not", "host")
 CPU = When("@clock", "is", "host")
 CAPTURE = "llmprobe capture {server} --seconds 2"
-STATUS = "llmprobe status"
+#: Which kernels take the time, by class and by name; the cheapest look at a GPU that there is.
+KERNELS = "llmprobe capture {server} --tool kernels --seconds 2"
+TOP = "llmprobe top"  #: where there is nothing to look into, only to watch
+
+
+def vllm_metrics(pattern: str) -> str:
+    """vLLM's own metrics whose names match, from a server on this machine."""
+    return f"curl -s {{metrics}} | grep -E '^vllm:{pattern}'"
+
+
+#: Whether the KV cache holds more requests, and whether more are there.
+ROOM = vllm_metrics("(kv_cache_usage_perc|num_requests_)")
 #: vLLM refuses a limit on sequences that is above its budget of tokens.
 SEQS_FIT_TWICE = When("max_num_seqs", "doubled_at_most_fact", "max_num_batched_tokens")
 #: A limit on the batch matters only to a batch that comes near it.

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from llmprobe.compute.advice.entry import CAPTURE, GPU, SEQS_FIT_TWICE, STATUS, VLLM, Change, Entry, When
+from llmprobe.compute.advice.entry import (
+    CAPTURE,
+    GPU,
+    KERNELS,
+    ROOM,
+    SEQS_FIT_TWICE,
+    TOP,
+    VLLM,
+    Change,
+    Entry,
+    When,
+    vllm_metrics,
+)
 
 _THREADS = "top -H -b -n 1 | head -n 20"
 _UNKNOWN = "unknown"
+_PREEMPTED = vllm_metrics("(num_preemptions|kv_cache_usage_perc|cache_config_info)")
 _STACKS = "py-spy dump --native --pid {pid}"
 _CROWDED = When("@front_end_wait", "above", 0.1)
 _NOT_CROWDED = When("@front_end_wait", "at_most", 0.1)
@@ -17,7 +30,7 @@ NOT_JUDGED = (
         None,
         "Healthy, as far as can be seen: too few steps run to be bound by anything.",
         "None.",
-        STATUS,
+        TOP,
     ),
     Entry(
         "unknown.no_front_end",
@@ -51,7 +64,7 @@ NOT_JUDGED = (
         "kernels does, and for a minute after it so does this verdict.",
         "Once its kernels were recorded a process takes some 0.1 ms longer to launch a CUDA graph, and some "
         "4 % longer for a step without graphs, until it is started anew.",
-        CAPTURE,
+        KERNELS,
     ),
     Entry(
         "unknown.contradiction",
@@ -75,7 +88,7 @@ NOT_JUDGED = (
         "changing",
         "The load has just changed; a verdict follows within 15 s of it being steady.",
         "None.",
-        STATUS,
+        TOP,
     ),
     Entry(
         "unknown.step_running",
@@ -94,7 +107,7 @@ PRESSURE = (
         "kv_cache",
         "The KV cache is full: with fewer bytes for each token it holds more requests.",
         "Answers change a little: check their quality on your own prompts.",
-        STATUS,
+        ROOM,
         "",
         (VLLM, GPU, When("kv_cache_dtype", "is", "auto")),
         Change("kv_cache_dtype", "fp8"),
@@ -105,7 +118,7 @@ PRESSURE = (
         "kv_cache",
         "The KV cache is full while part of the device's memory is left to others.",
         "Too much runs out of memory at a peak of activations.",
-        STATUS,
+        "nvidia-smi --query-gpu=index,memory.used,memory.total --format=csv",
         "",
         (VLLM, GPU, When("gpu_memory_utilization", "at_most", 0.92)),
         Change("gpu_memory_utilization", 0.95),
@@ -116,7 +129,7 @@ PRESSURE = (
         "kv_cache",
         "The KV cache is full: shorter requests, more GPUs for each copy, or more copies make room.",
         "Longer requests are refused, or more hardware.",
-        STATUS,
+        vllm_metrics("request_(prompt|generation)_tokens_(sum|count)"),
     ),
     Entry(
         "pressure.queue.batch",
@@ -124,7 +137,7 @@ PRESSURE = (
         "queue",
         "Requests wait although the KV cache has room: the scheduler's limit on sequences is reached.",
         "TPOT of single requests rises with the batch.",
-        STATUS,
+        ROOM,
         "",
         (VLLM, When("@kv_usage", "at_most", 0.8), When("@running_ratio", "above", 0.8), SEQS_FIT_TWICE),
         Change("max_num_seqs", "x2"),
@@ -135,7 +148,7 @@ PRESSURE = (
         "queue",
         "More requests arrive than this server finishes: more copies, or fewer requests.",
         "More hardware.",
-        STATUS,
+        vllm_metrics("(request_queue_time_seconds_|num_requests_waiting)"),
     ),
     Entry(
         "pressure.preemption.seqs",
@@ -143,7 +156,7 @@ PRESSURE = (
         "preemption",
         "More requests run than the KV cache holds: some lose theirs and start over.",
         "Fewer requests run at once; they queue instead.",
-        STATUS,
+        _PREEMPTED,
         "",
         (VLLM, When("max_num_seqs", "above", 1)),
         Change("max_num_seqs", "/2"),
@@ -154,7 +167,7 @@ PRESSURE = (
         "preemption",
         "The KV cache is too small for what runs at once.",
         "More hardware, or fewer requests at once.",
-        STATUS,
+        _PREEMPTED,
     ),
     Entry(
         "pressure.token_budget.more",
@@ -162,7 +175,7 @@ PRESSURE = (
         "token_budget",
         "Prompts are cut to the token budget of a step while requests wait.",
         "Decoding requests wait longer beside larger prefills: TPOT rises at its high quantiles.",
-        STATUS,
+        vllm_metrics("iteration_tokens_total"),
         "",
         (VLLM, When("max_num_batched_tokens", "known")),
         Change("max_num_batched_tokens", "x2"),
@@ -173,7 +186,7 @@ PRESSURE = (
         "token_budget",
         "Prompts fill every step while requests wait: more copies, or shorter prompts.",
         "More hardware.",
-        STATUS,
+        vllm_metrics("request_prompt_tokens"),
     ),
     Entry(
         "pressure.sequence_limit.more",
@@ -181,7 +194,7 @@ PRESSURE = (
         "sequence_limit",
         "As many sequences run as are allowed while requests wait.",
         "TPOT of single requests rises; the KV cache must hold them.",
-        STATUS,
+        ROOM,
         "",
         (VLLM, SEQS_FIT_TWICE),
         Change("max_num_seqs", "x2"),
@@ -192,7 +205,7 @@ PRESSURE = (
         "sequence_limit",
         "As many sequences run as are allowed while requests wait.",
         "TPOT of single requests rises.",
-        STATUS,
+        ROOM,
     ),
     Entry(
         "pressure.front_end.crowded",

@@ -7,17 +7,27 @@ from llmprobe.compute.advice.entry import (
     CAPTURE,
     CPU,
     GPU,
+    KERNELS,
+    ROOM,
     SEQS_FIT_TWICE,
-    STATUS,
+    TOP,
     TRANSFORMERS,
     VLLM,
     Change,
     Entry,
     When,
+    vllm_metrics,
 )
 
 _HEALTHY = When("@healthy")
 _ATTENTION = When("@operator", "is", "attention")
+#: What each kernel reaches of both roofs, how full it keeps the device, and with which units.
+_NCU = (
+    "ncu --target-processes all --launch-skip 2000 --launch-count 50 --metrics gpu__time_duration.sum,"
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed,"
+    "sm__warps_active.avg.pct_of_peak_sustained_active,"
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active COMMAND"
+)
 _QUALITY = "Answers change a little: check their quality on your own prompts."
 _FP8 = f"{_QUALITY[:-1]}. Before vLLM 0.20 the value is fp8."
 
@@ -28,7 +38,7 @@ MEMORY = (
         None,
         "Healthy: steps run near the memory bandwidth; only less to read, larger batches or more GPUs help.",
         "None.",
-        STATUS,
+        TOP,
         "headroom",
         (_HEALTHY,),
     ),
@@ -38,7 +48,7 @@ MEMORY = (
         None,
         "Reading the KV cache is the largest part: half as many bytes for each token halve it.",
         _QUALITY,
-        STATUS,
+        KERNELS,
         "half_kv",
         (VLLM, GPU, _ATTENTION, When("kv_cache_dtype", "is", "auto")),
         Change("kv_cache_dtype", "fp8"),
@@ -49,7 +59,7 @@ MEMORY = (
         None,
         "Weights are read once a step for however many requests: a larger batch reads them for more.",
         "TPOT of single requests rises; the KV cache must hold the batch.",
-        STATUS,
+        ROOM,
         "batch",
         (VLLM, When("@operator", "is_not", "attention"), AT_LIMIT, SEQS_FIT_TWICE),
         Change("max_num_seqs", "x2"),
@@ -61,7 +71,7 @@ MEMORY = (
         "Weights are read once a step for however many requests: more clients at a time, or fewer copies of "
         "this server, make more of each reading.",
         "TPOT of single requests rises; the KV cache must hold the batch.",
-        STATUS,
+        ROOM,
         "batch",
         (VLLM, When("@operator", "is_not", "attention"), When("@batch_ratio", "at_most", 0.8)),
     ),
@@ -71,7 +81,7 @@ MEMORY = (
         None,
         "Reading 16-bit weights is the largest part: 8-bit weights halve it.",
         _FP8,
-        STATUS,
+        KERNELS,
         "half_weights",
         (
             VLLM,
@@ -88,7 +98,7 @@ MEMORY = (
         None,
         "The model runs in 32 bits: 16-bit weights are half as much to read.",
         _QUALITY,
-        STATUS,
+        CAPTURE,
         "half_weights",
         (When("dtype", "is", "float32"),),
         Change("dtype", "bfloat16"),
@@ -99,7 +109,7 @@ MEMORY = (
         None,
         "Speculative decoding yields several tokens for one reading of the weights.",
         "Work is wasted where drafts are refused, mostly at large batches. It excludes async scheduling.",
-        STATUS,
+        vllm_metrics("spec_decode_"),
         "",
         (VLLM, When("@phase", "is", "decode"), When("speculative_method", "absent")),
         Change(
@@ -123,7 +133,7 @@ MEMORY = (
         None,
         "Weights are read once a step for however many rows: generate for several prompts at once.",
         "Memory for the cache of every row; rows that ended wait for the longest.",
-        STATUS,
+        CAPTURE,
         "batch",
         (TRANSFORMERS,),
     ),
@@ -133,7 +143,7 @@ MEMORY = (
         None,
         "Memory bandwidth is the limit: fewer bytes (quantised weights or cache) or larger batches help.",
         _QUALITY,
-        STATUS,
+        CAPTURE,
         "half_weights",
     ),
 )
@@ -145,7 +155,7 @@ COMPUTE = (
         None,
         "Healthy: matrix units are near what they can do; only less work, lower precision or more GPUs help.",
         "None.",
-        STATUS,
+        TOP,
         "headroom",
         (_HEALTHY,),
     ),
@@ -155,7 +165,7 @@ COMPUTE = (
         None,
         "The model computes in 32 bits, which matrix units do not do, or many times slower.",
         _QUALITY,
-        STATUS,
+        CAPTURE,
         "half_precision",
         (When("dtype", "is", "float32"),),
         Change("dtype", "bfloat16"),
@@ -166,7 +176,7 @@ COMPUTE = (
         None,
         "Prompts that begin alike are computed anew each time.",
         "Some KV cache is held for prefixes.",
-        STATUS,
+        vllm_metrics("prefix_cache_(queries|hits)"),
         "",
         (VLLM, When("enable_prefix_caching", "is", False)),
         Change("enable_prefix_caching", True),
@@ -177,7 +187,7 @@ COMPUTE = (
         None,
         "Attention is the largest part, without a fused kernel.",
         "The package must be installed and support the model.",
-        CAPTURE,
+        KERNELS,
         "headroom",
         (TRANSFORMERS, GPU, _ATTENTION, When("attn_implementation", "is_not", "flash_attention_2")),
         Change("attn_implementation", "flash_attention_2"),
@@ -188,7 +198,7 @@ COMPUTE = (
         None,
         "8-bit products run at twice the rate where the GPU has them (Ada, Hopper and later).",
         _FP8,
-        STATUS,
+        KERNELS,
         "half_compute",
         (VLLM, GPU, When("dtype", "is_not", "float32"), When("quantization", "absent")),
         Change("quantization", "fp8_per_tensor"),
@@ -210,7 +220,7 @@ COMPUTE = (
         None,
         "The FLOP rate is the limit: shorter prompts, reused prefixes, lower precision or more devices help.",
         _QUALITY,
-        STATUS,
+        CAPTURE,
     ),
 )
 
@@ -221,7 +231,7 @@ OTHER = (
         None,
         "Healthy: memory and matrix units are used alike; a change that helps one runs into the other.",
         "None.",
-        STATUS,
+        TOP,
         "headroom",
         (_HEALTHY,),
     ),
@@ -231,7 +241,7 @@ OTHER = (
         None,
         "Both roofs are near: only less of everything, or more devices, helps much.",
         "More hardware.",
-        STATUS,
+        CAPTURE,
         "headroom",
     ),
     Entry(
@@ -240,7 +250,7 @@ OTHER = (
         None,
         "The model runs in 32 bits: kernels for 16 bits are better kept and use the matrix units.",
         _QUALITY,
-        CAPTURE,
+        KERNELS,
         "headroom",
         (When("dtype", "is", "float32"), GPU),
         Change("dtype", "bfloat16"),
@@ -282,7 +292,7 @@ OTHER = (
         None,
         "Attention runs without a fused kernel.",
         "The package must be installed and support the model.",
-        CAPTURE,
+        KERNELS,
         "headroom",
         (TRANSFORMERS, GPU, When("attn_implementation", "is", "eager")),
         Change("attn_implementation", "sdpa"),
@@ -291,11 +301,12 @@ OTHER = (
         "inefficient_kernels.shapes",
         "inefficient_kernels",
         None,
-        "Kernels are slow for what they do: odd shapes (pad to multiples of 8 or 16), low occupancy, or no "
-        "tuned configuration.",
-        "None: only a look.",
-        CAPTURE,
+        "Kernels are slow for what they do: odd shapes (pad to multiples of 8 or 16), low occupancy "
+        "(sm__warps_active) or no matrix units (sm__pipe_tensor_cycles_active), or no tuned configuration.",
+        "None: only a look, at a run of its own, as each kernel is run several times.",
+        _NCU,
         "headroom",
+        (GPU,),
     ),
 )
 

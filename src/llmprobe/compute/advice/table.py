@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from llmprobe.compute.advice import others, roofs, sync
+from llmprobe.compute.advice import others, roofs, stalls, sync
 
-ENTRIES = sync.ENTRIES + roofs.ENTRIES + others.ENTRIES
+ENTRIES = sync.ENTRIES + roofs.ENTRIES + others.ENTRIES + stalls.ENTRIES
