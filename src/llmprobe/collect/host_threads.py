@@ -254,7 +254,7 @@ class Threads:
 
 
 def _more(total: int | None, booked: int | None, now: int | None) -> int | None:
-    """A total with what a thread added to it since it was booked; unchanged where the kernel tells nothing."""
+    """A total with what a thread added to it since it was booked; unchanged where the kernel is silent."""
     return total if now is None else (total or 0) + max(now - (booked or 0), 0)
 
 

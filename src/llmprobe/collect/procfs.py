@@ -61,7 +61,7 @@ def schedstat(text: str) -> tuple[int, int] | None:
 
 
 class ThreadStatus(NamedTuple):
-    """From ``/proc/PID/task/TID/status``. None where the kernel does not list it: gVisor counts no switches."""
+    """From ``/proc/PID/task/TID/status``. None where the kernel lists none: gVisor counts no switches."""
 
     name: str
     voluntary_switches: int | None

@@ -1,14 +1,16 @@
-"""The host watch of every process that is read."""
+"""The host watch of every process that is read, and of engine cores, which may have one without a journal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmprobe.collect import procfs
 from llmprobe.collect.host import HostTotals, HostWatch, lock_holder
 from llmprobe.collect.process import Process
-from llmprobe.compute.host import HostSignals
+from llmprobe.compute.host import HostSignals, together
 
 
 class Watches:
@@ -16,39 +18,54 @@ class Watches:
 
     def __init__(self) -> None:
         self._watches: dict[Path, HostWatch] = {}
-        self._engines: set[int] = set()  # pids of workers and programs
+        self._cores: dict[Path, HostWatch] = {}  # by the journal of a worker that the core started
+        self._engines: set[int] = set()  # pids of workers, of their cores, and of programs
         self._saved: dict[str, Any] = {}
 
     def sample(self, processes: Iterable[Process], now_ns: int) -> None:
         """Look at every live process; forget the others."""
         living = {process.path: process for process in processes if process.alive}
         self._watches = {path: watch for path, watch in self._watches.items() if path in living}
+        self._cores = {path: watch for path, watch in self._cores.items() if path in living}
         # Front ends last: one that lives in an engine's process shares the engine's watch.
         for path, process in sorted(living.items(), key=lambda item: item[1].role == "frontend"):
             if path not in self._watches:
                 self._begin(process)
         self._engines = {
             watch.pid for path, watch in self._watches.items() if living[path].role != "frontend"
-        }
-        for watch in {id(watch): watch for watch in self._watches.values()}.values():
+        }.union(watch.pid for watch in self._cores.values())
+        for watch in {id(watch): watch for watch in self._all()}.values():
             watch.sample(now_ns)
+
+    def _all(self) -> Iterable[HostWatch]:
+        return itertools.chain(self._watches.values(), self._cores.values())
 
     def _begin(self, process: Process) -> None:
         pid = lock_holder(process.reader.fileno())
         if pid is None:  # our own locks are not shown to us, nor those of another namespace
             return
-        known = (watch for watch in self._watches.values() if watch.pid == pid and not watch.problem)
-        watch = next(known, None)
+        watch = self._known(pid)
         if watch is None:
             watch = HostWatch(pid, started=process.facts.get("started"))
             if saved := self._saved.pop(process.identity, None):
                 watch.restore(saved)
         self._watches[process.path] = watch
+        core = _core_of(pid, process.facts)
+        if core is not None:
+            # It began before its worker did: whoever began later has only its number.
+            self._cores[process.path] = self._known(core) or HostWatch(
+                core, started=process.facts.get("started")
+            )
+
+    def _known(self, pid: int) -> HostWatch | None:
+        return next((watch for watch in self._all() if watch.pid == pid and not watch.problem), None)
 
     def signals(self, process: Process) -> HostSignals | None:
-        """The last 10 s of one process; None while nothing is known."""
-        watch = self._watches.get(process.path)
-        return watch.signals() if watch is not None else None
+        """The last 10 s of one process, and of its engine's core; None while nothing is known."""
+        watch, core = self._watches.get(process.path), self._cores.get(process.path)
+        if watch is None:
+            return None
+        return together(watch.signals(), None if core is None else core.signals())
 
     def front_end(self, process: Process) -> HostSignals | None:
         """Likewise of a front end with a process of its own: beside an engine its time is not told apart.
@@ -77,3 +94,22 @@ class Watches:
     def restore(self, saved: dict[str, Any]) -> None:
         """From `save`, before the first `sample`."""
         self._saved = saved
+
+
+def _core_of(worker: int, facts: Mapping[str, Any], root: Path = Path("/")) -> int | None:
+    """The process of a worker's engine core in *this* namespace, if it is not the worker's own.
+
+    It started the worker, which tells its pid. A parent of that number is the core as long as the worker
+    lives: one that ended leaves its children to another.
+    """
+    said = facts.get("engine_core_pid")
+    if not isinstance(said, int):
+        return None
+    try:
+        parent = procfs.parent(procfs.read(root / "proc" / str(worker) / "stat"))
+        if parent != said:  # the worker may be in a namespace of its own, where numbers are others
+            own = procfs.innermost_pid(procfs.read(root / "proc" / str(parent) / "status"))
+            return parent if own == said else None
+    except (OSError, ValueError):
+        return None
+    return parent

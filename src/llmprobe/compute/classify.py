@@ -105,9 +105,6 @@ class _Case:
         self._old_kernels = seen.kernels is not None and seen.kernels.age_seconds > limits.kernel_age_seconds
         self._kernels: KernelEvidence | None = None if self._old_kernels else seen.kernels
         self._counters = self._usable_counters()
-        found = signs(seen.host, limits)
-        self._signs: tuple[Sign, ...] = tuple(sign for sign in found if sign.explains)
-        self._circumstances: tuple[Sign, ...] = tuple(sign for sign in found if not sign.explains)
         # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
         self._device_queue = seen.clock != "host"
         self._bubbles_possible = self._device_queue and not seen.one_graph
@@ -115,6 +112,10 @@ class _Case:
         self._idle = idle_ratio(figures, seen.window_seconds, self._counters)
         self._counted = bubble_seconds(figures, seen.window_seconds, self._counters) if unseen else 0.0
         self._stall = self._waiting()
+        waits = self._stall.ratio >= moved.sync_gap_ratio and self._stall.cause == "host_between_steps"
+        found = signs(seen.host, limits, between_steps=waits)
+        self._signs: tuple[Sign, ...] = tuple(sign for sign in found if sign.explains)
+        self._circumstances: tuple[Sign, ...] = tuple(sign for sign in found if not sign.explains)
         # Of the bubbles that the windows saw, accounting may have taken some out of busy time already.
         applied = figures.components.get("launch_gap", 0.0)
         busy = figures.span_seconds - figures.components.get("sample_gap", 0.0) - applied

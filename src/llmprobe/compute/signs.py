@@ -38,11 +38,16 @@ SIGNS = (
 _CIRCUMSTANCES = ("numa_spread",)
 
 
-def signs(host: HostSignals | None, limits: Thresholds) -> tuple[Sign, ...]:
-    """What stands out, gravest first; nothing where a signal is not known."""
+def signs(host: HostSignals | None, limits: Thresholds, between_steps: bool = False) -> tuple[Sign, ...]:
+    """What stands out, gravest first; nothing where a signal is not known.
+
+    Args:
+        between_steps: that is where the device waits: there the engine's core has to be quick, and inside a
+            step its worker.
+    """
     if host is None:
         return ()
-    busiest, starved = host.busiest, host.starved
+    busiest, starved = host.busiest_of_core if between_steps else host.busiest, host.starved
     thread = busiest.name if busiest else ""
     waits = host.run_queue_ratio
     if starved is not None and starved.run_queue_ratio is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -11,25 +12,41 @@ from pathlib import Path
 import pytest
 
 from llmprobe.collect.process import Process
-from llmprobe.collect.watches import Watches
+from llmprobe.collect.watches import Watches, _core_of
 from llmprobe.record.journal_reader import JournalReader
 
 WRITER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from llmprobe.record.recorder import Recorder, prepare_directory
 prepare_directory(Path(sys.argv[1]))
+engine_core_pid = {"": None, "parent": os.getppid(), "other": 1}[os.environ.get("CORE", "")]
 recorders = []
 for argument in sys.argv[2:]:
     role, _, core = argument.partition("+")  # a front end, and whether its process holds an engine's core
     inside = {"": False, "core": True, "?": None}[core]
     facts = {"role": role, "started": time.time(), "engine_core_inside": inside}
+    if role == "worker":
+        facts["engine_core_pid"] = engine_core_pid
     recorders.append(Recorder.open(Path(sys.argv[1]), role, facts))
 for recorder in recorders:
-    print(recorder.writer.path, flush=True)
+    os.write(1, f"{recorder.writer.path}\\n".encode())  # in one piece: others write there too
 sys.stdin.read()
 for recorder in recorders:
     recorder.close()
+"""
+
+#: An engine core: it starts two workers, which may outlive it, computes, and ends when told.
+CORE = """
+import os, subprocess, sys, threading
+with open("/proc/self/comm", "w") as file:
+    file.write("EngineCor")
+command = [sys.executable, "-c", os.environ["WRITER"], sys.argv[1], "worker"]
+workers = [subprocess.Popen(command, stdin=int(os.environ["UNTIL"])) for _ in range(2)]
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), ended.set())).start()
+while not ended.is_set():
+    sum(range(1000))
 """
 
 
@@ -172,3 +189,84 @@ def test_a_front_end_beside_an_engines_core_is_not_told_apart_though_workers_are
     assert watches.front_end(front) is None
     for process in (front, worker):
         process.close()
+
+
+@pytest.fixture
+def start_core(tmp_path: Path) -> Iterator[object]:
+    children: list[subprocess.Popen[str]] = []
+    until, held = os.pipe()
+
+    def begin(fact: str) -> tuple[subprocess.Popen[str], list[Process]]:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CORE, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "CORE": fact, "WRITER": WRITER, "UNTIL": str(until)},
+            pass_fds=(until,),
+        )
+        children.append(child)
+        return child, [more(child), more(child)]
+
+    yield begin
+    os.close(held)
+    os.close(until)
+    for child in children:
+        child.communicate("end\n", timeout=10)
+
+
+def test_an_engine_core_without_a_journal_is_watched_as_part_of_each_of_its_workers(start_core) -> None:  # type: ignore[no-untyped-def]
+    child, workers = start_core("parent")
+    watches = Watches()
+    for _ in range(3):
+        watches.sample(workers, time.monotonic_ns())
+        time.sleep(0.3)
+    for worker in workers:
+        signals, totals = watches.signals(worker), watches.totals(worker)
+        assert signals is not None
+        assert signals.busiest_of_core is not None
+        assert signals.busiest_of_core.name == "EngineCor"
+        assert signals.cpu_ratio > 0
+        assert totals == watches._watches[worker.path].totals()  # its own: those of ranks are added up
+    assert {watch.pid for watch in watches._cores.values()} == {child.pid}
+    assert len(set(map(id, watches._cores.values()))) == 1
+    # What it leaves behind goes to another parent, which is no core.
+    child.kill()
+    child.wait(10)
+    watches.sample(workers, time.monotonic_ns())
+    again = Watches()
+    for watched in (watches, again):
+        for _ in range(3):
+            watched.sample(workers, time.monotonic_ns())
+            time.sleep(0.3)
+        for worker in workers:
+            signals = watched.signals(worker)
+            assert signals is not None
+            assert not signals.core_apart
+    assert not again._cores
+    for worker in workers:
+        worker.close()
+
+
+def test_a_parent_that_is_not_the_one_that_a_worker_tells_of_is_no_core(start_core) -> None:  # type: ignore[no-untyped-def]
+    for fact in ("", "other"):
+        _, workers = start_core(fact)
+        watches = Watches()
+        watches.sample(workers, time.monotonic_ns())
+        assert len(watches._watches) == 2
+        assert not watches._cores
+        for worker in workers:
+            worker.close()
+
+
+@pytest.mark.parametrize(("own", "found"), [("NSpid:\t70\t7\n", 70), ("NSpid:\t70\n", None), ("", None)])
+def test_a_core_in_a_namespace_of_its_own_is_told_by_what_it_calls_itself(
+    tmp_path: Path, own: str, found: int | None
+) -> None:
+    for pid, parent in ((80, 70), (70, 60)):
+        (tmp_path / f"proc/{pid}").mkdir(parents=True)
+        (tmp_path / f"proc/{pid}/stat").write_text(f"{pid} (a ) b) S {parent} " + "0 " * 50)
+    (tmp_path / "proc/70/status").write_text(f"Name:\tVLLM\n{own}")
+    assert _core_of(80, {"engine_core_pid": 7}, tmp_path) == found
+    assert _core_of(80, {"engine_core_pid": 70}, tmp_path) == 70
+    assert _core_of(81, {"engine_core_pid": 70}, tmp_path) is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llmprobe.compute.classify import classify
-from llmprobe.compute.host import ThreadLoad
+from llmprobe.compute.host import ThreadLoad, together
 from llmprobe.compute.signs import SIGNS, signs
 from llmprobe.compute.thresholds import Thresholds
 
@@ -63,6 +65,37 @@ def test_a_starved_thread_is_found_beside_one_that_uses_more() -> None:
     (found,) = signs(starved, LIMITS)
     assert (found.name, found.value) == ("run_queue", 0.88)
     assert found.text == "thread VLLM::EngineCor waited for a core 88% of the time"
+
+
+def test_between_steps_it_is_the_core_that_has_to_be_quick_and_inside_them_the_worker() -> None:
+    """A worker in a process of its own polls for the next step: it uses a core whatever it does."""
+    polls = host(threads=(ThreadLoad("VLLM::Worker", 0.99, 0.0),))
+    for core, between, inside in ((0.3, [], ["VLLM::Worker"]), (0.95, ["VLLM::EngineCor"], ["VLLM::Worker"])):
+        both = together(polls, host(threads=(ThreadLoad("VLLM::EngineCor", core, 0.0),)))
+        assert both is not None
+        gap, none = figures(span=6.0, gap=3.0), figures(span=9.0, gap=0.1)
+        waits, inefficient = (
+            classify(seen(of, host=both, clock="host"), LIMITS) for of in (gap, replace(none, mbu_busy=0.1))
+        )
+        assert waits.cause == "host_between_steps"
+        assert [name for name in ("VLLM::EngineCor", "VLLM::Worker") if name in waits.reason] == between
+        assert waits.signs == (("thread_busy",) if between else ())
+        assert inefficient.bottleneck == "inefficient_kernels"
+        assert [name for name in ("VLLM::EngineCor", "VLLM::Worker") if name in inefficient.reason] == inside
+
+
+def test_the_core_that_waits_for_a_processor_is_named_beside_a_worker_that_waits_less() -> None:
+    """As seen on two cores: the scheduler computes, the worker polls, and something else runs too."""
+    worker = host(threads=(ThreadLoad("VLLM::Worker", 0.91, 0.09),), throttled_ratio=0.0)
+    core = host(threads=(ThreadLoad("VLLM::EngineCor", 0.44, 0.56),), throttled_ratio=None)
+    both = together(worker, core)
+    assert both is not None
+    (found,) = signs(both, LIMITS, between_steps=True)
+    assert found.text == "thread VLLM::EngineCor waited for a core 56% of the time"
+    assert both.cpu_ratio == worker.cpu_ratio + core.cpu_ratio
+    assert both.throttled_ratio == 0.0
+    assert together(worker, None) == worker
+    assert together(None, core) is None
 
 
 def test_pressure_of_others_is_none_of_an_engine_whose_threads_do_not_wait() -> None:

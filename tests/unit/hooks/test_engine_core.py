@@ -1,9 +1,11 @@
-"""A front end says whether its process holds an engine's core too."""
+"""A front end says whether its process holds an engine's core too, and a worker which process does."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import multiprocessing
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +57,37 @@ def test_a_program_whose_second_engine_is_inside_says_so_of_the_first_ones_front
 def test_a_vllm_that_names_it_otherwise_says_nothing(probe: Probe) -> None:
     engine_core.install(probe, SimpleNamespace())
     assert engine_core.inside() is None
+
+
+def tell(answers: Any, backend: object) -> None:
+    answers.put(engine_core.pid_of_parent(SimpleNamespace(distributed_executor_backend=backend)))
+
+
+@pytest.mark.parametrize(
+    ("method", "backend", "told"),
+    [
+        ("fork", "mp", True),
+        ("spawn", "mp", True),
+        # Its parent is the server of forks, which schedules nothing.
+        ("forkserver", "mp", False),
+        # The core's own process, started by the front end; and workers of Ray's.
+        ("fork", "uni", False),
+        ("fork", "ray", False),
+        ("fork", SimpleNamespace, False),
+    ],
+)
+def test_a_worker_tells_which_process_started_it(method: Any, backend: object, told: bool) -> None:
+    context = multiprocessing.get_context(method)
+    answers = context.SimpleQueue()
+    worker = context.Process(target=tell, args=(answers, backend))
+    worker.start()
+    assert answers.get() == (os.getpid() if told else None)
+    worker.join()
+
+
+def test_a_worker_that_nobody_started_tells_of_no_core() -> None:
+    assert engine_core.pid_of_parent(SimpleNamespace(distributed_executor_backend="mp")) is None
+    assert engine_core.pid_of_parent(SimpleNamespace()) is None
 
 
 def test_it_is_a_class_of_vllm() -> None:

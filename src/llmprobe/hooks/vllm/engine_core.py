@@ -1,11 +1,15 @@
-"""Whether an engine's core runs in this process, beside its front end.
+"""Which process an engine's core runs in: it schedules steps, and is not always where they run.
 
-`vllm.LLM` may be told so (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), also where its workers have processes of
-their own: the core then spins while they work, and the process's CPU time says nothing about its front end.
+Beside its front end: `vllm.LLM` may be told so (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), also where its workers
+have processes of their own. The core then spins while they work, and the process's CPU time says nothing
+about its front end. Without its workers: with more than one, and in vLLM's CPU build always. It writes no
+journal then, so its workers say where it is.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,12 +18,22 @@ from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 
 FACT = "engine_core_inside"
+PID_FACT = "engine_core_pid"
 _inside: bool | None = None
 
 
 def inside() -> bool | None:
     """Whether one does, or did; None where this vLLM does not say."""
     return _inside
+
+
+def pid_of_parent(parallel_config: Any) -> int | None:
+    """The core's process, as a worker's that it started knows it; None where that is not how workers run."""
+    if getattr(parallel_config, "distributed_executor_backend", None) != "mp":
+        return None
+    parent = multiprocessing.parent_process()
+    pid = None if parent is None else parent.pid
+    return pid if pid == os.getppid() else None  # else a server of forks lies between
 
 
 def install(probe: Probe, module: ModuleType) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from llmprobe.hooks.naming import server_name
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.torch_model import device_facts
-from llmprobe.hooks.vllm import facts, seams
+from llmprobe.hooks.vllm import engine_core, facts, seams
 from llmprobe.settings import logger
 
 #: What a step of a worker goes through.
@@ -35,6 +35,7 @@ def worker_facts(
     said["runner"] = seams.runner_kind(worker.model_runner)
     said["rank"] = int(worker.rank)
     said["clock"] = clock
+    said[engine_core.PID_FACT] = engine_core.pid_of_parent(config.parallel_config)
     said["device"] = device_facts(worker.device)
     said["hooks"] = [f"{owner.__name__}.{name}" for owner, name in seams.methods(type(worker), STEP_METHODS)]
     notes = said["notes"]
