@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -63,8 +64,12 @@ class HostSignals:
     @property
     def starved(self) -> ThreadLoad | None:
         """The thread that waited for a core most; None where that is not known."""
-        known = [thread for thread in self.threads if thread.run_queue_ratio is not None]
-        return max(known, key=lambda thread: thread.run_queue_ratio or 0.0, default=None)
+        return _starved(self.threads)
+
+    @property
+    def starved_of_core(self) -> ThreadLoad | None:
+        """Likewise where steps are scheduled."""
+        return _starved(thread for thread in self.threads if thread.of_core or not self.core_apart)
 
     @property
     def fullest(self) -> ThreadLoad | None:
@@ -101,6 +106,11 @@ def together(worker: HostSignals | None, core: HostSignals | None) -> HostSignal
         numa_nodes_allowed=_most(worker.numa_nodes_allowed, core.numa_nodes_allowed),
         core_apart=True,
     )
+
+
+def _starved(threads: Iterable[ThreadLoad]) -> ThreadLoad | None:
+    known = [thread for thread in threads if thread.run_queue_ratio is not None]
+    return max(known, key=lambda thread: thread.run_queue_ratio or 0.0, default=None)
 
 
 def _most(one: _Number | None, other: _Number | None) -> _Number | None:

@@ -52,6 +52,10 @@ def signs(host: HostSignals | None, limits: Thresholds, between_steps: bool = Fa
     waits = host.run_queue_ratio
     if starved is not None and starved.run_queue_ratio is not None:
         waits = max(starved.run_queue_ratio, waits or 0.0)
+    scheduler = host.starved_of_core if between_steps else None
+    if scheduler is not None and (scheduler.run_queue_ratio or 0.0) >= limits.run_queue_ratio:
+        # Its wait is the device's; a worker that polls may well wait longer.
+        starved, waits = scheduler, scheduler.run_queue_ratio
     # PSI does not say whose tasks wait; where the engine's own are known not to, they are others'.
     pressed = host.cpu_pressure_ratio if waits is None or waits >= limits.run_queue_ratio else None
     seen: tuple[tuple[str, float | None, float, str], ...] = (

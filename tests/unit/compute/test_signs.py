@@ -84,14 +84,27 @@ def test_between_steps_it_is_the_core_that_has_to_be_quick_and_inside_them_the_w
         assert [name for name in ("VLLM::EngineCor", "VLLM::Worker") if name in inefficient.reason] == inside
 
 
-def test_the_core_that_waits_for_a_processor_is_named_beside_a_worker_that_waits_less() -> None:
+@pytest.mark.parametrize(
+    ("polls", "schedules", "named"),
+    [
+        ((0.91, 0.09), (0.44, 0.56), ("EngineCor", 0.56)),
+        ((0.36, 0.64), (0.60, 0.39), ("EngineCor", 0.39)),
+        ((0.36, 0.64), (0.60, 0.02), ("Worker", 0.64)),
+    ],
+)
+def test_the_core_that_waits_for_a_processor_is_named_rather_than_a_worker(
+    polls: tuple[float, float], schedules: tuple[float, float], named: tuple[str, float]
+) -> None:
     """As seen on two cores: the scheduler computes, the worker polls, and something else runs too."""
-    worker = host(threads=(ThreadLoad("VLLM::Worker", 0.91, 0.09),), throttled_ratio=0.0)
-    core = host(threads=(ThreadLoad("VLLM::EngineCor", 0.44, 0.56),), throttled_ratio=None)
+    worker = host(threads=(ThreadLoad("VLLM::Worker", *polls),), throttled_ratio=0.0)
+    core = host(threads=(ThreadLoad("VLLM::EngineCor", *schedules),), throttled_ratio=None)
     both = together(worker, core)
     assert both is not None
     (found,) = signs(both, LIMITS, between_steps=True)
-    assert found.text == "thread VLLM::EngineCor waited for a core 56% of the time"
+    assert (found.text, found.value) == (
+        f"thread VLLM::{named[0]} waited for a core {named[1]:.0%} of the time",
+        named[1],
+    )
     assert both.cpu_ratio == worker.cpu_ratio + core.cpu_ratio
     assert both.throttled_ratio == 0.0
     assert together(worker, None) == worker
