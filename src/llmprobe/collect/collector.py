@@ -16,6 +16,7 @@ import numpy as np
 from llmprobe.collect import checkpoint as checkpoints
 from llmprobe.collect.front_ends import FrontEnds
 from llmprobe.collect.grouping import Grouping
+from llmprobe.collect.host_cpu import HostCpu
 from llmprobe.collect.judge import Judge
 from llmprobe.collect.missing import what_is_missing
 from llmprobe.collect.process import PeaksOf, Pending, Process, Rank, no_peaks
@@ -91,6 +92,7 @@ class Collector:
         self._thresholds = thresholds or Thresholds()
         self._judge = Judge(self._thresholds)
         self._watches = Watches()
+        self._host_cpu = HostCpu()
         self._telemetry = telemetry
         self._ignored: set[Path] = set()
         self._scanned_mtime = 0
@@ -107,6 +109,7 @@ class Collector:
         self._front_ends.restore(saved.get("left", ()))
         self._judge.restore(saved.get("verdicts", {}))
         self._watches.restore(saved.get("hosts", {}))
+        self._host_cpu.restore(saved.get("host_cpu", {}))
 
     def tick(self, final: bool = False) -> None:
         """Find journals, read what is new, account for it. ``final`` brings `views` up to date too."""
@@ -187,6 +190,7 @@ class Collector:
                 left=self._front_ends.save(),
                 verdicts=self._judge.save(),
                 hosts=self._watches.save(self._processes.values()),
+                host_cpu=self._host_cpu.save(),
             )
         checkpoints.write(self._checkpoint, text)
 
@@ -297,6 +301,7 @@ class Collector:
         living = self._grouping.living()
         self._front_ends.keep(living)
         self._judge.keep(living)
+        self._host_cpu.keep(living)
 
     def _build_views(self, now: int, keep_dead: bool) -> list[ServerView]:
         groups: dict[str, list[Process]] = {}
@@ -363,6 +368,7 @@ class Collector:
             ranks=sorted(ranks, key=lambda rank: (rank.engine, rank.rank)),
             missing=missing,
             notes=notes,
+            host_cpu_seconds=self._host_cpu.update(key, *self._watches.beside_ranks(processes)),
             thresholds=self._thresholds,
         )
 

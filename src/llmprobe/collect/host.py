@@ -161,6 +161,16 @@ class HostWatch:
             run_queue_seconds=None if threads.delay_ns is None else threads.delay_ns / 1e9,
         )
 
+    @property
+    def identity(self) -> str:
+        """Names the process, also when its number is used again; empty before the first sample."""
+        return "" if self._start_ticks is None else f"{self.pid}-{self._start_ticks}"
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """Of all threads since the process began, as of the last sample; None before the first."""
+        return self._points[-1].stat.cpu_seconds if self._points else None
+
     def save(self) -> dict[str, Any]:
         """What a watch that begins anew needs so that `totals` go on: about two kilobytes of JSON."""
         return {

@@ -119,6 +119,8 @@ class RankView:
     recent: list[dict[str, Any]] = field(default_factory=list)
     #: What the device was measured to attain; None where it was not.
     attainable: Peaks | None = None
+    #: Phases whose steps of the last 30 s were launched as one CUDA graph each (`llmprobe.compute.graphs`).
+    one_graph: frozenset[str] = frozenset()
     #: Cumulative, as `device_time`: phase → operator → seconds of floor by memory, by compute.
     operator_floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     #: Over the last 10 s, by phase; mixed steps are split between prefill and decode.
@@ -199,6 +201,8 @@ class ServerView:
     notes: list[str]
     #: Those that verdicts and pressure were judged by.
     thresholds: Thresholds = field(default_factory=Thresholds)
+    #: Cumulative CPU time of its processes that are no rank's, by kind (`llmprobe.collect.host_cpu`).
+    host_cpu_seconds: dict[str, float] = field(default_factory=dict)
     #: The label that the server gave itself; ``server`` has a number behind it if another had that one.
     own_label: str = ""
     #: The files that its living processes write.

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmprobe.collect import procfs
 from llmprobe.collect.host import HostTotals, HostWatch, lock_holder
+from llmprobe.collect.host_cpu import ENGINE_CORE, FRONT_END, Used
 from llmprobe.collect.process import Process
 from llmprobe.compute.host import HostSignals, together
 
@@ -83,6 +84,21 @@ class Watches:
         watch = self._watches.get(process.path)
         return watch.totals() if watch is not None else None
 
+    def beside_ranks(self, processes: Iterable[Process]) -> tuple[dict[str, Used], set[str]]:
+        """What processes of one view used that are no rank's, and which are: for `HostCpu.update`."""
+        used: dict[str, Used] = {}
+        ranks: set[str] = set()
+        for process in processes:
+            watch, core = self._watches.get(process.path), self._cores.get(process.path)
+            if watch is not None and process.role == "frontend":
+                _add(used, watch, FRONT_END)
+            elif watch is not None:
+                ranks.add(watch.identity)
+            # One beside its front end is part of that, whichever of them was found first.
+            if core is not None and core.identity not in used:
+                _add(used, core, ENGINE_CORE)
+        return {process: of for process, of in used.items() if process not in ranks}, ranks
+
     def save(self, processes: Iterable[Process]) -> dict[str, Any]:
         """What an agent that starts anew needs so that totals go on, by the processes' identities."""
         return {
@@ -94,6 +110,12 @@ class Watches:
     def restore(self, saved: dict[str, Any]) -> None:
         """From `save`, before the first `sample`."""
         self._saved = saved
+
+
+def _add(used: dict[str, Used], watch: HostWatch, kind: str) -> None:
+    seconds = watch.cpu_seconds
+    if seconds is not None:
+        used[watch.identity] = Used(kind, seconds)
 
 
 def _core_of(worker: int, facts: Mapping[str, Any], root: Path = Path("/")) -> int | None:

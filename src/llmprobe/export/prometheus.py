@@ -169,6 +169,8 @@ def fill(samples: Samples, view: ServerView) -> None:
         _memory(samples, labels, rank, engines.get(rank.engine), alone)
         _health(samples, labels, rank, view)
     _verdicts(samples, server, view)
+    for process, seconds in view.host_cpu_seconds.items():
+        samples.add("llmprobe_host_cpu_seconds_total", (*server, process), seconds)
     for figure in sorted(figures_of(view)):
         samples.add("llmprobe_figure_available", (*server, figure), float(figure not in view.missing))
 

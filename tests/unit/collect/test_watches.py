@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llmprobe.collect.host_cpu import ENGINE_CORE, FRONT_END
 from llmprobe.collect.process import Process
 from llmprobe.collect.watches import Watches, _core_of
 from llmprobe.record.journal_reader import JournalReader
@@ -270,3 +272,41 @@ def test_a_core_in_a_namespace_of_its_own_is_told_by_what_it_calls_itself(
     assert _core_of(80, {"engine_core_pid": 7}, tmp_path) == found
     assert _core_of(80, {"engine_core_pid": 70}, tmp_path) == 70
     assert _core_of(81, {"engine_core_pid": 70}, tmp_path) is None
+
+
+def test_cpu_time_beside_ranks_is_that_of_front_ends_and_of_cores(start, start_core) -> None:  # type: ignore[no-untyped-def]
+    front_process, front = start("frontend")
+    core, workers = start_core("parent")
+    child, inside = start("frontend", "worker")
+    beside = more(child)
+    watches = Watches()
+    everything = [front, *workers, inside, beside]
+    watches.sample(everything, time.monotonic_ns())
+    used, ranks = watches.beside_ranks(everything)
+    assert {(name.partition("-")[0], of.kind) for name, of in used.items()} == {
+        (str(front_process.pid), FRONT_END),
+        (str(core.pid), ENGINE_CORE),
+    }
+    assert all(of.seconds > 0 for of in used.values())
+    assert len(ranks) == 3
+    assert f"{child.pid}-" in " ".join(ranks)
+    for process in everything:
+        process.close()
+
+
+def test_a_core_beside_its_front_end_is_part_of_it(start_core) -> None:  # type: ignore[no-untyped-def]
+    """`vllm.LLM` with VLLM_ENABLE_V1_MULTIPROCESSING=0 and two workers."""
+    _, workers = start_core("parent")
+    watches = Watches()
+    watches.sample(workers, time.monotonic_ns())
+    front = SimpleNamespace(
+        path=Path("front"), role="frontend", alive=True, facts={"engine_core_inside": False}
+    )
+    watches._watches[front.path] = watches._cores[workers[0].path]
+    for order in ([front, *workers], [*workers, front]):
+        used, _ = watches.beside_ranks(order)
+        assert [of.kind for of in used.values()] == [FRONT_END]
+    watches.sample([front, *workers], time.monotonic_ns())
+    assert watches.front_end(front) is None
+    for process in workers:
+        process.close()

@@ -194,6 +194,7 @@ def server(name: str = "vllm-8000", **changes: Any) -> ServerView:
         bottleneck_seconds={
             phase: {"memory_bound": {"": 60.0}, "unknown": {"changing": 3.0}} for phase in PHASES
         },
+        host_cpu_seconds={"frontend": 12.5, "engine_core": 20.0},
         missing={"launch_gap": "gaps inside a step need kernel windows; they are off"},
         notes=[],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmprobe.export.catalogue.family import RANK, Family, Section
+from llmprobe.export.catalogue.family import RANK, SERVER, Family, Section
 
 SECTIONS = (
     Section(
@@ -105,8 +105,9 @@ SECTIONS = (
     ),
     Section(
         "Host of the engine",
-        "Of each worker's process, read from /proc and cgroups once a second, at no cost to the engine. "
-        "Absent where this kernel or container does not tell, or shows another namespace.",
+        "Of each worker's process, and of a server's other processes, read from /proc and cgroups once a "
+        "second, at no cost to the engine. Absent where this kernel or container does not tell, or shows "
+        "another namespace.",
         (
             Family(
                 "llmprobe_step_stalled",
@@ -124,6 +125,15 @@ SECTIONS = (
                 (*RANK, "thread"),
                 ("measured",),
                 "CPU time by thread: main, at most two names, and other for all the rest.",
+            ),
+            Family(
+                "llmprobe_host_cpu_seconds_total",
+                "counter",
+                "seconds",
+                (*SERVER, "process"),
+                ("measured",),
+                "CPU time of a server's processes that are no worker's: frontend (its API servers together, "
+                "or the program that uses vLLM) and engine_core (where cores have processes of their own).",
             ),
             Family(
                 "llmprobe_engine_run_queue_seconds_total",
