@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ DEFAULT_TRACE = ("cuda", "nvtx")
 #: nsys's words for how CUDA graphs are recorded: each whole, or kernel by kernel. The first is the default.
 GRAPH_TRACES = ("graph", "node")
 _SESSION = re.compile(r"llmprobe-[0-9a-f]{6,32}")
+_TETHER = (sys.executable, "-m", "llmprobe.capture.tether")
 _LIST_SECONDS = 20.0
 _START_SECONDS = 60.0
 _IMPORT_SECONDS = 900.0
@@ -211,10 +213,16 @@ class Nsys:
         (folder / RAW).chmod(0o600)
 
     def export(self, folder: Path) -> None:
-        """Turn the recorded file into SQLite (`RAW_SQLITE`), which is as unscrubbed as the file."""
+        """Turn the recorded file into SQLite (`RAW_SQLITE`), which is as unscrubbed as the file.
+
+        What an agent before this one had begun of it died with it.
+        """
+        for left in folder.glob(f".{RAW_SQLITE}.*"):
+            left.unlink(missing_ok=True)
         made = folder / f".{RAW_SQLITE}.{os.getpid()}"
         command = ["export", "--type=sqlite", "--force-overwrite=true", "--quiet=true"]
-        said = self._run([*command, f"--output={made}", str(folder / RAW)], _IMPORT_SECONDS)
+        arguments = [*command, f"--output={made}", str(folder / RAW)]
+        said = self._run(arguments, _IMPORT_SECONDS, tethered=True)
         if not made.is_file():
             raise NsysError(f"nsys exported nothing: {last_words(said) or 'it said nothing'}")
         made.chmod(0o600)
@@ -246,9 +254,10 @@ class Nsys:
                     path.unlink()
         return state != RECORDING
 
-    def _run(self, arguments: Sequence[str], seconds: float) -> str:
+    def _run(self, arguments: Sequence[str], seconds: float, *, tethered: bool = False) -> str:
         environment = {**agent_environment(os.environ), "TMPDIR": self.session.temporary}
-        return run_nsys([self.session.nsys, *arguments], seconds, environment, self._interrupted)
+        command = [self.session.nsys, *arguments]
+        return run_nsys(command, seconds, environment, self._interrupted, tethered=tethered)
 
 
 def _why_lost(state: str | None) -> str | None:
@@ -265,8 +274,13 @@ def run_nsys(
     seconds: float,
     environment: dict[str, str],
     interrupted: Callable[[], bool] = lambda: False,
+    *,
+    tethered: bool = False,
 ) -> str:
     """Run an nsys command to its end; returns what it printed.
+
+    Args:
+        tethered: it must not go on where this process is killed.
 
     Raises:
         NsysError: it cannot be started, failed, or took longer than ``seconds``.
@@ -278,8 +292,8 @@ def run_nsys(
     with os.fdopen(os.memfd_create("nsys", os.MFD_CLOEXEC), "w+b") as output:
         try:
             child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+                [*_TETHER, *command] if tethered else command,
+                stdin=subprocess.PIPE if tethered else subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -295,6 +309,8 @@ def run_nsys(
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
+            if child.stdin is not None:
+                child.stdin.close()
         output.seek(max(0, output.seek(0, os.SEEK_END) - (64 << 10)))
         said = output.read().decode(errors="replace")
     if code != 0:

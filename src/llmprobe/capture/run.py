@@ -6,7 +6,6 @@ goes on from there, so each state is entered on disk before what belongs to it b
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import subprocess
@@ -26,7 +25,6 @@ from llmprobe.capture.stopped import stopped, wait_for_signs
 from llmprobe.capture.store import (
     LIVE,
     REPORT_JSON,
-    STATE_NAME,
     STOP_FREE_BYTES,
     Store,
     write_json,
@@ -226,6 +224,7 @@ class Run:
             self.capture = self.capture.noting(hung)
             log.warning("capture %s of %s: %s", self.capture.id, self.capture.server, hung)
         self._try("the comparison with the live figures", self._compare)
+        self._store.tidy(self.capture.id)  # drafts of an agent that was killed: they are not scrubbed
         taken, most = self._store.size(self.capture.id), self._store.max_bytes
         if taken > most:
             self.capture = self.capture.noting(
@@ -333,10 +332,7 @@ class Run:
         if state == "failed" and self.capture.state != "pending" and (hung := self._hang(wait=True)):
             reason = f"{reason}. {hung}"
         self._quietly(self._tool.forget)
-        with contextlib.suppress(OSError):
-            for path in self._folder.iterdir():
-                if path.name != STATE_NAME:
-                    path.unlink()
+        self._store.tidy(self.capture.id, files=False)
         ended = self.capture.enter(state, self._wall(), reason=reason)
         try:
             self._store.write(ended)

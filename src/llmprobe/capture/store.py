@@ -251,6 +251,19 @@ class Store:
             return self._least_free - self.free_bytes()
         return 0
 
+    def tidy(self, capture_id: str, *, files: bool = True) -> None:
+        """Delete what lies in a capture's folder and is not shown, as far as that can be done.
+
+        Args:
+            files: whether what is shown stays; its state always does.
+        """
+        with contextlib.suppress(OSError):
+            for path in list(self.folder(capture_id).iterdir()):
+                shown = files and (is_public(path.name) or is_raw(path.name))
+                if path.name != STATE_NAME and not shown:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+
     def size(self, capture_id: str) -> int:
         """Bytes that a capture takes."""
         total = 0

@@ -244,6 +244,27 @@ def test_a_folder_that_is_a_link_is_no_capture(tmp_path: Path) -> None:
     assert elsewhere.is_dir()
 
 
+def test_what_is_not_shown_does_not_stay(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    capture = add(kept, 1)
+    folder = kept.folder(capture.id)
+    for name in (
+        ".raw.sqlite.77",
+        "raw.sqlite",
+        ".capture.json.ab",
+        "raw-rank0.npy",
+        RAW,
+        "torch-rank0.json.gz",
+    ):
+        (folder / name).touch()
+    (folder / "a folder").mkdir()
+    kept.tidy(capture.id)
+    shown = {RAW, REPORT_JSON, "torch-rank0.json.gz"}
+    assert {path.name for path in folder.iterdir()} == {"a folder", "capture.json"} | shown
+    kept.tidy(capture.id, files=False)
+    assert {path.name for path in folder.iterdir()} == {"a folder", "capture.json"}
+
+
 def test_what_was_removed_is_gone_also_if_a_crash_interrupted_it(tmp_path: Path) -> None:
     kept = store(tmp_path)
     capture = add(kept, 1)
