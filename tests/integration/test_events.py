@@ -114,6 +114,10 @@ def test_what_an_engine_goes_through_is_told_and_taken_up_by_the_next_agent(
         assert (stall["where"], stall["rank"]) == ("step", 0)
         assert stall["seconds"] >= stall["bound_seconds"] >= 10
         assert stall["last_steps"][-1]["step"] == stall["step"] - 1
+        (hanging,) = get_json(f"{url}/api/status")["servers"]
+        assert hanging["headline"].startswith("STALLED: ")
+        assert hanging["verdicts"][stall["phase"]]["bottleneck"] != "idle"
+        assert list(hanging["advice"]) == ["stall"]
         assert first.first("pressure_ended", pressure="sequence_limit")["outcome"] == "eased"
 
         killed = agent_info(directory)

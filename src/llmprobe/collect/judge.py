@@ -22,6 +22,7 @@ from llmprobe.compute.graphs import launched_whole
 from llmprobe.compute.headline import headline, stalled
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
+from llmprobe.compute.stall import RunningStep
 from llmprobe.compute.steady import SHORT_SECONDS, WINDOW_SECONDS, Steady
 from llmprobe.compute.sums import PhaseSums
 from llmprobe.compute.thresholds import Thresholds
@@ -124,10 +125,12 @@ class Judge:
                     host=shown.host,
                     one_graph=launched_whole(shown.facts.get("flags") or {}, phase, tokens),
                     no_model=no_model,
-                    running_seconds=_running(shown, phase),
+                    running=_running(shown, phase),
                 )
                 found = long.get(phase)
-                weight = (found.seconds if found else 0.0) + min(seen.running_seconds, long_seconds)
+                weight = found.seconds if found else 0.0
+                if seen.running is not None:
+                    weight += seen.running.pending_seconds
                 whole[phase].append((weight, classify(seen, self._limits, state.standing)))
                 observed[phase] = weight, seen
                 if found and (phase not in largest or found.seconds > largest[phase].seconds):
@@ -212,10 +215,10 @@ class Judge:
             of_class[cause] = of_class.get(cause, 0.0) + seconds
 
 
-def _running(rank: RankView, phase: str) -> float:
-    """For how long a step of a phase has run that has not ended; one that nobody could read may be of any."""
+def _running(rank: RankView, phase: str) -> RunningStep | None:
+    """The step of a phase that has not ended; one that nobody could read may be of any."""
     running = rank.running
-    return running.seconds if running is not None and running.phase in (phase, None) else 0.0
+    return running if running is not None and running.phase in (phase, None) else None
 
 
 def _counters_within(rank: RankView, seconds: float) -> CounterEvidence | None:

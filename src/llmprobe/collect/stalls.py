@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from llmprobe.collect.process import Rank
 from llmprobe.compute import stall
-from llmprobe.compute.intervals import Intervals
+from llmprobe.compute.intervals import Intervals, overlap_ns
 from llmprobe.compute.stall import RunningStep, Stall
+from llmprobe.compute.steady import WINDOW_SECONDS
 from llmprobe.compute.steps import PHASES
 
 _RECENT = 1000  # steps that say how long a step takes
+_WINDOW_NS = round(WINDOW_SECONDS * 1e9)
 _LEAST_NS = round(stall.LEAST_SECONDS * 1e9)
 
 
@@ -48,7 +52,7 @@ def find_stall(rank: Rank, pending: Intervals | None, now_ns: int, engine: int |
 
 
 def running_step(rank: Rank, pending: Intervals | None, now_ns: int) -> RunningStep | None:
-    """The step that a live rank is in while requests are unfinished; None where there is none.
+    """The step that a live rank is in; None where there is none.
 
     Args:
         rank: the rank.
@@ -58,10 +62,12 @@ def running_step(rank: Rank, pending: Intervals | None, now_ns: int) -> RunningS
     progress, since = rank.process.progress, rank.running_since()
     if progress is None or since is None or not rank.process.alive:
         return None
-    if pending is not None and _pending_since(pending, now_ns) is None:
-        return None
     phase = PHASES[progress.phase] if progress.phase < len(PHASES) else None
-    return RunningStep(phase, max(now_ns - since, 0) / 1e9)
+    begin = min(max(since, now_ns - _WINDOW_NS), now_ns)
+    worked = now_ns - begin
+    if pending is not None:  # requests may come and go while a step hangs: at one look none may be there
+        worked = int(overlap_ns(pending, np.array([begin]), np.array([now_ns]))[0])
+    return RunningStep(phase, max(now_ns - since, 0) / 1e9, worked / 1e9)
 
 
 def _pending_since(pending: Intervals | None, now_ns: int) -> int | None:

@@ -139,7 +139,7 @@ class RankView:
     host: HostSignals | None = None
     #: Cumulative, likewise.
     host_totals: HostTotals | None = None
-    #: The step that it is in while requests are unfinished.
+    #: The step that it is in.
     running: RunningStep | None = None
     #: What it hangs in; None while it gets on, or has nothing to do.
     stall: Stall | None = None

@@ -10,6 +10,7 @@ from llmprobe.compute.counted_idle import bubble_seconds, idle_ratio
 from llmprobe.compute.evidence import CounterEvidence, Evidence, KernelEvidence, Source
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.signs import Sign, signs
+from llmprobe.compute.stall import RunningStep
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import (
     BALANCED,
@@ -51,10 +52,10 @@ def classify(
     if figures is None or _idle(figures, seen.window_seconds, least, limits):
         steps = figures.steps if figures else 0
         ended = f"{steps} steps in {seen.window_seconds:g} s"
-        if _running(seen, limits):
-            why = f"{ended}, and one has been running for {seen.running_seconds:.0f} s"
+        if (running := seen.running) is not None and _hides_idleness(running, seen, limits):
+            why = f"{ended}, and one has been running for {running.seconds:.0f} s"
             found = Verdict(seen.phase, UNKNOWN, "step_running", 0.0, why, missing=(why,))
-            return _with_load(found, seen, min(seen.running_seconds, seen.window_seconds))
+            return _with_load(found, seen, running.pending_seconds)
         return _with_load(Verdict(seen.phase, IDLE, None, 1.0, ended), seen)
     case = _Case(seen, figures, limits, limits.favouring(current))
     return _with_load(case.verdict(), seen)
@@ -65,11 +66,11 @@ def _idle(figures: PhaseFigures, window_seconds: float, least: float, limits: Th
     return figures.steps == 0 or (figures.steps < least and share < limits.idle_share_ratio)
 
 
-def _running(seen: Observation, limits: Thresholds) -> bool:
-    """Whether a step that has not ended makes a phase busy: it is in no figure yet, and it is no idleness."""
+def _hides_idleness(running: RunningStep, seen: Observation, limits: Thresholds) -> bool:
+    """Whether a step that has not ended makes a phase busy: it is in no figure yet."""
     ended = seen.figures.seconds if seen.figures else 0.0
     least = limits.idle_share_ratio * seen.window_seconds
-    return seen.running_seconds > 0 and ended + seen.running_seconds >= least
+    return running.pending_seconds > 0 and ended + running.pending_seconds >= least
 
 
 def _with_load(verdict: Verdict, seen: Observation, running_seconds: float = 0.0) -> Verdict:

@@ -47,10 +47,11 @@ class StepSeen:
 
 @dataclass(frozen=True)
 class RunningStep:
-    """A step that has begun and not ended, with work pending."""
+    """A step that has begun and not ended."""
 
     phase: str | None  # None where nobody could read it
     seconds: float  # since it began
+    pending_seconds: float  # of those in the last 10 s, with work pending
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from llmprobe.compute.evidence import CounterEvidence, Evidence, KernelEvidence
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.host import HostSignals
+from llmprobe.compute.stall import RunningStep
 
 IDLE = "idle"
 UNKNOWN = "unknown"
@@ -54,7 +55,7 @@ class Observation:
         host: of the engine's process.
         one_graph: each step was launched as one CUDA graph, see `llmprobe.compute.graphs`.
         no_model: why MBU and MFU are not known, if that is a matter of the model.
-        running_seconds: for how long a step of it has been running that has not ended, with work pending.
+        running: a step of it that has not ended; None where there is none.
         problems: contradictions that were found elsewhere; any makes the verdict `UNKNOWN`.
     """
 
@@ -69,7 +70,7 @@ class Observation:
     host: HostSignals | None = None
     one_graph: bool = False
     no_model: str = ""
-    running_seconds: float = 0.0
+    running: RunningStep | None = None
     problems: tuple[str, ...] = ()
 
 

@@ -307,10 +307,18 @@ def test_a_step_that_hangs_takes_the_headline_and_ends(world: World) -> None:
     assert view.ranks[0].stall is None
     assert "stall" not in view.advice
     assert world.second(span_ms=2000).ranks[0].running is None
+
+
+def test_requests_that_come_and_go_make_no_idleness_of_a_step_that_hangs(world: World) -> None:
+    world.seconds(15)
     world.server.worker.begin(Phase.DECODE, 4, world.at)
     world.server.worker.publish()
+    seen = []
+    for second in range(20):  # none is there in every third look
+        seen.append(world.second(span_ms=2000, busy=second % 3 != 0).verdicts["decode"].bottleneck)
+    assert set(seen) == {"memory_bound", "unknown"}
     for _ in range(12):
-        view = world.second(busy=False)  # its requests are gone, and with them the work
+        view = world.second(busy=False)  # they are gone for good, and with them the work
     assert view.verdicts["decode"].bottleneck == "idle"
 
 

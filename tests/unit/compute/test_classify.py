@@ -13,6 +13,7 @@ from llmprobe.compute.confidence import HOST_CLOCK_LIMIT
 from llmprobe.compute.evidence import CounterEvidence
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.host import ThreadLoad
+from llmprobe.compute.stall import RunningStep
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import BOTTLENECKS, CAUSES, UNKNOWN_CAUSES, Observation
 
@@ -165,7 +166,7 @@ def test_class_and_cause(label: str, observation: Observation, bottleneck: str, 
         (0, 0.0, 0.0, "idle"),
         (0, 0.0, 4.9, "idle"),
         (0, 0.0, 5.1, "unknown"),
-        (0, 0.0, 700.0, "unknown"),
+        (0, 0.0, 10.0, "unknown"),
         (10, 3.0, 1.0, "idle"),
         (10, 3.0, 2.1, "unknown"),
         (10, 6.0, 2.1, "memory_bound"),  # enough ended to be judged
@@ -174,13 +175,14 @@ def test_class_and_cause(label: str, observation: Observation, bottleneck: str, 
 )
 def test_a_step_that_runs_is_no_idleness(steps: int, span: float, running: float, bottleneck: str) -> None:
     ended = figures(steps=steps, span=span, gap=0.0) if steps else None
-    found = classify(dataclasses.replace(seen(), figures=ended, running_seconds=running), LIMITS)
+    step = RunningStep("decode", 700.0, running) if running else None
+    found = classify(dataclasses.replace(seen(), figures=ended, running=step), LIMITS)
     assert found.bottleneck == bottleneck
     if bottleneck == "unknown":
         assert found.cause == "step_running"
         assert found.confidence == 0
         assert found.share_ratio == pytest.approx(min(span + running, 10) / 10)
-        assert found.reason == f"{steps} steps in 10 s, and one has been running for {running:.0f} s"
+        assert found.reason == f"{steps} steps in 10 s, and one has been running for 700 s"
 
 
 def test_each_witness_that_agrees_makes_it_surer() -> None:
