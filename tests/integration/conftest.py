@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from captured import gates, nsys, wrapped  # noqa: F401 - fixtures of several files
 from servers import FIXTURES, Servers, turn
 
 from llmprobe.demo.model import make_model

@@ -260,8 +260,12 @@ class Store:
         with contextlib.suppress(OSError):
             for path in list(self.folder(capture_id).iterdir()):
                 shown = files and (is_public(path.name) or is_raw(path.name))
-                if path.name != STATE_NAME and not shown:
-                    with contextlib.suppress(OSError):
+                if path.name == STATE_NAME or shown:
+                    continue
+                with contextlib.suppress(OSError):
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
                         path.unlink()
 
     def size(self, capture_id: str) -> int:

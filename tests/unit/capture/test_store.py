@@ -257,12 +257,16 @@ def test_what_is_not_shown_does_not_stay(tmp_path: Path) -> None:
         "torch-rank0.json.gz",
     ):
         (folder / name).touch()
-    (folder / "a folder").mkdir()
+    (folder / ".drafts").mkdir()
+    (folder / ".drafts" / "draft").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
     kept.tidy(capture.id)
     shown = {RAW, REPORT_JSON, "torch-rank0.json.gz"}
-    assert {path.name for path in folder.iterdir()} == {"a folder", "capture.json"} | shown
+    assert {path.name for path in folder.iterdir()} == {"capture.json"} | shown
     kept.tidy(capture.id, files=False)
-    assert {path.name for path in folder.iterdir()} == {"a folder", "capture.json"}
+    assert {path.name for path in folder.iterdir()} == {"capture.json"}
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_what_was_removed_is_gone_also_if_a_crash_interrupted_it(tmp_path: Path) -> None:
