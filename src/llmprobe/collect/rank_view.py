@@ -10,6 +10,8 @@ from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.views import RankView
 from llmprobe.collect.watches import Watches
 from llmprobe.compute import intervals
+from llmprobe.compute.graphs import launched_whole
+from llmprobe.compute.steps import Floats
 from llmprobe.record import layout
 
 WINDOW_NS = 30 * 10**9
@@ -68,6 +70,7 @@ def rank_view(
         dropped=counters["dropped"],
         lost=process.lost,
         attainable=rank.attainable,
+        one_graph=frozenset(phase for phase in steps if _one_graph(rank, phase, since_ns, now)),
         operator_floors={
             phase: {name: list(sums) for name, sums in of_phase.items()}
             for phase, of_phase in rank.operator_floors.items()
@@ -86,6 +89,13 @@ def rank_view(
         else None,
         journal=process.path,
     )
+
+
+def _one_graph(rank: Rank, phase: str, since_ns: int, now: int) -> bool:
+    def tokens() -> Floats:
+        return rank.tokens(since_ns, now, (layout.PHASES.index(phase),))
+
+    return launched_whole(rank.process.facts.get("flags") or {}, phase, tokens)
 
 
 def without_gaps(rank: RankView) -> RankView:

@@ -6,7 +6,7 @@ Kept as plain JSON (``run.json``, ``schema_version`` 1), so that runs can be com
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerVi
 from llmprobe.compute import histogram
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
 from llmprobe.compute.verdict import IDLE
+from llmprobe.export.run_seen import RunLooks, ServerSeen, rank_key
 from llmprobe.export.run_verdict import run_verdict
 from llmprobe.record.layout import bucket_bounds_seconds
 
@@ -32,38 +33,48 @@ _LATENCIES = {
 _GAPS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
 
 
-def report(views: Iterable[ServerView], since: Iterable[ServerView] = ()) -> dict[str, Any]:
-    """What happened to every server between ``since`` (default: its start) and ``views``, JSON-ready."""
+def report(
+    views: Sequence[ServerView], since: Sequence[ServerView] = (), looks: RunLooks | None = None
+) -> dict[str, Any]:
+    """What happened to every server between ``since`` (default: its start) and ``views``, JSON-ready.
+
+    Args:
+        views: the servers at the end.
+        since: at the beginning.
+        looks: what was seen in between; without, only what can still be seen at the end is known.
+    """
     before = {(view.group, view.server): view for view in since}
+    looks = looks or RunLooks(since)
+    looks.look(views)
     return {
         "schema_version": SCHEMA_VERSION,
         "llmprobe_version": llmprobe.__version__,
-        "servers": [_server(view, before.get((view.group, view.server))) for view in views],
+        "servers": [_server(view, before.get((view.group, view.server)), looks.seen(view)) for view in views],
     }
 
 
-def _server(view: ServerView, before: ServerView | None) -> dict[str, Any]:
+def _server(view: ServerView, before: ServerView | None, seen: ServerSeen) -> dict[str, Any]:
     engines = {engine.engine: engine for engine in before.engines} if before else {}
-    ranks = {_process(rank): rank for rank in before.ranks} if before else {}
+    ranks = {rank_key(rank): rank for rank in before.ranks} if before else {}
     told_engines = [_engine(engine, engines.get(engine.engine)) for engine in view.engines]
-    told_ranks = [_rank(rank, ranks.get(_process(rank)), bool(view.engines)) for rank in view.ranks]
+    told_ranks = [
+        _rank(
+            rank, ranks.get(rank_key(rank)), bool(view.engines), frozenset(seen.ranks[rank_key(rank)].kernels)
+        )
+        for rank in view.ranks
+    ]
     return {
         "server": view.server,
         "model_name": view.model_name,
         "framework": view.framework,
         "framework_version": view.framework_version,
         "flags": view.flags,
-        **run_verdict(view, told_ranks, told_engines, before),
+        **run_verdict(view, told_ranks, told_engines, before, seen),
         "engines": told_engines,
         "ranks": told_ranks,
         "not_measured": view.missing,
         "notes": view.notes,
     }
-
-
-def _process(rank: RankView) -> tuple[int, int, Any]:
-    """A worker that was started anew is another one."""
-    return rank.engine, rank.rank, rank.facts.get("pid")
 
 
 def _engine(engine: EngineView, before: EngineView | None) -> dict[str, Any]:
@@ -87,10 +98,13 @@ def _engine(engine: EngineView, before: EngineView | None) -> dict[str, Any]:
     return {"engine": engine.engine, **counts, **latency}
 
 
-def _rank(rank: RankView, before: RankView | None, gaps_known: bool) -> dict[str, Any]:
+def _rank(
+    rank: RankView, before: RankView | None, gaps_known: bool, sampled: frozenset[str]
+) -> dict[str, Any]:
+    """``sampled``: phases whose bubbles kernel windows told for most of the run."""
     device = rank.facts.get("device") or {}
     phases = {
-        phase: _phase(phase, rank, before, gaps_known)
+        phase: _phase(phase, rank, before, gaps_known, phase in sampled)
         for phase, steps in rank.steps.items()
         if steps > (before.steps.get(phase, 0) if before else 0)
     }
@@ -120,7 +134,9 @@ def _rank(rank: RankView, before: RankView | None, gaps_known: bool) -> dict[str
     }
 
 
-def _phase(phase: str, rank: RankView, before: RankView | None, gaps_known: bool) -> dict[str, Any]:
+def _phase(
+    phase: str, rank: RankView, before: RankView | None, gaps_known: bool, sampled: bool
+) -> dict[str, Any]:
     steps = rank.steps[phase] - (before.steps.get(phase, 0) if before else 0)
     components = _minus(rank.device_time.get(phase, {}), before.device_time.get(phase, {}) if before else {})
     components = {name: components.get(name, 0.0) for name in COMPONENTS if name not in IDLE_COMPONENTS}
@@ -136,7 +152,7 @@ def _phase(phase: str, rank: RankView, before: RankView | None, gaps_known: bool
         "seconds": seconds,
         "components_seconds": components,
         "sync_gap_ratio": stall / seconds if seconds > 0 and gaps_known else None,
-        "sync_gap_is_lower_bound": True,
+        "sync_gap_is_lower_bound": not sampled,
     }
     if phase in rank.step_duration:
         earlier = before.step_duration.get(phase) if before else None

@@ -1,8 +1,9 @@
-"""The verdict on a finished run: the rules of the live one, over all of its time instead of the last 10 s."""
+"""The verdict on a finished run: the rules of the live one, over all its time with work pending."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llmprobe.collect.views import EngineView, RankView, ServerView
@@ -13,12 +14,18 @@ from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.headline import headline
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
-from llmprobe.compute.verdict import Observation, Verdict
+from llmprobe.compute.steady import WINDOW_SECONDS
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import IDLE, Observation, Verdict
+from llmprobe.export.run_seen import RankSeen, ServerSeen, rank_key
 from llmprobe.export.summary import plain
+
+#: Fewer steps are no load: the first ones compile, capture and allocate.
+_FEWEST_STEPS = 10
 
 
 def run_verdict(
-    view: ServerView, ranks: list[Any], engines: list[Any], before: ServerView | None
+    view: ServerView, ranks: list[Any], engines: list[Any], before: ServerView | None, seen: ServerSeen
 ) -> dict[str, Any]:
     """Headline, verdicts, pressure and advice, JSON-ready.
 
@@ -27,42 +34,33 @@ def run_verdict(
         ranks: its ranks as `llmprobe.export.report` tells them, in the order of ``view.ranks``.
         engines: its engines, likewise.
         before: the server at the beginning, if it was there.
+        seen: what was seen of it while the run went on.
     """
-    earlier = (
-        {(rank.engine, rank.rank, rank.facts.get("pid")): rank for rank in before.ranks} if before else {}
-    )
+    earlier = {rank_key(rank): rank for rank in before.ranks} if before else {}
     limits = view.thresholds
     told: dict[str, list[tuple[float, Verdict, PhaseFigures]]] = {}
     for rank, document in zip(view.ranks, ranks, strict=True):
-        old = earlier.get((rank.engine, rank.rank, rank.facts.get("pid")))
-        busy = sum(figures["seconds"] for figures in document["phases"].values())
-        seconds = busy + sum(document["idle_seconds"].values())
-        found = {
-            phase: _figures(phase, rank, old, figures, seconds)
-            for phase, figures in document["phases"].items()
-        }
-        for phase, figures in found.items():
+        old, looked = earlier.get(rank_key(rank)), seen.ranks[rank_key(rank)]
+        # Idle time is no reason to call a load something else: only time with work pending counts.
+        seconds = sum(figures["seconds"] for figures in document["phases"].values())
+        seconds += document["idle_seconds"]["blocked"]
+        for phase, of_phase in document["phases"].items():
             if phase == "dummy":
                 continue
-            seen = Observation(
-                phase,
-                seconds,
-                figures,
-                rank.clock,
-                rank.peaks,
-                rank.attainable,
-                host=rank.host,
-                no_model="" if rank.facts.get("model") else "the model of the work is not known",
-            )
-            told.setdefault(phase, []).append((figures.seconds, classify(seen, limits), figures))
+            figures = _figures(phase, rank, old, of_phase, seconds, looked)
+            observed = _observation(phase, rank, figures, seconds, looked)
+            told.setdefault(phase, []).append((figures.seconds, _judge(observed, figures, limits), figures))
     verdicts = {phase: combine([(time, verdict) for time, verdict, _ in of]) for phase, of in told.items()}
     engines_before = {engine.engine: engine for engine in before.engines} if before else {}
     loads = {
         engine.engine: _load(engine, engines_before.get(engine.engine), document, view.flags)
         for engine, document in zip(view.engines, engines, strict=True)
     }
-    pressure = worst(found for load in loads.values() for found in pressures(load, limits))
-    pid = view.ranks[0].facts.get("pid") if view.ranks else None
+    pressure = worst(
+        [*seen.pressure.values(), *(found for load in loads.values() for found in pressures(load, limits))]
+    )
+    recorded = bool(view.ranks)
+    pid = view.ranks[0].facts.get("pid") if recorded else None
     target = Target(
         view.server,
         view.framework,
@@ -74,20 +72,87 @@ def run_verdict(
     advice: dict[str, tuple[Advice, ...]] = {
         phase: advise(verdict, max(told[phase], key=lambda item: item[0])[2], target)
         for phase, verdict in verdicts.items()
+        if verdict.bottleneck != IDLE  # of too few steps nobody can say that they are healthy
     }
     for kind, pressing in pressure.items():
-        if pressing.active:
-            advice[kind] = advise_pressure(pressing, loads[pressing.engine], target)
+        if pressing.active and pressing.engine in loads:
+            load = _at_worst(loads[pressing.engine], seen.moments.get(kind))
+            advice[kind] = advise_pressure(pressing, load, target)
     return {
-        "headline": headline(verdicts, pressure, loads, recorded=bool(view.ranks)),
+        "headline": _no_verdict(verdicts, recorded) or headline(verdicts, pressure, loads, recorded=recorded),
         "verdicts": plain(verdicts),
         "pressure": plain(pressure),
         "advice": plain(advice),
     }
 
 
+def _observation(
+    phase: str, rank: RankView, figures: PhaseFigures, seconds: float, looked: RankSeen
+) -> Observation:
+    return Observation(
+        phase,
+        seconds,
+        figures,
+        rank.clock,
+        rank.peaks,
+        rank.attainable,
+        kernels=looked.kernels.get(phase),
+        counters=looked.counters,
+        host=looked.host,
+        one_graph=phase in looked.one_graph,
+        no_model="" if rank.facts.get("model") else "the model of the work is not known",
+    )
+
+
+def _judge(observed: Observation, figures: PhaseFigures, limits: Thresholds) -> Verdict:
+    """As live. A phase that fills its run may all the same be a handful of steps: those tell nothing."""
+    long = figures.seconds >= limits.idle_share_ratio * WINDOW_SECONDS
+    if figures.steps >= min(_FEWEST_STEPS, limits.idle_steps) or long:
+        verdict = classify(observed, limits)
+        if verdict.bottleneck != IDLE:
+            return verdict
+    steps, are = figures.steps, "step in this run is" if figures.steps == 1 else "steps in this run are"
+    return Verdict(
+        observed.phase,
+        IDLE,
+        None,
+        1.0,
+        f"{steps} {are} too few for a verdict",
+        steps_per_second=figures.steps_per_second,
+        share_ratio=figures.seconds / observed.window_seconds if observed.window_seconds > 0 else 0.0,
+        clock=observed.clock,
+    )
+
+
+def _no_verdict(verdicts: Mapping[str, Verdict], recorded: bool) -> str:
+    """The headline where no phase is judged; else empty."""
+    if not verdicts:
+        return "IDLE: no steps in this run." if recorded else ""
+    longest = max(verdicts.values(), key=lambda verdict: verdict.share_ratio)
+    few = all(verdict.bottleneck == IDLE for verdict in verdicts.values())
+    return f"CAN'T TELL: {longest.phase}: {longest.reason}." if few else ""
+
+
+def _at_worst(load: EngineLoad, moment: EngineView | None) -> EngineLoad:
+    """What advice on pressure of a moment asks for, as it was then; over a run there is no such thing."""
+    if moment is None:
+        return load
+    return replace(
+        load,
+        running=moment.requests_running,
+        waiting=moment.requests_waiting,
+        kv_usage=moment.kv_usage,
+        front_end=moment.front_end.fullest if moment.front_end is not None else None,
+    )
+
+
 def _figures(
-    phase: str, rank: RankView, before: RankView | None, document: Mapping[str, Any], run_seconds: float
+    phase: str,
+    rank: RankView,
+    before: RankView | None,
+    document: Mapping[str, Any],
+    run_seconds: float,
+    looked: RankSeen,
 ) -> PhaseFigures:
     """A phase of the report as figures. ``document`` leaves out the host gap where nobody tells it."""
     told = document["components_seconds"]
@@ -95,6 +160,7 @@ def _figures(
     gap = components["host_gap"]
     seconds, steps = document["seconds"], document["steps"]
     step = document.get("step_seconds") or {}
+    prompt, decode = looked.tokens.get(phase, (0.0, 0.0))
     floors = rank.operator_floors.get(phase, {})
     old = before.operator_floors.get(phase, {}) if before else {}
     by_operator = {
@@ -106,8 +172,8 @@ def _figures(
         seconds=seconds,
         span_seconds=seconds - gap,
         gap_seconds=gap,
-        prompt_tokens=0,
-        decode_tokens=0,
+        prompt_tokens=round(prompt * steps),
+        decode_tokens=round(decode * steps),
         steps_per_second=steps / run_seconds if run_seconds > 0 else 0.0,
         step_seconds_p50=step.get("p50", 0.0),
         step_seconds_p99=step.get("p99", 0.0),
@@ -117,7 +183,7 @@ def _figures(
         mfu_step=document.get("mfu_step"),
         mfu_busy=document.get("mfu_busy"),
         sync_gap_ratio=document["sync_gap_ratio"],
-        sync_gap_is_lower_bound=True,
+        sync_gap_is_lower_bound=phase not in looked.kernels,
         intensity=document.get("intensity_flops_per_byte"),
         components=components,
         operator_floors={name: pair for name, pair in by_operator.items() if pair[0] > 0 or pair[1] > 0},
@@ -144,6 +210,7 @@ def _load(
         queue_seconds=seconds / queued if queued else None,
         first_token_seconds=mean("ttft_seconds"),
         request_seconds=mean("duration_seconds"),
+        output_lag_seconds=mean("output_lag_seconds"),
         full_steps_ratio=None,
         max_num_seqs=limit if isinstance(limit, int) else None,
         prompt_tokens=document["prompt_tokens"],

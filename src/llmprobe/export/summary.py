@@ -14,7 +14,17 @@ from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerVi
 SCHEMA_VERSION = 1
 
 # Shown elsewhere: histograms on /metrics, single steps at /api/steps.
-_LEFT_OUT = {"latency", "step_duration", "recent", "engines", "ranks", "thresholds", "journal", "journals"}
+_LEFT_OUT = {
+    "latency",
+    "step_duration",
+    "recent",
+    "engines",
+    "ranks",
+    "thresholds",
+    "journal",
+    "journals",
+    "one_graph",
+}
 
 
 def summarize(views: Iterable[ServerView]) -> dict[str, Any]:

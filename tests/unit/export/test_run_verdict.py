@@ -1,0 +1,209 @@
+"""The verdict on a finished run: of its time with work pending, from what was seen while it went on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from collect.pretended import SECOND, Clock, Server
+from collect.test_judge import PEAKS, World
+from compute.verdicts import counters, host, kernels
+
+from export.views_for_tests import engine, figures, gpu, pressure, rank, server
+from llmprobe.collect.collector import Collector
+from llmprobe.collect.views import RankView, ServerView
+from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
+from llmprobe.compute.host import ThreadLoad
+from llmprobe.export.report import report
+from llmprobe.export.run_seen import RunLooks
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.server.close()
+
+
+def of(view: ServerView, **more: Any) -> dict[str, Any]:
+    (found,) = report([view], **more)["servers"]
+    return dict(found)
+
+
+def decode(
+    seconds: float,
+    *,
+    gap: float = 0.01,
+    mbu: float = 0.7,
+    flags: dict[str, Any] | None = None,
+    **changes: Any,
+) -> ServerView:
+    """A server that has decoded for ``seconds``, ten steps of 10 ms in each tenth of one."""
+    parts = {name: 0.0 for name in COMPONENTS if name not in IDLE_COMPONENTS}
+    parts["host_gap"] = gap * seconds
+    parts["floor_memory"] = mbu * (1 - gap) * seconds
+    parts["unattributed"] = (1 - mbu) * (1 - gap) * seconds
+    more = {key: changes.pop(key) for key in ("pressure", "engines", "notes") if key in changes}
+    shown = rank(
+        facts={"role": "worker", "model": {"any": 1}, "pid": 5},
+        device_time={"decode": parts, "none": {"no_work": 1.0, "blocked": 0.0}},
+        bytes={"decode": {"weights": 3352e9 * parts["floor_memory"]}},
+        flops={"decode": 1e9},
+        steps={"decode": round(seconds * 100)},
+        figures=changes.pop("figures", {"decode": figures(steps=100, decode_tokens=1600)}),
+        gpu=changes.pop("gpu", gpu()),
+        **changes,
+    )
+    return server(ranks=[shown], flags=flags or {}, **{"pressure": {}, **more})
+
+
+def watched(*views: ServerView, every: float = 1.0) -> RunLooks:
+    """Looked at after each second."""
+    now = iter(range(1000))
+    looks = RunLooks(clock=lambda: next(now) * every)
+    for view in views:
+        looks.look([view])
+    return looks
+
+
+@pytest.mark.parametrize("idle", [0, 40])
+def test_idle_time_around_a_load_changes_nothing_about_it(world: World, idle: int) -> None:
+    for _ in range(3):
+        world.second(span_ms=18, gap_ms=30)
+    for _ in range(idle):
+        world.second(busy=False)
+    found = of(world.collector.views()[0])
+    assert found["verdicts"]["decode"]["bottleneck"] == "sync_bound"
+    assert found["verdicts"]["decode"]["share_ratio"] == pytest.approx(1)
+    assert found["headline"].startswith("Decode sync-bound")
+
+
+@pytest.mark.parametrize(("steps", "said"), [(1, "1 step in this run is"), (4, "4 steps in this run are")])
+def test_a_handful_of_steps_is_too_few_and_no_idleness(world: World, steps: int, said: str) -> None:
+    world.second(span_ms=900 // steps, gap_ms=100 // steps)
+    world.second(busy=False)
+    found = of(world.collector.views()[0])
+    assert found["headline"] == f"CAN'T TELL: decode: {said} too few for a verdict."
+    assert found["verdicts"]["decode"]["reason"] == f"{said} too few for a verdict"
+    assert "decode" not in found["advice"]  # least of all that all is well
+
+
+def test_a_few_long_steps_are_a_load(world: World) -> None:
+    for _ in range(6):
+        begin = world.at
+        world.server.fronts[0].pending(begin, 1)
+        world.server.step(begin + SECOND, begin + 3 * SECOND)
+        world.at += 3 * SECOND
+        world.clock.now = world.at
+        world.collector.tick()
+    assert of(world.collector.views()[0])["verdicts"]["decode"]["bottleneck"] == "sync_bound"
+
+
+def test_a_run_without_steps_is_idle(world: World) -> None:
+    assert of(world.second(busy=False))["headline"] == "IDLE: no steps in this run."
+
+
+def test_steps_that_are_one_cuda_graph_have_no_bubbles(tmp_path: Path) -> None:
+    """Half of what memory could do, without kernel windows: live knows that no launch can be late there."""
+    clock, pretended = Clock(), Server(tmp_path)
+    pretended.worker.update_facts(
+        clock="cuda", flags={"cudagraph_mode": "FULL_AND_PIECEWISE", "max_cudagraph_capture_size": 512}
+    )
+    own = {one.writer.path: one.writer for one in (pretended.worker, *pretended.fronts)}
+    halved = dataclasses.replace(PEAKS, bandwidth_bytes_per_second=2 * PEAKS.bandwidth_bytes_per_second)
+    collector = Collector(tmp_path, clock=clock, peaks=lambda facts: halved, own_writers=lambda: own)
+    pretended.fronts[0].pending(clock.now, 1)
+    for number in range(100):
+        at = clock.now + number * 20_000_000
+        pretended.step(at + 1_000_000, at + 20_000_000)
+    clock.now += 2 * SECOND
+    collector.tick(final=True)
+    (view,) = collector.views()
+    pretended.close()
+    assert view.ranks[0].one_graph == {"decode"}
+    assert of(view)["verdicts"]["decode"]["bottleneck"] == "inefficient_kernels"
+
+
+def test_kernel_windows_of_the_run_are_evidence_after_it_too() -> None:
+    """At the end the last one is too old; while the steps ran, it was not."""
+    seen = kernels(launch=0.4)
+    old = dataclasses.replace(seen, age_seconds=1e4)
+    looks = watched(decode(1, kernels={"decode": seen}), decode(2, kernels={"decode": seen}))
+    verdict = of(decode(2.5, kernels={"decode": old}), looks=looks)["verdicts"]["decode"]
+    assert (verdict["bottleneck"], verdict["cause"]) == ("sync_bound", "launch_bubbles")
+    # Of windows that were good for little of the run nothing is said of the rest.
+    looks = watched(decode(1, kernels={"decode": seen}))
+    found = of(decode(9, kernels={"decode": old}, mbu=0.3), looks=looks)
+    assert found["verdicts"]["decode"]["cause"] == "no_kernel_windows"
+    assert found["ranks"][0]["phases"]["decode"]["sync_gap_is_lower_bound"] is True
+
+
+def test_counters_count_only_where_steps_filled_what_they_are_of() -> None:
+    def evidence(*seconds: float) -> dict[str, float]:
+        views = [decode(at, counters_lately=counters(0.72, 0.02)) for at in seconds]
+        verdict = of(decode(seconds[-1]), looks=watched(*views))["verdicts"]["decode"]
+        return {item["quantity"]: item["value"] for item in verdict["evidence"]}
+
+    assert evidence(*range(1, 8))["dram_active_ratio"] == pytest.approx(0.72)
+    assert "dram_active_ratio" not in evidence(1, 2, 3)  # the first of these reach back before the load
+    assert "dram_active_ratio" not in evidence(*(number / 2 for number in range(1, 9)))  # half of it idle
+
+
+def test_a_gpu_that_others_used_is_judged_by_nobody() -> None:
+    looks = watched(decode(1, gpu=gpu(shared=True)), decode(2))
+    assert of(decode(3), looks=looks)["verdicts"]["decode"]["cause"] == "shared_gpu"
+
+
+def test_host_signals_outlive_the_process() -> None:
+    full = host(threads=(ThreadLoad("python", 1.0, 0.0),), cpu_ratio=1.0)
+    working = [decode(at, gap=0.5, host=full) for at in (1, 2)]
+    idle = decode(2.0, gap=0.5, host=host())
+    found = of(decode(2.0, gap=0.5, host=None), looks=watched(*working, idle))["verdicts"]["decode"]
+    assert found["signs"]
+    assert of(decode(2.0, gap=0.5, host=None))["verdicts"]["decode"]["signs"] == []
+
+
+def test_the_batch_is_known_and_so_what_to_change_about_it() -> None:
+    def findings(tokens: int) -> list[str]:
+        shown = {"decode": figures(steps=100, decode_tokens=tokens)}
+        view = decode(2, figures=shown, flags={"max_num_seqs": 16})
+        return [item["finding"] for item in of(view)["advice"]["decode"]]
+
+    assert findings(1600) != findings(100)  # full, and one at a time
+
+
+def test_pressure_of_a_moment_is_kept_and_says_for_how_long() -> None:
+    full = pressure(kind="kv_cache", high=True, value=0.99, threshold=0.95, text="KV cache 99% full")
+    free = pressure(kind="kv_cache", active=False, value=0.2, threshold=0.95, text="KV cache 20% full")
+    waiting = engine(requests_waiting=7, kv_usage=0.99)
+
+    def told(*kinds: Any) -> dict[str, Any]:
+        views = [
+            decode(second + 1, pressure={"kv_cache": kind}, engines=[waiting])
+            for second, kind in enumerate(kinds)
+        ]
+        return of(decode(len(kinds) + 1, engines=[engine()]), looks=watched(*views))
+
+    found = told(*[full] * 3, *[free] * 3)
+    assert found["pressure"]["kv_cache"]["text"] == "KV cache 99% full at worst, pressing 50% of the time"
+    assert found["pressure"]["kv_cache"]["high"]
+    assert found["headline"].startswith("SLOW: KV cache 99% full")
+    assert found["advice"]["kv_cache"]
+    found = told(full, *[free] * 3)
+    assert (found["pressure"]["kv_cache"]["active"], found["pressure"]["kv_cache"]["high"]) == (True, False)
+    found = told(full, *[free] * 19)
+    assert not found["pressure"]["kv_cache"]["active"]
+
+
+def test_looks_before_a_block_are_none_of_it() -> None:
+    """``measure()`` in a program that worked before: only what the block did weighs."""
+    before: RankView = decode(100, kernels={"decode": kernels()}).ranks[0]
+    looks = RunLooks([server(ranks=[before])], clock=lambda: 0.0)
+    looks.look([decode(101)])
+    assert of(decode(101), since=[decode(100)], looks=looks)["verdicts"]["decode"]["steps_per_second"] == (
+        pytest.approx(100)
+    )
+    assert looks.seen(decode(101)).ranks[0, 0, 5].kernels == {}
