@@ -13,6 +13,7 @@ from llmprobe.hooks.naming import GROUP_VARIABLE
 
 if TYPE_CHECKING:
     from llmprobe.collect.collector import Collector
+    from llmprobe.export.run_seen import RunLooks
 
 _POLL_SECONDS = 0.5
 
@@ -45,6 +46,7 @@ def measure() -> Iterator[Measurement]:
         print(m)
     """
     from llmprobe.export.report import report
+    from llmprobe.export.run_seen import RunLooks
 
     was_on = (probe := session.current()) is not None and probe.enabled
     probe = session.enable()
@@ -52,7 +54,8 @@ def measure() -> Iterator[Measurement]:
     collector = _collector(probe)
     collector.tick(final=True)
     before = collector.views()
-    poll = _Poll(collector)
+    looks = RunLooks(before)
+    poll = _Poll(collector, looks)
     poll.start()
     try:
         yield measurement
@@ -62,7 +65,7 @@ def measure() -> Iterator[Measurement]:
             probe.guard.call("measure", write)
         with contextlib.suppress(OSError):  # the probe was switched off inside: the last reading stands
             collector.tick(final=True)
-        measurement.report = report(collector.views(), before)
+        measurement.report = report(collector.views(), before, looks)
         collector.close()
         if not was_on:
             session.disable()
@@ -73,6 +76,8 @@ def _collector(probe: Any) -> Collector:
     from llmprobe.collect.peaks import attainable_for, peaks_for
     from llmprobe.collect.thresholds import load_thresholds
 
+    thresholds, problem = load_thresholds(probe.settings.thresholds)
+
     def own() -> dict[Any, Any]:
         return {recorder.writer.path: recorder.writer for recorder in probe.recorders()}
 
@@ -80,7 +85,8 @@ def _collector(probe: Any) -> Collector:
         probe.settings.directory,
         peaks=peaks_for,
         attainable=attainable_for,
-        thresholds=load_thresholds(probe.settings.thresholds)[0],
+        thresholds=thresholds,
+        notes=[problem] if problem else (),
         only_group=os.environ.get(GROUP_VARIABLE, ""),
         own_writers=own,
         keep_dead=True,
@@ -90,14 +96,15 @@ def _collector(probe: Any) -> Collector:
 class _Poll(threading.Thread):
     """Reads the journals while the block runs, so that a long one does not outrun their rings."""
 
-    def __init__(self, collector: Collector) -> None:
+    def __init__(self, collector: Collector, looks: RunLooks) -> None:
         super().__init__(name="llmprobe-measure", daemon=True)
-        self._collector = collector
+        self._collector, self._looks = collector, looks
         self._ended = threading.Event()
 
     def run(self) -> None:
         while not self._ended.wait(_POLL_SECONDS):
             self._collector.tick()
+            self._looks.look(self._collector.views())
 
     def stop(self) -> None:
         """End, and wait for the tick under way."""

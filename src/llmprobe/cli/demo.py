@@ -28,6 +28,7 @@ from llmprobe.demo.client import BenchClient, ClientFailed, ClientResult, Load, 
 from llmprobe.demo.model import is_made
 from llmprobe.demo.server import ServerFailed, VllmServer
 from llmprobe.export.report import report, text
+from llmprobe.export.run_seen import RunLooks
 from llmprobe.processors import own_group
 from llmprobe.settings import default_directory
 
@@ -92,15 +93,22 @@ def _serve(model: Path, seconds: float, keep: bool, as_json: bool, stack: contex
     )
     stack.callback(collector.close)
     begin = _views(collector)
-    runs = []
+    whole_looks, runs = RunLooks(begin), []
     for load in _loads(seconds):
         before = _views(collector)
         client = BenchClient.start(server, model, _NAME, load, folder)
         stack.callback(client.stop)
-        watch(directory, client.process, _describe(load), collector.tick)
+        looks = RunLooks(before)
+
+        def tick(looks: RunLooks = looks) -> None:
+            collector.tick()
+            for one in (looks, whole_looks):
+                one.look(collector.views())
+
+        watch(directory, client.process, _describe(load), tick)
         result = client.result()
-        runs.append((load, result, report(_views(collector), before)))
-    whole = report(_views(collector), begin)
+        runs.append((load, result, report(_views(collector), before, looks)))
+    whole = report(_views(collector), begin, whole_looks)
     _summarise(whole, runs, metrics, as_json)
     if keep:
         err.print("\nserving on; Ctrl-C ends it", style="bold")

@@ -17,11 +17,13 @@ import typer
 from typer.core import TyperCommand
 
 from llmprobe.cli.console import fail
+from llmprobe.cli.output import err
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.peaks import attainable_for, peaks_for
 from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.export.report import report, text
+from llmprobe.export.run_seen import RunLooks
 from llmprobe.settings import Settings, SettingsError
 
 _POLL_SECONDS = 0.25
@@ -98,25 +100,39 @@ def run(
     except SettingsError as error:
         fail(str(error), code=2)
     quiet = summary is False or (summary is None and _is_server(command))
+    report_to = None if quiet else (output or Path("run.json"))
+    if report_to is not None and (why_not := _cannot_save(report_to)):
+        fail(f"cannot save {report_to}: {why_not}; name another file with --output", code=2)
     if nsys is not None:
-        report_to = None if quiet else (output or Path("run.json"))
         _under_nsys(command, environment, nsys, trace, cuda_graph_trace, report_to, as_json)
     for option, given in (("--trace", trace), ("--cuda-graph-trace", cuda_graph_trace)):
         if given is not None:
             fail(f"{option} is for --nsys", code=2)
-    if quiet:
+    if report_to is None:
         _replace(command, environment)
     code, document = _watch(lambda: _start(command, environment), command, environment, settings)
     if document is not None:
-        _show(document, output or Path("run.json"), as_json)
+        _show(document, report_to, as_json)
     raise typer.Exit(code)
+
+
+def _cannot_save(path: Path) -> str:
+    """Why a file cannot be written, as far as that shows before; else empty. Nothing is changed."""
+    if path.is_dir():
+        return "it is a directory"
+    if path.exists():
+        return "" if os.access(path, os.W_OK) else "it must not be written"
+    folder = path.parent
+    if not folder.is_dir():
+        return f"{folder} is no directory" if folder.exists() else f"there is no directory {folder}"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"no file can be made in {folder}"
 
 
 def _is_server(command: list[str]) -> bool:
     return "serve" in command[1:3] or any(part.endswith("api_server") for part in command)
 
 
-def _replace(command: list[str], environment: dict[str, str]) -> None:
+def _replace(command: list[str], environment: dict[str, str]) -> NoReturn:
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:
@@ -188,9 +204,11 @@ def _watch(
         attainable=attainable_for,
         thresholds=thresholds,
         telemetry=telemetry,
+        notes=[problem] if problem else (),
         only_group=environment["LLMPROBE_GROUP"],
         keep_dead=True,
     )
+    looks = RunLooks()
     started = time.time()
     child = start()
     _forward_signals(child)
@@ -200,8 +218,9 @@ def _watch(
             break
         except subprocess.TimeoutExpired:
             collector.tick()
+            looks.look(collector.views())
     collector.tick(final=True)
-    document = report(collector.views())
+    document = report(collector.views(), looks=looks)
     collector.close()
     telemetry.close()
     document.update(command=command, started=started, seconds=time.time() - started, exit_code=_status(code))
@@ -224,12 +243,15 @@ def _status(code: int) -> int:
 
 
 def _show(document: dict[str, Any], output: Path, as_json: bool) -> None:
+    """Save and print the report. What cannot be saved is at least printed, and the command's status stays."""
     try:
         output.write_text(json.dumps(document, indent=1) + "\n")
+        saved = f"saved {output}"
     except OSError as error:
-        fail(f"cannot save {output}: {os.strerror(error.errno or 0)}; name another file with --output")
+        saved = f"llmprobe: cannot save {output}: {os.strerror(error.errno or 0)}"
     if as_json:
         typer.echo(json.dumps(document))
-        return
-    typer.echo(text(document), err=True)
-    typer.echo(f"saved {output}", err=True)
+    else:
+        typer.echo(text(document, err.width), err=True)
+    if not as_json or not saved.startswith("saved"):
+        typer.echo(saved, err=True)
