@@ -177,7 +177,7 @@ def _summarise(
             }
         )
         return
-    out.print(text(whole, width=max(out.width, 110)), markup=False, soft_wrap=True)
+    out.print(text(whole, out.width), markup=False, soft_wrap=True)
     out.print(comparison(runs))
     out.print(f"While it ran, Prometheus could have scraped {metrics}", soft_wrap=True)
     out.print(

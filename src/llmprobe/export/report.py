@@ -5,7 +5,8 @@ Kept as plain JSON (``run.json``, ``schema_version`` 1), so that runs can be com
 
 from __future__ import annotations
 
-import io
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ _LATENCIES = {
     "request_queue": "queue_seconds",
     "output_lag": "output_lag_seconds",
 }
+#: Columns that a narrow terminal does without, in this order.
+_LEAST_TELLING = ("p99 ms", "at floor", "MFU", "floor ms")
 _GAPS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
 
 
@@ -185,45 +188,53 @@ def _quantiles(now: HistogramView, before: HistogramView | None) -> dict[str, fl
     return {"count": count, "mean": total / count, "p50": p50, "p99": p99}
 
 
-def text(document: Mapping[str, Any], width: int = 100) -> str:
-    """A report as people read it: a few lines and one table a server."""
-    from rich.console import Console
+def text(document: Mapping[str, Any], width: int | None = None) -> str:
+    """A report as people read it: a few lines and one table a server.
 
-    out = io.StringIO()
-    console = Console(file=out, width=width, highlight=False)
-    if not document["servers"]:
-        console.print("llmprobe: nothing was measured: the program ran no vLLM engine and no generate().")
+    Args:
+        width: columns; those of the terminal if None, 100 without one.
+    """
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    lines: list[str] = []
     for server in document["servers"]:
-        _print_server(console, server)
-    return out.getvalue().rstrip("\n")
-
-
-def _print_server(console: Any, server: Mapping[str, Any]) -> None:
-    console.print(
-        f"[bold]{server['server']}[/bold]  {server['model_name']}  "
-        f"({server['framework']} {server['framework_version']})"
+        lines += _server_lines(server, width)
+    return (
+        "\n".join(lines)
+        or "llmprobe: nothing was measured: the program ran no vLLM engine and no generate()."
     )
-    console.print(f"  {server['headline']}", style="bold", markup=False)
+
+
+def _server_lines(server: Mapping[str, Any], width: int) -> list[str]:
+    framework = f"({server['framework']} {server['framework_version']})"
+    lines = _wrapped(f"{server['server']}  {server['model_name']}  {framework}", width, indent=0)
+    said = [server["headline"]]
     judged = {
         about: found
         for about, found in server["advice"].items()
         if server["verdicts"].get(about, {}).get("bottleneck") != IDLE
     }
-    for line in advice_lines(judged):
-        console.print(f"  {line}", markup=False)
-    for engine in server["engines"]:
-        console.print(f"  {_engine_line(engine)}")
+    said += advice_lines(judged)
+    said += [_engine_line(engine) for engine in server["engines"]]
+    for line in said:
+        # A command is copied: what breaks it breaks the copy.
+        lines += [f"  {line}"] if line.lstrip().startswith("next look:") else _wrapped(line, width)
     for rank in server["ranks"]:
-        console.print(_rank_table(rank))
-        idle = rank["idle_seconds"]
-        if idle["no_work"]:
-            console.print(f"  nothing to do for {idle['no_work']:.1f} s")
-        own = 1e6 * rank["own_seconds"] / max(sum(p["steps"] for p in rank["phases"].values()), 1)
-        console.print(f"  llmprobe itself: {own:.0f} µs a step")
-    for figure, why in server["not_measured"].items():
-        console.print(f"  not measured: {figure} ({why})")
-    for note in server["notes"]:
-        console.print(f"  note: {note}")
+        lines += ["", *_rank_lines(rank, width)]
+    said = [f"not measured: {figure} ({why})" for figure, why in server["not_measured"].items()]
+    said += [f"note: {note}" for note in server["notes"]]
+    return lines + [part for line in said for part in _wrapped(line, width)]
+
+
+def _wrapped(line: str, width: int, indent: int = 2) -> list[str]:
+    first = " " * (indent + len(line) - len(line.lstrip()))
+    return textwrap.wrap(
+        line.lstrip(),
+        width,
+        initial_indent=first,
+        subsequent_indent=first + "  ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def advice_lines(advice: Mapping[str, Any], most: int = 2) -> list[str]:
@@ -257,46 +268,57 @@ def _engine_line(engine: Mapping[str, Any]) -> str:
     return "   ".join(parts)
 
 
-def _rank_table(rank: Mapping[str, Any]) -> Any:
-    from rich.table import Table
-
+def _rank_lines(rank: Mapping[str, Any], width: int) -> list[str]:
     clock = {"cuda": "measured on the device", "host": "measured by the host's clock"}.get(rank["clock"], "")
-    table = Table(
-        title=f"rank {rank['rank']}: {rank['device'].get('name', '')}, times {clock}", title_justify="left"
-    )
-    columns = (
-        "phase",
-        "steps",
-        "step p50",
-        "p99",
-        "floor",
-        "floor",
-        "gaps",
-        "other",
-        "MBU",
-        "MFU",
-        "sync gap",
-    )
-    for name in columns:
-        table.add_column(name, justify="left" if name == "phase" else "right")
-    for phase, found in rank["phases"].items():
-        seconds = found["seconds"] or 1.0
-        parts = found["components_seconds"]
-        step = found.get("step_seconds") or {}
-        table.add_row(
-            phase,
-            str(found["steps"]),
-            _ms(step.get("p50")),
-            _ms(step.get("p99")),
-            _ms(found.get("floor_step_seconds")),
-            _percent((parts["floor_memory"] + parts["floor_compute"]) / seconds if rank["peaks"] else None),
-            _percent(sum(parts[name] for name in _GAPS) / seconds if "host_gap" in parts else None),
-            _percent((parts["unattributed"] + parts["inefficiency"]) / seconds),
-            _percent(found.get("mbu_step")),
-            _percent(found.get("mfu_step")),
-            _percent(found["sync_gap_ratio"]),
-        )
-    return table
+    name = rank["device"].get("name", "")
+    lines = _wrapped(f"rank {rank['rank']}: {name}, times {clock}", width)
+    lines += _phase_rows([_phase_cells(phase, found, rank) for phase, found in rank["phases"].items()], width)
+    idle = rank["idle_seconds"]
+    if idle["no_work"]:
+        lines.append(f"  nothing to do for {idle['no_work']:.1f} s")
+    own = 1e6 * rank["own_seconds"] / max(sum(p["steps"] for p in rank["phases"].values()), 1)
+    return [*lines, f"  llmprobe itself: {own:.0f} µs a step"]
+
+
+def _phase_rows(cells: list[dict[str, str]], width: int) -> list[str]:
+    """As a table. Where a terminal is too narrow for all columns, the least telling go."""
+    if not cells:
+        return []
+    rows = [dict(zip(cells[0], cells[0], strict=True)), *cells]
+    widths = {name: max(len(row[name]) for row in rows) for name in cells[0]}
+    for name in _LEAST_TELLING:
+        if sum(widths.values()) + 2 * len(widths) > width:
+            del widths[name]
+    return [
+        "".join(
+            f"  {row[name]:<{wide}}" if name == "phase" else f"  {row[name]:>{wide}}"
+            for name, wide in widths.items()
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _phase_cells(phase: str, found: Mapping[str, Any], rank: Mapping[str, Any]) -> dict[str, str]:
+    seconds = found["seconds"] or 1.0
+    parts = found["components_seconds"]
+    step = found.get("step_seconds") or {}
+    floor = (parts["floor_memory"] + parts["floor_compute"]) / seconds if rank["peaks"] else None
+    bound = "≥" if found["sync_gap_is_lower_bound"] and found["sync_gap_ratio"] is not None else ""
+    return {
+        "phase": phase,
+        "steps": str(found["steps"]),
+        "p50 ms": _milliseconds(step.get("p50")),
+        "p99 ms": _milliseconds(step.get("p99")),
+        "floor ms": _milliseconds(found.get("floor_step_seconds")),
+        "at floor": _percent(floor),
+        "sync gap": bound + _percent(found["sync_gap_ratio"]),
+        "MBU": _percent(found.get("mbu_step")),
+        "MFU": _percent(found.get("mfu_step")),
+    }
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
 def _ms(seconds: float | None) -> str:

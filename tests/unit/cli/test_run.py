@@ -82,7 +82,9 @@ recorder.close()
 def test_thresholds_that_did_not_count_are_told_in_the_report(tmp_path: Path) -> None:
     (tmp_path / "limits.toml").write_text("no_such_threshold = 1\n")
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = run(tmp_path, "--", sys.executable, "program.py", LLMPROBE_THRESHOLDS=str(tmp_path / "limits.toml"))
+    done = run(
+        tmp_path, "--", sys.executable, "program.py", LLMPROBE_THRESHOLDS=str(tmp_path / "limits.toml")
+    )
     assert done.returncode == 0
     (server,) = json.loads((tmp_path / "run.json").read_text())["servers"]
     (note,) = server["notes"]
