@@ -89,7 +89,7 @@ def test_what_the_program_prints_and_inherits_is_as_without_nsys(
     one = wrapped("/bin/sh", "-c", 'echo "$TMPDIR"; umask; echo last >&2; exit 5')
     assert one.process.wait(PATIENCE_SECONDS) == 5
     lines = [line for line in one.said().splitlines() if not line.startswith("llmprobe:")]
-    assert lines == [str(tmp_path / "tmp"), f"{umask:04o}", "last"]
+    assert lines == [str(tmp_path / "node0" / "tmp"), f"{umask:04o}", "last"]
 
 
 def test_a_recording_that_no_agent_ends_is_ended_by_the_wrapper(
