@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import numpy as np
 
 import llmprobe
 from llmprobe.collect.host import HostWatch, lock_holder
+from llmprobe.collect.watches import core_of
+from llmprobe.compute.host import together
 from llmprobe.export.summary import plain
 from llmprobe.record import layout
 from llmprobe.record.journal import JournalError
@@ -161,7 +164,7 @@ def load(path: Path) -> dict[str, Any]:
         document = json.loads(text)
     except FileNotFoundError:
         raise SnapshotError(f"{path} does not exist") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise SnapshotError(f"{path} is not a snapshot, or is cut short: {error}") from None
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise SnapshotError(f"{path} is not a snapshot of llmprobe")
@@ -236,15 +239,25 @@ def _counts(counts: np.ndarray) -> dict[str, int]:
 
 def _watch(readers: list[tuple[dict[str, Any], JournalReader]], seconds: float) -> None:
     """Fill in the host signals of living processes."""
-    watches = []
+    watches: list[tuple[dict[str, Any], HostWatch, HostWatch | None]] = []
+    cores: dict[int, HostWatch] = {}  # several workers may have one
     for found, reader in readers:
-        pid = lock_holder(reader.fileno())
-        if pid is not None:
-            watches.append((found, HostWatch(pid, started=found["facts"].get("started"))))
-    watches = [(found, watch) for found, watch in watches if watch.sample(time.monotonic_ns())]
+        pid, started = lock_holder(reader.fileno()), found["facts"].get("started")
+        if pid is None:
+            continue
+        watch = HostWatch(pid, started=started)
+        if watch.sample(time.monotonic_ns()):
+            core = core_of(pid, found["facts"])
+            if core is not None and core not in cores:
+                cores[core] = HostWatch(core, started=started)
+                cores[core].sample(time.monotonic_ns())
+            watches.append((found, watch, None if core is None else cores[core]))
     if not watches:
         return
     time.sleep(seconds)
-    for found, watch in watches:
+    for core_watch in cores.values():
+        core_watch.sample(time.monotonic_ns())
+    for found, watch, of_core in watches:
         watch.sample(time.monotonic_ns())
-        found["host"], found["host_totals"] = watch.signals(), watch.totals()
+        found["host"] = together(watch.signals(), None if of_core is None else of_core.signals())
+        found["host_totals"] = watch.totals()

@@ -51,7 +51,7 @@ class Watches:
             if saved := self._saved.pop(process.identity, None):
                 watch.restore(saved)
         self._watches[process.path] = watch
-        core = _core_of(pid, process.facts)
+        core = core_of(pid, process.facts)
         if core is not None:
             # It began before its worker did: whoever began later has only its number.
             self._cores[process.path] = self._known(core) or HostWatch(
@@ -118,7 +118,7 @@ def _add(used: dict[str, Used], watch: HostWatch, kind: str) -> None:
         used[watch.identity] = Used(kind, seconds)
 
 
-def _core_of(worker: int, facts: Mapping[str, Any], root: Path = Path("/")) -> int | None:
+def core_of(worker: int, facts: Mapping[str, Any], root: Path = Path("/")) -> int | None:
     """The process of a worker's engine core in *this* namespace, if it is not the worker's own.
 
     It started the worker, which tells its pid. A parent of that number is the core as long as the worker

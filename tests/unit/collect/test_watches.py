@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmprobe.agent.snapshot import build
 from llmprobe.collect.host_cpu import ENGINE_CORE, FRONT_END
 from llmprobe.collect.process import Process
-from llmprobe.collect.watches import Watches, _core_of
+from llmprobe.collect.watches import Watches, core_of
 from llmprobe.record.journal_reader import JournalReader
 
 WRITER = """
@@ -269,9 +270,9 @@ def test_a_core_in_a_namespace_of_its_own_is_told_by_what_it_calls_itself(
         (tmp_path / f"proc/{pid}").mkdir(parents=True)
         (tmp_path / f"proc/{pid}/stat").write_text(f"{pid} (a ) b) S {parent} " + "0 " * 50)
     (tmp_path / "proc/70/status").write_text(f"Name:\tVLLM\n{own}")
-    assert _core_of(80, {"engine_core_pid": 7}, tmp_path) == found
-    assert _core_of(80, {"engine_core_pid": 70}, tmp_path) == 70
-    assert _core_of(81, {"engine_core_pid": 70}, tmp_path) is None
+    assert core_of(80, {"engine_core_pid": 7}, tmp_path) == found
+    assert core_of(80, {"engine_core_pid": 70}, tmp_path) == 70
+    assert core_of(81, {"engine_core_pid": 70}, tmp_path) is None
 
 
 def test_cpu_time_beside_ranks_is_that_of_front_ends_and_of_cores(start, start_core) -> None:  # type: ignore[no-untyped-def]
@@ -308,5 +309,16 @@ def test_a_core_beside_its_front_end_is_part_of_it(start_core) -> None:  # type:
         assert [of.kind for of in used.values()] == [FRONT_END]
     watches.sample([front, *workers], time.monotonic_ns())
     assert watches.front_end(front) is None
+    for process in workers:
+        process.close()
+
+
+def test_a_snapshot_sees_the_core_too(start_core, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    _, workers = start_core("parent")
+    saved = build(tmp_path, no_status="nobody answers", host_seconds=0.6)
+    assert len(saved["processes"]) == 2
+    for process in saved["processes"]:
+        assert process["host"]["core_apart"]
+        assert "EngineCor" in {thread["name"] for thread in process["host"]["threads"] if thread["of_core"]}
     for process in workers:
         process.close()
