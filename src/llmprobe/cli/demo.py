@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from llmprobe.cli.console import fail
 from llmprobe.cli.demo_view import comparison, progress, watch
@@ -82,7 +83,7 @@ def _serve(model: Path, seconds: float, keep: bool, as_json: bool, stack: contex
     with progress("vllm serve is starting (about a minute: it imports torch in three processes)") as show:
         server.wait_ready(600, show)
         metrics = server.wait_agent() + "/metrics"
-    err.print(f"the server is ready; its metrics: [bold]{metrics}[/]")
+    err.print(Text.assemble("the server is ready; its metrics: ", (metrics, "bold")))
     telemetry = Telemetry()
     stack.callback(telemetry.close)
     collector = Collector(

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from llmprobe.cli.checks import Check, gpus, machine, packages, probe
 from llmprobe.cli.output import out, print_json
@@ -72,9 +73,5 @@ def _table(checks: list[Check]) -> Table:
         style = "red" if check.broken else _STYLES[check.state]
         mark = {"ok": "ok", "not ok": "not ok", "absent": "–"}[check.state]
         lines = [check.found, check.why, f"→ {check.fix}" if check.fix else ""]
-        table.add_row(check.name, f"[{style}]{mark}[/]", _escape("\n".join(filter(None, lines))))
+        table.add_row(check.name, Text(mark, style=style), Text("\n".join(filter(None, lines))))
     return table
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -9,6 +9,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from llmprobe.cli.evidence_view import host_line
+
 
 def server_panel(server: dict[str, Any]) -> RenderableType:
     """A panel over one entry of ``/api/status``."""
@@ -19,13 +21,15 @@ def server_panel(server: dict[str, Any]) -> RenderableType:
         )
         if gpu := rank.get("gpu"):
             parts.append(Text(f"GPU of rank {rank['rank']}: {_gpu(gpu)}", style="dim"))
+        if host := rank.get("host"):
+            parts.append(Text(f"host of rank {rank['rank']}: {host_line(host)}", style="dim"))
     parts += [
         Text(f"not measured: {figures}: {why}", style="dim")
         for why, figures in _by_reason(server["missing"]).items()
     ]
     parts += [Text(f"note: {note}", style="dim") for note in server["notes"]]
     title = f"{server['server']}  {server['model_name']}  {server['framework']} {server['framework_version']}"
-    return Panel(Group(*parts), title=title + _state(server), title_align="left")
+    return Panel(Group(*parts), title=Text(title + _state(server)), title_align="left")
 
 
 def _state(server: dict[str, Any]) -> str:

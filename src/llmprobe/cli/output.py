@@ -8,9 +8,10 @@ from typing import Any
 import typer
 from rich.console import Console
 
-#: Results go to stdout, all else to stderr, so that a result can be piped.
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+#: Results go to stdout, all else to stderr, so that a result can be piped. Names of models and paths may hold
+#: anything: nothing that is printed is markup, and where a part has a style it is a `rich.text.Text`.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

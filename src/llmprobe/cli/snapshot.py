@@ -16,6 +16,7 @@ from llmprobe.agent import snapshot as snapshots
 from llmprobe.agent.client import AgentError, request
 from llmprobe.agent.snapshot import SnapshotError
 from llmprobe.cli.console import fail, settings_or_fail
+from llmprobe.cli.evidence_view import host_line
 from llmprobe.cli.output import err, out, print_json
 from llmprobe.compute.steps import PHASES
 
@@ -120,12 +121,13 @@ def _show(path: Path, as_json: bool) -> None:
         return
     try:
         _print(document)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         fail(f"{path} is damaged: {error!r}")
 
 
 def _print(document: dict[str, Any]) -> None:
     from llmprobe.cli.live import server_panel
+    from llmprobe.cli.verdict_view import verdict_view
 
     made = document["provenance"]
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(made["made"]))
@@ -137,12 +139,22 @@ def _print(document: dict[str, Any]) -> None:
     if document["status"] is None:
         out.print(f"without the agent's figures: {document['no_status']}", soft_wrap=True)
     else:
-        for server in document["status"]["servers"]:
+        servers = document["status"]["servers"]
+        for server in servers:
+            out.print(verdict_view(server, most_advice=2, named=len(servers) > 1, evidence=True))
             out.print(server_panel(server))
+            _print_flags(server["flags"])
     for process in document["processes"]:
         _print_process(process, document["clock"]["monotonic_ns"])
+        if document["status"] is None:
+            _print_flags(process["facts"].get("flags") or {})
     for journal, why in document["unread"].items():
         out.print(f"{journal} could not be read: {why}", soft_wrap=True)
+
+
+def _print_flags(flags: dict[str, Any]) -> None:
+    if flags:
+        out.print(f"  flags: {', '.join(f'{name} {value}' for name, value in sorted(flags.items()))}")
 
 
 def _phase(index: int) -> str:
@@ -176,7 +188,7 @@ def _print_process(process: dict[str, Any], now_ns: int) -> None:
     if process["requests"]["time"]:
         out.print(f"  {len(process['requests']['time'])} requests finished")
     if process["host"]:
-        out.print(f"  {_host(process['host'])}", soft_wrap=True)
+        out.print(f"  host: {host_line(process['host'])}", soft_wrap=True)
 
 
 def _steps(steps: dict[str, list[Any]]) -> Table:
@@ -192,24 +204,3 @@ def _steps(steps: dict[str, list[Any]]) -> Table:
             p50, p99 = np.quantile(spans[of], (0.5, 0.99))
             table.add_row(label, str(of.sum()), f"{p50:.2f}", f"{p99:.2f}", f"{tokens[of].mean():.1f}")
     return table
-
-
-def _host(host: dict[str, Any]) -> str:
-    parts = [f"host: {host['cpu_ratio']:.2f} cores"]
-    if host["cpus_allowed"] is not None:
-        parts[0] += f" of {host['cpus_allowed']}"
-    if host["threads"]:
-        busiest = host["threads"][0]
-        parts.append(f"busiest thread {busiest['name']} {busiest['cpu_ratio']:.0%}")
-    for name, words in (
-        ("run_queue_ratio", "waiting for a core"),
-        ("throttled_ratio", "throttled"),
-        ("cpu_pressure_ratio", "CPU pressure"),
-        ("memory_pressure_ratio", "memory pressure"),
-    ):
-        if host[name] is not None:
-            parts.append(f"{words} {host[name]:.0%}")
-    if (switches := host["involuntary_switches_per_second"]) is not None:
-        parts.append(f"{switches:.0f} involuntary switches/s")
-    parts.append(f"{host['major_faults_per_second']:.0f} major faults/s")
-    return ", ".join(parts)

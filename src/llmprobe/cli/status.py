@@ -13,6 +13,10 @@ from llmprobe.record.agent_launch import agent_info
 
 
 def status(
+    evidence: Annotated[
+        bool,
+        typer.Option("--evidence", help="Show all evidence on each phase: value, threshold, source, age."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what /api/status says.")] = False,
 ) -> None:
     """Show what each server is bound by right now, headline first, and its figures."""
@@ -26,20 +30,18 @@ def status(
     if as_json:
         typer.echo(json.dumps(answer))
         return
-    from rich.console import Console
-
     from llmprobe.cli.live import server_panel
+    from llmprobe.cli.output import out
     from llmprobe.cli.verdict_view import verdict_view
 
-    console = Console()
     for server in answer["servers"]:
-        console.print(verdict_view(server))
-        console.print(server_panel(server))
+        out.print(verdict_view(server, named=len(answer["servers"]) > 1, evidence=evidence))
+        out.print(server_panel(server))
     if not answer["servers"]:
-        console.print("No server is running with LLMPROBE=1.")
-    console.print(_agent_line(agent_info(directory)))
+        out.print("No server is running with LLMPROBE=1.")
+    out.print(_agent_line(agent_info(directory)))
     for line in _capture_lines(answer["agent"].get("captures") or {}):
-        console.print(line, highlight=False)
+        out.print(line)
 
 
 def _agent_line(info: dict[str, Any] | None) -> str:
@@ -56,8 +58,14 @@ def _capture_lines(captures: dict[str, Any]) -> list[str]:
         able = [_tool(tool, session) for tool, why_not in tools.items() if why_not is None]
         if able:
             lines.append(f"Captures of {server}: {', '.join(able)} (llmprobe capture --help)")
-        if session is not None and (why_not := tools.get("nsys")):
+        if session is None:
+            continue
+        if why_not := tools.get("nsys"):
             lines.append(f"No nsys capture of {server}: {why_not}")
+        lines.append(
+            f"{server} runs under nsys: no kernel windows, no captures by torch or kernels; what nsys costs "
+            "while it records nothing: docs/captures.md"
+        )
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 
 from llmprobe.agent.client import AgentError, request
@@ -51,6 +52,10 @@ _KEYS = {
     b"\x1b[B": "down",
     b"\x1bOB": "down",
 }
+#: A key as a terminal sends it; and the beginning of one whose rest a slow line may send later.
+_KEY = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO.|.", re.DOTALL)
+_UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|O)?$")
+_SEQUENCE_SECONDS = 0.05
 
 
 def top(
@@ -146,9 +151,12 @@ class _Top:
         if not select.select([keys], [], [], left)[0]:
             return False
         pressed = os.read(keys, 64)
-        # An escape sequence is one key; anything else one a byte, because keys may come fast.
-        parts = [pressed] if pressed.startswith(b"\x1b") else [bytes([byte]) for byte in pressed]
-        return not pressed or any(self._press(_KEYS.get(part, "")) for part in parts)
+        while _UNFINISHED.search(pressed) and select.select([keys], [], [], _SEQUENCE_SECONDS)[0]:
+            if not (more := os.read(keys, 64)):
+                break
+            pressed += more
+        # Keys may come fast, and several in one read: an escape sequence is one, else each byte.
+        return not pressed or any(self._press(_KEYS.get(key, "")) for key in _KEY.findall(pressed))
 
     def _press(self, key: str) -> bool:
         """Do what a key asks for; True to leave."""
@@ -186,9 +194,11 @@ class _Top:
         at = self._at(found) if found else None
         if self._details and at is not None:
             from llmprobe.cli.live import server_panel
+            from llmprobe.cli.verdict_view import verdict_view
 
             (server, *_) = (one for one in self._status["servers"] if one["server"] == found[at].server)
-            return server_panel(server)
+            verdict = verdict_view(server, most_advice=2, named=True, evidence=True)
+            return Group(verdict, server_panel(server))
         return top_view.screen(
             found,
             (out.width, out.height),

@@ -118,7 +118,8 @@ def table(found: Sequence[Row], width: int, selected: int | None = None, sort: s
     for index, row in enumerate(found):
         cells = _cells(row, marked=selected is not None, here=index == selected)
         style = "reverse" if index == selected else ""
-        shown.add_row(*(cells[name] for name in columns), style=style)
+        texts = (cell if isinstance(cell, Text) else Text(cell) for cell in map(cells.__getitem__, columns))
+        shown.add_row(*texts, style=style)
     return shown
 
 
@@ -141,8 +142,10 @@ def screen(
     servers = len({row.server for row in found})
     title = f"llmprobe top   {servers} {'server' if servers == 1 else 'servers'}"
     title += f"   by {sort}{' (reversed)' if reverse else ''}   {note}"
-    lines = headlines(found, width)
-    room = max(height - 4 - len(lines), 3)
+    # Title, names of columns and keys always; rows and headlines share the rest.
+    room = max(height - 2 - (selected is not None), 2)
+    lines = _most(found, selected, width, max(room - max(len(found), 1), room // 3))
+    room -= len(lines)
     first = max(min((selected or 0) - room // 2, len(found) - room), 0)
     visible = found[first : first + room]
     parts: list[RenderableType] = [Text(title, style="bold", no_wrap=True, overflow="ellipsis")]
@@ -158,6 +161,16 @@ def screen(
         keys = "q quit  s sort  r reverse  ↑↓ choose  enter details"
         parts.append(Text(keys, style="dim", no_wrap=True, overflow="ellipsis"))
     return Group(*parts)
+
+
+def _most(found: Sequence[Row], selected: int | None, width: int, most: int) -> list[Text]:
+    """The headlines for which there is room, that of the chosen server first where not all fit."""
+    lines = headlines(found, width)
+    if len(lines) <= most:
+        return lines
+    chosen = [row for row in found if selected is not None and row.server == found[selected].server]
+    first = headlines([*chosen, *found], width)[: max(most - 1, 0)]
+    return [*first, Text(f"… and headlines of {len(lines) - len(first)} more", style="dim")][:most]
 
 
 _HEADS = {

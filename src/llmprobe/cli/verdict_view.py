@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from llmprobe.cli.evidence_view import deciding, evidence_table
 from llmprobe.export.report import advice_lines
 
 _STYLES = {
@@ -22,14 +23,19 @@ _STYLES = {
 }
 
 
-def verdict_view(server: dict[str, Any], most_advice: int = 1) -> RenderableType:
+def verdict_view(
+    server: dict[str, Any], most_advice: int = 1, *, named: bool = False, evidence: bool = False
+) -> RenderableType:
     """One entry of ``/api/status``, headline first.
 
     Args:
         server: the entry.
         most_advice: findings shown for each phase or kind of pressure.
+        named: with the server's name before the headline, where there are others.
+        evidence: all of it, instead of what decided.
     """
-    parts: list[RenderableType] = [Text(server["headline"] or "No verdict yet.", style="bold")]
+    name = f"{server['server']}: " if named else ""
+    parts: list[RenderableType] = [Text(name + (server["headline"] or "No verdict yet."), style="bold")]
     if server["verdicts"]:
         parts.append(Padding(_table(server["verdicts"]), (0, 0, 0, 2)))
     parts += [
@@ -37,6 +43,12 @@ def verdict_view(server: dict[str, Any], most_advice: int = 1) -> RenderableType
         for phase, verdict in server["verdicts"].items()
         if verdict["bottleneck"] != "idle" and verdict["reason"] not in server["headline"]
     ]
+    for phase, verdict in server["verdicts"].items():
+        if evidence and verdict["evidence"]:
+            parts.append(Text(f"  evidence on {phase}:"))
+            parts.append(Padding(evidence_table(verdict), (0, 0, 0, 4)))
+        elif decided := deciding(verdict):
+            parts.append(Text(f"  {phase}, decided by: {decided}"))
     pressing = [item["text"] for item in server["pressure"].values() if item["active"]]
     if pressing:
         parts.append(Text(f"  under pressure: {'; '.join(pressing)}", style="yellow"))
@@ -64,6 +76,6 @@ def _table(verdicts: dict[str, Any]) -> Table:
             f"{verdict['held_seconds']:.0f} s",
             f"{verdict['share_ratio']:.0%}",
             "–" if headroom is None else f"{headroom * 1e3:.2f} ms",
-            verdict["bound_by_operator"] or "–",
+            Text(verdict["bound_by_operator"] or "–"),
         )
     return table

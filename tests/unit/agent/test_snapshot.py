@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from export.views_for_tests import server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -20,10 +21,14 @@ from llmprobe.agent import snapshot
 from llmprobe.agent.snapshot import SnapshotError, build, load, redact, save
 from llmprobe.cli.app import app
 from llmprobe.cli.snapshot import _phase
+from llmprobe.export.summary import summarize
 from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Phase
 from llmprobe.record.recorder import Recorder
 
 SECOND = 10**9
+#: A byte of the compressed stream is another: zlib refuses it.
+_WHOLE = gzip.compress(json.dumps({"kind": "llmprobe-snapshot", "columns": list(range(2000))}).encode())
+DAMAGED = _WHOLE[:10] + b"\xff" + _WHOLE[11:]
 FACTS = {
     "group": "g",
     "role": "worker",
@@ -185,6 +190,7 @@ def test_with_nothing_to_save_it_says_so(tmp_path: Path) -> None:
         (b"no gzip", "not a snapshot"),
         (gzip.compress(b"{"), "not a snapshot"),
         (gzip.compress(b"{}" * 5000)[:20], "cut short"),
+        (DAMAGED, "not a snapshot"),
         (gzip.compress(b"{}"), "not a snapshot of llmprobe"),
         (gzip.compress(b'{"kind": "llmprobe-snapshot", "schema_version": 9}'), "schema_version 9"),
     ],
@@ -226,6 +232,55 @@ def test_the_command_refuses_what_exists_and_contradicting_options(directory: Pa
     assert "mine.json.gz exists" in refused.stderr
     assert run(directory, "--show", path, "--output", path).exit_code == 2
     assert run(directory, "--show", tmp_path / "none").exit_code == 1
+
+
+def shown(path: Path, document: dict[str, Any]) -> tuple[int, str]:
+    save(document, path)
+    done = CliRunner().invoke(app, ["snapshot", "--show", str(path)], env={"COLUMNS": "100"})
+    return done.exit_code, done.output
+
+
+def test_what_is_shown_begins_with_the_verdict_and_names_are_no_markup(
+    directory: Path, tmp_path: Path
+) -> None:
+    status = summarize([server("one", model_name="a[/b]", notes=["see [/x]"]), server("two")])
+    code, text = shown(tmp_path / "a.json.gz", made(directory, status=status, no_status=""))
+    assert code == 0
+    headline = "one: Decode memory-bound, confidence 0.72"
+    assert headline in text
+    assert "two: Decode memory-bound" in text
+    assert text.index(headline) < text.index("a[/b]")
+    for part in (
+        "under pressure: queueing",
+        "try --max-num-seqs 32",
+        "evidence on decode",
+        "flags: max_num_seqs 16",
+    ):
+        assert part in text
+    code, text = shown(tmp_path / "b.json.gz", made(directory))
+    assert code == 0
+    assert "max_num_batched_tokens 2048" in text  # the processes' own, where no agent told of any
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"status": {"servers": ["x"]}},
+        {"status": {"servers": [{"headline": "x"}]}},
+        {"processes": [None]},
+        {"provenance": {"made": 1e300}},
+        {"unread": []},
+    ],
+)
+def test_a_snapshot_with_something_else_in_it_is_damaged(
+    directory: Path, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    document = made(directory)
+    if "provenance" in damage:
+        damage = {"provenance": {**document["provenance"], **damage["provenance"]}}
+    code, text = shown(tmp_path / "a.json.gz", {**document, **damage})
+    assert code == 1
+    assert "is damaged" in text
 
 
 def test_default_names_sort_by_time() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from typing import Any
 
 import pytest
-from export.views_for_tests import engine, figures, rank, server
+from export.views_for_tests import engine, figures, rank, server, verdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from llmprobe.agent.client import AgentError
 from llmprobe.cli import top, top_view
 from llmprobe.cli.app import app
-from llmprobe.export.summary import summarize
+from llmprobe.export.summary import plain, summarize
 
 
 def status(**changes: Any) -> dict[str, Any]:
@@ -30,8 +31,7 @@ def status(**changes: Any) -> dict[str, Any]:
         ]
     )
     found["servers"][0]["headline"] = "Decode memory-bound."
-    verdict = {"bottleneck": "memory_bound", "confidence": 0.87, "cause": None}
-    found["servers"][0]["verdicts"] = {"decode": verdict}
+    found["servers"][0]["verdicts"] = {"decode": plain(verdict(confidence=0.87))}
     return {**found, "time": time.time(), **changes}
 
 
@@ -148,6 +148,71 @@ def test_keys_choose_sort_turn_round_and_open_details() -> None:
     assert "a/model" not in view.text()
     assert view._press("quit")
     assert not view._press("")
+
+
+def pressed(view: Driven, *reads: bytes) -> bool:
+    """Whether keys that come at once, or in so many reads, make it leave."""
+    read, write = os.pipe()
+    try:
+        for keys in reads:
+            os.write(write, keys)
+        return view._wait(read, time.monotonic() + 10)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_keys_that_come_in_one_read_all_count() -> None:
+    view = Driven(status())
+    found = view._rows()
+    assert not pressed(view, b"\x1b[B\x1b[B")
+    assert view._at(found) == 2
+    assert not pressed(view, b"\x1bOAj\x1b[1;5B\x1b[A")  # one of them means nothing
+    assert view._at(found) == 1
+    assert pressed(view, b"\x1b[Bq")
+    assert view._at(found) == 2
+
+
+def test_escape_leaves_the_details() -> None:
+    view = Driven(status())
+    view._press("details")
+    assert not pressed(view, b"\x1b")
+    assert not view._details
+
+
+def test_details_begin_with_the_verdict_and_all_its_evidence() -> None:
+    seen = status()
+    seen["servers"][0] = summarize([server("busy")])["servers"][0]
+    view = Driven(seen)
+    view._press("details")
+    text = view.text()
+    assert text.startswith("busy: Decode memory-bound, confidence 0.72")
+    assert "--max-num-seqs 32 (now: 16)" in text
+    assert "evidence on decode" in text
+    assert text.index("evidence on decode") < text.index("a/model")
+
+
+@pytest.mark.parametrize("height", [8, 12, 24, 60])
+@pytest.mark.parametrize("servers", [1, 3, 30])
+def test_the_screen_is_never_higher_than_the_terminal(servers: int, height: int) -> None:
+    found = top_view.ordered(
+        top_view.rows(summarize([server(f"srv{number:02}") for number in range(servers)])), "server"
+    )
+    for selected in (0, len(found) // 2, len(found) - 1):
+        lines = shown(
+            top_view.screen(found, (80, height), selected=selected, sort="gap", reverse=False, note=""), 80
+        )
+        assert len(lines) <= height
+        assert lines[-1].startswith("q quit")
+        assert any(line.startswith(f">{found[selected].server}") for line in lines)
+        if height >= 12:
+            assert any(line.startswith(f"{found[selected].server}: Decode") for line in lines)
+
+
+@pytest.mark.parametrize("name", ["a[/b]", "[bold]x", ":smile:"])
+def test_names_are_no_markup(name: str) -> None:
+    found = top_view.rows(summarize([server(name)]))
+    assert any(name in line for line in shown(top_view.table(found, 100), 100))
 
 
 def test_the_choice_stays_with_its_row_when_rows_move() -> None:
