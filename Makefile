@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Integration tests that share no server with others.
 ALONE := tests/integration/generate \
 	$(patsubst %,tests/integration/test_%.py,transformers_activation packaging demo vllm_offline vllm_model \
-	vllm_encoder)
+	vllm_encoder scenario_harness)
 
 # Benchmarks, without those that need a GPU where there is none.
 ON_GPU := $(addprefix benchmarks/,accuracy.py gpu_scenarios.py traffic_ncu.py window_cost.py \

@@ -8,11 +8,14 @@ mistake, and the label does not hold.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 _BYTES_PER_PARAMETER = 4  # all models here are float32
+#: Such a share of the time without a core, of the thread that lacks one most, and the host may hold up the
+#: device for as long as makes a verdict of its own.
+_BUSY_MACHINE = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Facts:
         engine: of vLLM's own ``/metrics``, the mean over the scenario by name, and ``kv_most``.
         tokens: generated in the scenario, by the same.
         clock_ratio: the share of every span that the step clock was made to tell.
+        waited_ratio: the share of the time that a thread of the server waited for a core, see `waited`.
     """
 
     machine: Machine
@@ -68,6 +72,7 @@ class Facts:
     engine: dict[str, float]
     tokens: float
     clock_ratio: float = 1.0
+    waited_ratio: float = 0.0
 
     @property
     def memory_share(self) -> float:
@@ -129,12 +134,21 @@ class Label:
 Rule = Callable[[Facts], Label]
 
 
+def _or_waits(label: Label, facts: Facts) -> Label:
+    """``label``; where others had the server's cores for long, it is true too that it waits for its host."""
+    waited = facts.waited_ratio
+    if waited < _BUSY_MACHINE:
+        return label
+    rule = f"{label.rule}; but its threads waited for a core {waited:.2f} of the time (≥ {_BUSY_MACHINE})"
+    return replace(label, classes=(*label.classes, "sync_bound"), cause=None, headline=None, rule=rule)
+
+
 def reads_weights(facts: Facts) -> Label:
     """memory_bound: at least 0.50 of the time per token is reading the weights at the calibrated rate."""
     share = facts.memory_share
     holds = share >= 0.50 and share > facts.compute_share
     rule = f"weights ÷ TPOT ÷ peak = {share:.2f} (≥ 0.50), FLOPs {facts.compute_share:.2f}"
-    return Label(("memory_bound",), rule, holds)
+    return _or_waits(Label(("memory_bound",), rule, holds), facts)
 
 
 def lightly_loaded(facts: Facts) -> Label:
@@ -142,14 +156,15 @@ def lightly_loaded(facts: Facts) -> Label:
     label = reads_weights(facts)
     busy = facts.engine.get("running", 1.0)
     rule = f"{label.rule}; requests run {busy:.2f} of the time (≤ 0.60)"
-    return Label(label.classes, rule, label.holds and busy <= 0.6)
+    return replace(label, rule=rule, holds=label.holds and busy <= 0.6)
 
 
 def multiplies(facts: Facts) -> Label:
     """compute_bound: at least 0.45 of the time to first token is FLOPs at the calibrated rate."""
     compute, memory = facts.prefill_compute_share, facts.prefill_memory_share
     rule = f"FLOPs ÷ TTFT ÷ peak = {compute:.2f} (≥ 0.45), weights {memory:.2f}"
-    return Label(("compute_bound",), rule, compute >= 0.45 and compute > 2 * memory)
+    holds = compute >= 0.45 and compute > 2 * memory
+    return _or_waits(Label(("compute_bound",), rule, holds), facts)
 
 
 def waits_for_host(facts: Facts) -> Label:
@@ -166,9 +181,9 @@ def by_client_alone(facts: Facts) -> Label:
     if memory > 1.1:
         return Label(("unknown",), f"{rule}: beyond the peak, weights in a cache", True, "contradiction")
     if memory >= 0.50 and memory > compute:
-        return Label(("memory_bound",), f"{rule} (memory ≥ 0.50)", True)
+        return _or_waits(Label(("memory_bound",), f"{rule} (memory ≥ 0.50)", True), facts)
     if compute >= 0.45 and compute > memory:
-        return Label(("compute_bound",), f"{rule} (compute ≥ 0.45)", True)
+        return _or_waits(Label(("compute_bound",), f"{rule} (compute ≥ 0.45)", True), facts)
     neither = max(memory, compute) < 0.3
     return Label(("sync_bound", "inefficient_kernels"), f"{rule} (both < 0.30)", neither)
 
@@ -203,4 +218,4 @@ def knows_no_peaks(facts: Facts) -> Label:
     """unknown: the cache that peaks are read from was made empty for this server."""
     share = facts.memory_share
     rule = f"empty XDG_CACHE_HOME; all but weights {1 - share:.2f} of TPOT"
-    return Label(("unknown",), rule, True, "no_peaks", "calibrate")
+    return _or_waits(Label(("unknown",), rule, True, "no_peaks", headline="calibrate"), facts)

@@ -42,6 +42,11 @@ class Outcome:
     score: Score
     trace: Trace
 
+    @property
+    def settled(self) -> bool:
+        """Whether to go on would change nothing: the label does not hold, or the verdict is right."""
+        return not self.label.holds or (self.score.right_after is not None and self.score.right_at_end)
+
     def as_run(self, machine: str) -> Run:
         """Every figure."""
         return {

@@ -61,11 +61,11 @@ class Workshop:
         self._slow, self._clock = folder / "slow", folder / "clock"
         (folder / "empty").mkdir(exist_ok=True)
 
-    def calibrate(self) -> Machine:
-        """Measure the machine. Raises subprocess.CalledProcessError."""
+    def calibrate(self, seconds: float) -> Machine:
+        """Measure the machine, each rate for so long. Raises subprocess.CalledProcessError."""
         print("llmprobe calibrate", file=sys.stderr, flush=True)
-        command = [str(Path(sys.executable).with_name("llmprobe")), "calibrate", "--json", "--seconds", "2"]
-        command += ["--threads", str(self._threads)]
+        command = [str(Path(sys.executable).with_name("llmprobe")), "calibrate", "--json"]
+        command += ["--seconds", str(seconds), "--threads", str(self._threads)]
         env = {**os.environ, "XDG_CACHE_HOME": str(self._folder / "cache")}
         done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
         (device,) = [item for item in json.loads(done.stdout)["devices"] if item["device"].startswith("cpu:")]

@@ -83,6 +83,10 @@ class Watching(threading.Thread):
         self._begin = time.monotonic()
         self.trace = Trace()
 
+    def so_far(self) -> Trace:
+        """A copy, which does not go on."""
+        return Trace(list(self.trace.said), list(self.trace.engine))
+
     def run(self) -> None:
         looks = 0
         while not self._ended.wait(_PERIOD_SECONDS):
@@ -153,6 +157,7 @@ class Score:
         wrong: the wrong verdict with the most confidence later than `RIGHT_SECONDS` after that, if above
             `SURE`.
         last: what was said at the end, of the phase that was judged.
+        right_at_end: whether that was right.
     """
 
     right_after: float | None
@@ -163,6 +168,7 @@ class Score:
     headline: str
     faults: tuple[str, ...]
     steady_seconds: float
+    right_at_end: bool
 
 
 def score(
@@ -199,7 +205,8 @@ def score(
     faults += [f"third class: {', '.join(third)}"] if third else []
     faults += [f"{flips} flips"] if flips else []
     steady = 0.0 if first is None else last.at - trace.said[first].at
-    return Score(after, flips, third, wrong, judged, last.headline, tuple(faults), steady)
+    at_end = bool(right and right[-1])
+    return Score(after, flips, third, wrong, judged, last.headline, tuple(faults), steady, at_end)
 
 
 def unchanged_seconds(trace: Trace, phase: str | None) -> float:

@@ -60,4 +60,12 @@ def test_a_host_that_sleeps_between_steps_is_what_the_verdict_names(
     # the time is waiting at the least, whatever the machine does.
     assert waited > 0.95 * _SLEEP_SECONDS / max(seconds_per_token)
     assert entry["headline"].startswith("Decode sync-bound")
+    # This vLLM's worker has a process of its own: what schedules is seen all the same, as part of the rank's
+    # host, and its CPU time is told beside that of the front end.
+    (rank,) = entry["ranks"]
+    assert rank["host"]["core_apart"]
+    of_core = [thread["name"] for thread in rank["host"]["threads"] if thread["of_core"]]
+    assert of_core[0].startswith("VLLM::EngineCor"), rank["host"]
+    assert set(entry["host_cpu_seconds"]) == {"frontend", "engine_core"}
+    assert all(entry["host_cpu_seconds"].values())
     assert entry["advice"]["decode"]
