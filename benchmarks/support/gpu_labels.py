@@ -228,6 +228,15 @@ def waits_for_host(facts: Facts) -> Label:
     return Label(("sync_bound",), rule, holds, cause="host_between_steps")
 
 
+def outruns_host(facts: Facts) -> Label:
+    """sync_bound: nothing is injected, and by nsys, or else by the counter of activity, the device idles 0.25
+    of the time under a load that never ends: its steps are shorter than what the host does for each."""
+    active = facts.counters.get("graphics", 1.0)
+    by, idle = ("nsys", facts.traced.ratio) if facts.traced else ("GPU active", 1 - active)
+    rule = f"idle by {by} {idle:.2f} (≥ {_IDLE}); {_counted(facts)}"
+    return Label(("sync_bound",), rule, idle >= _IDLE, cause="host_between_steps")
+
+
 def starved(facts: Facts) -> Label:
     """sync_bound, whatever for, with the signal of the host: the engine's threads share one core with busy
     others."""

@@ -14,8 +14,8 @@ from llmprobe.demo.model import make_model
 
 _COMMON = {"torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
-#: By name: dense models of 8 and of 2 billion parameters, a mixture of experts, one whose layers mostly see a
-#: window, and one of 8 billion parameters whose rows start at odd addresses: no kernel can load them by the
+#: By name: dense models of 8 and of 2 billion parameters, one of another family with 12 billion, a mixture of
+#: experts, one whose layers mostly see a window, and one of 8 billion parameters whose rows start at odd addresses: no kernel can load them by the
 #: vector, and tensor cores of today want them aligned to 16 bytes.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dense": {
@@ -47,6 +47,22 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     },

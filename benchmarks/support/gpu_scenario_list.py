@@ -162,6 +162,9 @@ SCENARIOS = (
     Scenario(
         "another model, a clock that lies", "other", gpu_labels.is_lied_to, "decode", _ONE, clock_ratio=0.3
     ),
+    Scenario("sliding windows, prefill", "windows", gpu_labels.multiplies, "prefill", _LONG_PROMPT),
+    Scenario("sliding windows, mixed", "windows", gpu_labels.multiplies_beside_decode, "mixed", _MIXED),
+    Scenario("sliding windows, batch 128", "windows", gpu_labels.outruns_host, "decode", _MANY),
 )  # fmt: skip
 
 

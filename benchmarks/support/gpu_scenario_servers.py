@@ -66,7 +66,8 @@ KINDS = {
         (*_LONG, *_GRAPHS),
         env=(("TORCHINDUCTOR_SHAPE_PADDING", "0"), ("TORCHINDUCTOR_COMPREHENSIVE_PADDING", "0")),
     ),
-    "other": Kind("sliding", (*_LONG, *_GRAPHS, *_SLOW_ASYNC, *_LIES)),
+    "other": Kind("llama", (*_LONG, *_GRAPHS, *_SLOW_ASYNC, *_LIES)),
+    "windows": Kind("sliding", (*_LONG, *_GRAPHS)),
 }
 
 

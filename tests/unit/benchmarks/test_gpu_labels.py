@@ -177,3 +177,13 @@ def test_nothing_holds_where_nothing_was_counted() -> None:
         gpu_labels.is_lied_to,
     )  # fmt: skip
     assert [rule.__name__ for rule in rules if rule(blind).holds] == []
+
+
+def test_a_small_model_with_many_requests_outruns_the_host_or_not() -> None:
+    """As seen with 4 billion parameters and 128 requests: the GPU at work 0.72 of the time."""
+    label = gpu_labels.outruns_host(facts(counters={"graphics": 0.72, "dram": 0.42, "tensor": 0.18}))
+    assert label.holds
+    assert (label.classes, label.cause) == (("sync_bound",), "host_between_steps")
+    assert label.rule.startswith("idle by GPU active 0.28 ")
+    assert not gpu_labels.outruns_host(facts()).holds
+    assert not gpu_labels.outruns_host(facts(traced=Idle(0.05, 0.01, 20))).holds
