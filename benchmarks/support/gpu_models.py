@@ -15,8 +15,8 @@ from llmprobe.demo.model import make_model
 _COMMON = {"torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 #: By name: dense models of 8 and of 2 billion parameters, one of another family with 12 billion, a mixture of
-#: experts, one whose layers mostly see a window, and one of 8 billion parameters whose rows start at odd addresses: no kernel can load them by the
-#: vector, and tensor cores of today want them aligned to 16 bytes.
+#: experts, one whose layers mostly see a window, and one of 8 billion parameters whose rows start at odd
+#: addresses: no kernel can load them by the vector, and tensor cores of today want them aligned to 16 bytes.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dense": {
         "architectures": ["Qwen3ForCausalLM"],
