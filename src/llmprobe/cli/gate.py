@@ -28,7 +28,7 @@ llmprobe gate base.json new.json --max-regression decode.tpot=5%
 
 llmprobe gate base/ new/ --max-regression ttft.p99=10% --max-regression decode.sync_gap=0.02 --junit gate.xml
 
-Exit status: 0 within the limits, 1 failed, 2 wrong usage, 3 a regression."""
+Exit status: 0 within the limits, 1 the command of a new run failed, 2 wrong usage, 3 a regression."""
 
 _LIMIT = re.compile(r"^(\d+(?:\.\d+)?)\s*(%|us|ms|s|)$")
 _SCALES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0}
@@ -43,7 +43,8 @@ def gate(
         list[str] | None,
         typer.Option(
             metavar="METRIC=LIMIT",
-            help="How much worse a metric may be: 5%, or in its own unit, such as 2ms or 0.02. Repeatable.",
+            help="How much worse a metric may be: 5%, or in its own unit: 2ms for a time, 0.02 for a ratio. "
+            "Repeatable.",
         ),
     ] = None,
     server: Annotated[
@@ -52,11 +53,15 @@ def gate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail too where noise could explain what exceeds a limit.")
     ] = False,
+    allow_failed: Annotated[
+        bool, typer.Option("--allow-failed", help="Compare new runs too whose command failed.")
+    ] = False,
     junit: Annotated[Path | None, typer.Option(help="Save the outcome as JUnit XML.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Compare run.json files; exit with 3 if a metric is worse by more than its limit.
 
+    A new run whose command failed does not pass: what it measured is of a part of its work.
     Give each side several runs and the noise between them is known: then what exceeds a limit counts only if
     noise does not explain it. With one run a side every difference counts, and the noise is unknown.
     """
@@ -68,15 +73,24 @@ def gate(
     warnings = list(gate_runs.differences(*sides))
     failing = {Outcome.REGRESSION, Outcome.INCONCLUSIVE} if strict else {Outcome.REGRESSION}
     failed = [metric for metric, found in compared.items() if found.outcome in failing]
+    broken = [] if allow_failed else [run for run in sides[1] if run.exit_code]
     if junit is not None:
-        _save(junit, _junit(compared, failing, warnings))
+        _save(junit, _junit(compared, failing, warnings, broken))
     if json:
-        print_json(_document(compared, not failed, warnings, sides))
+        print_json(_document(compared, not failed and not broken, warnings, sides))
     else:
         _print(compared, warnings)
+    for run in broken:
+        err.print(f"llmprobe: {_broken(run)}; --allow-failed compares it all the same", soft_wrap=True)
     if failed:
         err.print(f"llmprobe: worse than allowed: {', '.join(failed)}", soft_wrap=True)
         raise typer.Exit(REGRESSED)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _broken(run: Run) -> str:
+    return f"the command of {run.path} failed with exit status {run.exit_code}"
 
 
 def _limits(given: list[str], base: list[Run]) -> dict[str, Limit]:
@@ -97,6 +111,12 @@ def _limits(given: list[str], base: list[Run]) -> dict[str, Limit]:
             raise RunError(f"--max-regression names {metric} twice")
         if suffix == "%":
             limits[metric] = Limit(number / 100, relative=True)
+        elif not suffix and gate_runs.unit(metric) == "s" and gate_runs.has(base[0], metric):
+            amount = amount.strip()
+            raise RunError(
+                f"--max-regression {text!r}: {metric} is a time, and {amount} has no unit; "
+                f"give {amount}%, {amount}ms, {amount}us or {amount}s"
+            )
         elif suffix and gate_runs.unit(metric) != "s":
             raise RunError(f"--max-regression {text!r}: {metric} is not a time; give 5% or a plain number")
         else:
@@ -201,7 +221,7 @@ def _document(
 
 
 def _junit(
-    compared: dict[str, Comparison], failing: set[Outcome], warnings: list[str]
+    compared: dict[str, Comparison], failing: set[Outcome], warnings: list[str], broken: list[Run]
 ) -> ElementTree.Element:
     failures = sum(found.outcome in failing for found in compared.values())
     skipped = sum(
@@ -210,9 +230,9 @@ def _junit(
     suite = ElementTree.Element(
         "testsuite",
         name="llmprobe gate",
-        tests=str(len(compared)),
+        tests=str(len(compared) + len(broken)),
         failures=str(failures),
-        errors="0",
+        errors=str(len(broken)),
         skipped=str(skipped),
     )
     for metric, found in compared.items():
@@ -229,6 +249,9 @@ def _junit(
             ElementTree.SubElement(case, "skipped", message=f"{said}: noise could explain all of it")
         else:
             ElementTree.SubElement(case, "system-out").text = said
+    for run in broken:
+        case = ElementTree.SubElement(suite, "testcase", classname="llmprobe.gate", name=f"run {run.path}")
+        ElementTree.SubElement(case, "error", type="failed", message=_broken(run))
     if lines := [*_notes(compared), *warnings]:
         ElementTree.SubElement(suite, "system-out").text = "\n".join(lines)
     return suite

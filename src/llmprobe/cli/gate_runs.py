@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llmprobe.export.report import SCHEMA_VERSION
 
@@ -99,10 +100,10 @@ def load(path: Path, server: str | None) -> Run:
         RunError: it cannot be read, is not a report of ``llmprobe run``, or has not that one server.
     """
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(), parse_constant=_no_number)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict) or not isinstance(document.get("servers"), list):
         raise RunError(f"{path} is not a report of `llmprobe run`: it has no list of servers")
@@ -111,6 +112,8 @@ def load(path: Path, server: str | None) -> Run:
             f"{path} has schema_version {document.get('schema_version')!r}; "
             f"this llmprobe reads {SCHEMA_VERSION}"
         )
+    if not all(isinstance(found, dict) for found in document["servers"]):
+        raise RunError(f"{path} is not a report of `llmprobe run`: one of its servers is no object")
     servers = {str(found.get("server")): found for found in document["servers"]}
     if server is not None and server not in servers:
         raise RunError(f"{path} has no server {server!r}; it has: {', '.join(servers) or 'none'}")
@@ -121,10 +124,17 @@ def load(path: Path, server: str | None) -> Run:
     chosen = servers[server] if server is not None else document["servers"][0]
     run = Run(path, chosen, document.get("exit_code"))
     try:
-        _ = run.metrics, run.setup
-    except (KeyError, TypeError, AttributeError) as error:
+        _ = run.setup
+        wrong = [name for name, value in run.metrics.items() if not math.isfinite(value)]
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise RunError(f"{path} is not a report of `llmprobe run`: {error!r}") from None
+    if wrong:
+        raise RunError(f"{path} is not a report of `llmprobe run`: {wrong[0]} is no finite number")
     return run
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
 
 
 def values(side: list[Run], metric: str) -> list[float]:
@@ -137,6 +147,11 @@ def values(side: list[Run], metric: str) -> list[float]:
             raise RunError(f"{run.path} has no metric {metric!r}; it has: {has}")
         found.append(run.metrics[name])
     return found
+
+
+def has(run: Run, metric: str) -> bool:
+    """Whether a run has a metric, by any of its names."""
+    return ALIASES.get(metric, metric) in run.metrics
 
 
 def known(run: Run) -> list[str]:
@@ -181,6 +196,7 @@ def _phases(server: Mapping[str, Any]) -> dict[str, float]:
         ranks = [rank["phases"][phase] for rank in server["ranks"] if phase in rank["phases"]]
         steps = [(rank["step_seconds"], rank["steps"]) for rank in ranks if rank.get("step_seconds")]
         found |= _statistics(f"{phase}.step", steps)
+        ranks = [rank for rank in ranks if rank["steps"] > 0]
         elapsed = [(rank["seconds"] / rank["steps"], rank["steps"]) for rank in ranks if rank["seconds"] > 0]
         if elapsed:
             found[f"{phase}.elapsed"] = _mean(elapsed)
@@ -191,6 +207,7 @@ def _phases(server: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _statistics(name: str, seen: list[tuple[Mapping[str, float], float]]) -> dict[str, float]:
+    seen = [(quantiles, weight) for quantiles, weight in seen if weight > 0]
     if not seen:
         return {}
     found = {

@@ -112,6 +112,9 @@ def test_a_difference_in_the_setup_is_said(tmp_path: Path) -> None:
         (["--max-regression", "tpot"], "is not METRIC=LIMIT"),
         (["--max-regression", "tpot=fast"], "'tpot=fast'"),
         (["--max-regression", "decode.mbu=5ms"], "decode.mbu is not a time"),
+        (["--max-regression", "decode.tpot=5"], "is a time, and 5 has no unit; give 5%, 5ms, 5us or 5s"),
+        (["--max-regression", "decode.elapsed=0.002"], "decode.elapsed is a time, and 0.002 has no unit"),
+        (["--max-regression", "decode.speed=5"], "has no metric 'decode.speed'"),
         (["--max-regression", "tpot=5%", "--max-regression", "tpot=6%"], "twice"),
         (["--max-regression", "tpot=5%", "--server", "other"], "no server 'other'; it has: vllm-8000"),
     ],
@@ -132,6 +135,9 @@ def test_wrong_usage_exits_with_2_and_names_the_value(
         ('{"schema_version": 99, "servers": []}', "schema_version 99"),
         ('{"schema_version": 1, "servers": []}', "nothing was measured"),
         ('{"schema_version": 1, "servers": [{"server": "x"}]}', "is not a report"),
+        ('{"schema_version": 1, "servers": ["x"]}', "one of its servers is no object"),
+        ('{"schema_version": 1, "servers": [{"server": NaN}]}', "NaN is no number"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_file_that_is_no_run_is_named(tmp_path: Path, text: str, said: str) -> None:
@@ -141,6 +147,70 @@ def test_a_file_that_is_no_run_is_named(tmp_path: Path, text: str, said: str) ->
     assert done.exit_code == 2
     assert said in done.stderr
     assert "wrong.json" in done.stderr
+
+
+def changed(path: Path, at: tuple[Any, ...], value: Any) -> Path:
+    """A run in whose first server one value is another."""
+    document = json.loads(save(path).read_text())
+    *way, last = at
+    holder = document["servers"][0]
+    for step in way:
+        holder = holder[step]
+    assert last in holder
+    holder[last] = value
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (("ranks", 0, "phases", "decode", "steps"), "x", "is not a report"),
+        (("ranks", 0, "phases", "decode", "seconds"), None, "is not a report"),
+        (("engines", 0, "tpot_seconds", "p50"), float("inf"), "Infinity is no number"),
+        (("engines", 0, "tpot_seconds", "p50"), 10**400, "is not a report"),
+        (("engines", 0, "tpot_seconds", "count"), 0, "has no metric 'tpot'"),
+    ],
+)
+def test_a_run_with_other_values_is_named(tmp_path: Path, at: tuple[Any, ...], value: Any, said: str) -> None:
+    new = changed(tmp_path / "new.json", at, value)
+    done = gate(save(tmp_path / "base.json"), new, "--max-regression", "tpot=5%")
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert "new.json" in done.stderr
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_a_phase_without_steps_has_no_metrics(tmp_path: Path) -> None:
+    paths = []
+    for name in ("a.json", "b.json"):
+        paths.append(changed(tmp_path / name, ("ranks", 0, "phases", "decode", "steps"), 0))
+    assert gate(*paths, "--max-regression", "decode.elapsed=5%").exit_code == 0  # of the other rank
+    document = json.loads(paths[1].read_text())
+    document["servers"][0]["ranks"][1]["phases"]["decode"]["steps"] = 0
+    paths[1].write_text(json.dumps(document))
+    done = gate(*paths, "--max-regression", "decode.elapsed=5%")
+    assert done.exit_code == 2
+    assert "has no metric 'decode.elapsed'" in done.stderr
+
+
+def test_a_new_run_whose_command_failed_does_not_pass(tmp_path: Path) -> None:
+    base, new = save(tmp_path / "base.json"), save(tmp_path / "new.json")
+    new.write_text(json.dumps({**json.loads(new.read_text()), "exit_code": 137}))
+    limit = ("--max-regression", "tpot=5%")
+    junit = tmp_path / "gate.xml"
+    done = gate(base, new, *limit, "--junit", junit)
+    assert done.exit_code == 1
+    assert "failed with exit status 137" in done.stderr
+    suite = ElementTree.parse(junit).getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("2", "0", "1")
+    assert suite.find("testcase/error") is not None
+    assert json.loads(gate(base, new, *limit, "--json").stdout)["passed"] is False
+    assert gate(base, new, *limit, "--allow-failed").exit_code == 0
+    assert gate(new, base, *limit).exit_code == 0  # what it is compared with is only said
+    worse = save(tmp_path / "worse.json", 0.03)
+    worse.write_text(json.dumps({**json.loads(worse.read_text()), "exit_code": 1}))
+    assert gate(base, worse, *limit).exit_code == 3
 
 
 def test_a_missing_file_and_an_empty_directory_are_named(tmp_path: Path) -> None:
