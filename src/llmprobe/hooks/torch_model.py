@@ -132,6 +132,31 @@ def plain(tensor: Any) -> Iterator[Any]:
         yield tensor
 
 
+def wrapped(module: Any) -> Iterator[tuple[str, Any]]:
+    """Tensors that ``module`` keeps in objects of `triton_kernels`, which are no parameters of it.
+
+    Swizzled weights are plain attributes there, whose ``storage.data`` is the tensor; the scales of blocks
+    lie in the kernel's ``PrecisionConfig``, under names that changed between versions.
+    """
+    for name, value in vars(module).items():
+        if name.startswith("_"):
+            continue
+        if (tensor := _data(value)) is not None:
+            yield name, tensor
+        elif type(value).__name__ == "PrecisionConfig":
+            for part, held in vars(value).items():
+                if "scale" in part and (scale := _data(held, plain_too=True)) is not None:
+                    yield f"{name}.{part}", scale
+
+
+def _data(value: Any, plain_too: bool = False) -> Any:
+    """The tensor behind a wrapper; a tensor itself only if ``plain_too``."""
+    if hasattr(value, "untyped_storage"):
+        return value if plain_too else None
+    data = getattr(getattr(value, "storage", None), "data", None)
+    return data if hasattr(data, "untyped_storage") else None
+
+
 def _matmul_params(module: Any, own: list[tuple[str, Any]]) -> int:
     """Logical parameters of matrix products; a packed weight's shape does not tell, its layer's sizes do."""
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)

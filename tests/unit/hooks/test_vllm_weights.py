@@ -6,6 +6,7 @@ not have: packed formats, copies in other types, encoders, and models that look 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,8 +72,8 @@ def frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def measure(model: nn.Module, tied: bool = False) -> dict[str, Any]:
-    return weights(model, True, tied)
+def measure(model: nn.Module, tied: bool = False, device_type: str = "cpu") -> dict[str, Any]:
+    return weights(model, True, tied, device_type)
 
 
 TABLE = WORDS * HIDDEN * 2
@@ -133,6 +134,68 @@ def test_experts_of_a_shard_count_what_it_has_and_what_there_are(gated: bool, ma
         "top_k": 2,
     }
     assert found["matmul_dtype"] == "float8_e4m3fn"
+
+
+class Wrapped:
+    """As ``triton_kernels.tensor.Tensor``: data in the order of a kernel, no tensor itself."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.storage = SimpleNamespace(data=tensor)
+
+
+class PrecisionConfig:
+    """As ``triton_kernels.matmul_ogs.PrecisionConfig``."""
+
+    def __init__(self, **scales: Any) -> None:
+        self.flex_ctx = SimpleNamespace()
+        self.__dict__.update(scales)
+
+
+def swizzled(scale: str, modular: bool = False) -> nn.Module:
+    """Experts in MXFP4 as vLLM's Triton path leaves them: no parameter but the biases is left."""
+    experts = RoutedExperts()
+    del experts.w13_weight, experts.w2_weight
+    experts.w13_weight = Wrapped(torch.zeros(4, 8, 16 // 2, dtype=torch.uint8))
+    experts.w2_weight = Wrapped(torch.zeros(4, 16, 4 // 2, dtype=torch.uint8))
+    experts.w13_bias = frozen(torch.zeros(4, 8))
+    method: Any = SimpleNamespace(
+        w13_precision_config=PrecisionConfig(**{scale: Wrapped(torch.zeros(4, 8, dtype=torch.uint8))}),
+        w2_precision_config=PrecisionConfig(**{scale: torch.zeros(4, 16, dtype=torch.uint8)}),
+    )
+    experts.quant_method = SimpleNamespace(old_quant_method=method) if modular else method
+    return experts
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize(("scale", "modular"), [("weight_scale", False), ("b_mx_scale", True)])
+def test_experts_that_are_no_parameters_any_more_count_as_their_kernel_keeps_them(
+    scale: str, modular: bool, device_type: str
+) -> None:
+    found = measure(Model(experts=swizzled(scale, modular)), True, device_type)
+    assert found["operators"]["experts"] == {
+        "bytes": 4 * (8 * 8 + 16 * 2) + 4 * (8 + 16) + 4 * 4 * 8,
+        "params": 3 * 4 * 4 * HIDDEN,
+        "count": 8,
+        "top_k": 2,
+    }
+    assert found["unmodelled"] == []
+    assert found["matmul_dtype"] is None
+
+
+def test_weights_that_are_nowhere_to_be_found_are_said_unless_a_cpu_keeps_copies() -> None:
+    layers = [Linear(16, 8, weight=torch.zeros(0, dtype=torch.bfloat16)) for _ in range(2)]
+    experts = RoutedExperts()
+    del experts.w13_weight, experts.w2_weight
+    model = Model(first=layers[0], second=layers[1], experts=experts)
+    elsewhere = measure(model, True, "cuda")
+    assert elsewhere["unmodelled"] == [
+        "linear: where Linear keeps its weights is not known",
+        "experts: where RoutedExperts keeps its weights is not known",
+    ]
+    assert elsewhere["weights_bytes"] == TABLE  # only what was seen
+    cpu = measure(model, True, "cpu")
+    assert cpu["unmodelled"] == []
+    assert cpu["operators"]["experts"]["bytes"] == 2 * cpu["operators"]["experts"]["params"]
 
 
 def test_shared_experts_beside_routed_ones_are_for_every_token() -> None:

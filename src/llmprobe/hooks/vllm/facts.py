@@ -103,7 +103,7 @@ def model_facts(worker: Any, kv_cache_config: Any) -> dict[str, Any]:
     text = config.model_config.hf_text_config
     has_head = _has_head(config)
     tied = has_head and bool(getattr(text, "tie_word_embeddings", False))
-    said = weights(worker.model_runner.get_model(), has_head, tied)
+    said = weights(worker.model_runner.get_model(), has_head, tied, worker.device.type)
     dtype = said.pop("matmul_dtype") or str(config.model_config.dtype).removeprefix("torch.")
     kv, problems = kv_cache(worker, kv_cache_config)
     problems += said.pop("unmodelled")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llmprobe.hooks.torch_model import plain
+from llmprobe.hooks.torch_model import plain, wrapped
 
 KINDS = ("linear", "head", "experts", "embedding", "encoder", "unread")
 _FEWEST = 4  # numbers in a byte, as densely as any format packs them
@@ -47,12 +47,13 @@ class Storages:
         return total
 
 
-def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
+def weights(model: Any, has_head: bool, tied_by_config: bool, device_type: str) -> dict[str, Any]:
     """Stored bytes and parameters of matrix products by operator; see `llmprobe.compute.facts.ModelFacts`.
 
     Args:
         has_head: whether this rank computes logits.
         tied_by_config: whether the configuration says that the head is the input embedding.
+        device_type: of the rank: kernels of a CPU keep copies that cannot be seen, whose size is assumed.
 
     Returns:
         ``weights_bytes``, ``operators``, ``embedding_bytes``, ``tied``, ``matmul_dtype`` (what most products
@@ -73,6 +74,7 @@ def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
     dtypes: dict[str | None, int] = {}
     embeddings: list[tuple[int, int, Any]] = []  # parameters, bytes, module
     experts: list[tuple[int, int]] = []
+    unseen: dict[str, None] = {}  # a model has many layers of one class
     tied = False
     under_embedding = True  # which of the two a shared table was counted as
     for module in modules:
@@ -89,7 +91,10 @@ def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
                 tied, under_embedding = True, before == "embedding"
         used = _matmul_params(kind, module)
         if stored < used / _FEWEST and kind != "head":
-            assumed[kind] += used * _repacked_size(module)
+            if device_type == "cpu":
+                assumed[kind] += used * _repacked_size(module)
+            else:
+                unseen[f"{kind}: where {type(module).__name__} keeps its weights is not known"] = None
         params["linear" if kind == "unread" else kind] += used
         if kind == "embedding":
             embeddings.append((_matmul_params("head", module), stored, module))
@@ -129,7 +134,7 @@ def weights(model: Any, has_head: bool, tied_by_config: bool) -> dict[str, Any]:
         "embedding_bytes": table,
         "tied": tied,
         "matmul_dtype": max(dtypes, key=lambda dtype: dtypes[dtype], default=None),
-        "unmodelled": unmodelled,
+        "unmodelled": [*unmodelled, *unseen],
     }
 
 
@@ -185,6 +190,11 @@ def _stored(module: Any) -> Iterator[Any]:
             yield buffer
     if "MLA" in type(module).__name__:
         yield from (tensor for tensor in _absorbed(module))
+    method = getattr(module, "quant_method", None)
+    # One that vLLM put before it keeps what was loaded.
+    for keeper in (module, method, getattr(method, "old_quant_method", None)):
+        if keeper is not None and hasattr(keeper, "__dict__"):
+            yield from (tensor for _, tensor in wrapped(keeper))
 
 
 def _kind(name: str, module: Any) -> str:
