@@ -135,18 +135,25 @@ Rule = Callable[[Facts], Label]
 
 
 def _or_waits(label: Label, facts: Facts) -> Label:
-    """``label``; where others had the server's cores for long, it is true too that it waits for its host."""
+    """``label``; where others had the server's cores for long, it is true too that it waits for its host.
+
+    Or nobody can tell: they had them while the peaks were measured too, which are too low then.
+    """
     waited = facts.waited_ratio
     if waited < _BUSY_MACHINE:
         return label
     rule = f"{label.rule}; but its threads waited for a core {waited:.2f} of the time (≥ {_BUSY_MACHINE})"
-    return replace(label, classes=(*label.classes, "sync_bound"), cause=None, headline=None, rule=rule)
+    classes = tuple(dict.fromkeys((*label.classes, "sync_bound", "unknown")))
+    return replace(label, classes=classes, cause=None, headline=None, rule=rule)
 
 
 def reads_weights(facts: Facts) -> Label:
-    """memory_bound: at least 0.50 of the time per token is reading the weights at the calibrated rate."""
+    """memory_bound: at least 0.50 of the time per token is reading the weights at the calibrated rate.
+
+    More than all of it: then they lie in a cache, or that rate is wrong.
+    """
     share = facts.memory_share
-    holds = share >= 0.50 and share > facts.compute_share
+    holds = 0.50 <= share <= 1.0 and share > facts.compute_share
     rule = f"weights ÷ TPOT ÷ peak = {share:.2f} (≥ 0.50), FLOPs {facts.compute_share:.2f}"
     return _or_waits(Label(("memory_bound",), rule, holds), facts)
 
