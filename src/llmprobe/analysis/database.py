@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -20,6 +22,8 @@ MAX_ROWS = 20_000_000
 #: A query that takes longer than this is not one of ours on a sane file.
 MAX_QUERY_SECONDS = 300.0
 _MAX_TEXT_BYTES = 1 << 24
+#: Rows that are made into one text; more at once are no faster.
+_ROWS_A_TEXT = 10_000
 
 _READ_ONLY = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION})
 
@@ -64,15 +68,48 @@ class Database:
         except (TypeError, ValueError):  # NULL, or a text where a number belongs
             filled = [f'ifnull(CAST("{name}" AS INTEGER), {absent})' for name in there]
             found = iter(self._numbers(table, filled, count))
-        # What the table lacks is not read row by row: half the time goes into making Python's integers.
         return [np.full(count, absent, dtype=np.int64) if name is None else next(found) for name in chosen]
 
     def _numbers(self, table: str, fields: list[str], count: int) -> list[Ints]:
         if not fields:
             return []
+        try:
+            return self._as_text(table, fields, count)
+        except (ValueError, sqlite3.Error):  # not whole numbers throughout, or no rowid: row by row
+            pass
         rows = self._connection.execute(f'SELECT {", ".join(fields)} FROM "{table}"')
         flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=count * len(fields))
         return list(np.ascontiguousarray(flat.reshape(-1, len(fields)).T))
+
+    def _as_text(self, table: str, fields: list[str], count: int) -> list[Ints]:
+        """The same through texts of many numbers: half the time, as no row becomes Python objects."""
+        joined = ", ".join(f"group_concat(c{number})" for number in range(len(fields)))
+        # Adding 0 makes a number of a text, which could hold a comma.
+        inner = ", ".join(f"{field} + 0 AS c{number}" for number, field in enumerate(fields))
+        query = (
+            f"SELECT max(r), {joined} FROM (SELECT rowid AS r, {inner} "
+            f'FROM "{table}" WHERE rowid > ? ORDER BY rowid LIMIT {_ROWS_A_TEXT})'
+        )
+        columns = [np.empty(count, dtype=np.int64) for _ in fields]
+        done, last = 0, -(1 << 63)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # a text with more than numbers: told by its size
+            while done < count:
+                last, *texts = self._connection.execute(query, (last,)).fetchone()
+                if last is None:
+                    break
+                parts = [np.fromstring(text, dtype=np.int64, sep=",") for text in texts if text]
+                size = len(parts[0]) if parts else 0
+                if len(parts) < len(fields) or any(len(part) != size for part in parts) or not size:
+                    raise ValueError("not whole numbers throughout")
+                for column, part in zip(columns, parts, strict=True):
+                    column[done : done + size] = part  # ValueError if there are more than were counted
+                done += size
+        if done != count:
+            raise ValueError("not every row was seen")
+        return columns
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
         """The rows of a query."""
@@ -98,7 +135,7 @@ def open_database(path: Path) -> Iterator[Database]:
     """The database in ``path``; whatever is wrong with the file is an `AnalysisError`."""
     try:
         # immutable: no locks, no journal, nothing beside the file is looked at or made.
-        uri = f"file:{quote(str(path.resolve()))}?mode=ro&immutable=1"
+        uri = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&immutable=1"
         connection = sqlite3.connect(uri, uri=True, cached_statements=16)
     except sqlite3.Error as error:
         raise AnalysisError(f"{path}: cannot be opened as SQLite: {error}") from None

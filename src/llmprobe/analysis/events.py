@@ -33,6 +33,10 @@ MAX_GPUS = 1024
 class AnalysisError(Exception):
     """A file cannot be analysed; the message is one line that names it and says what to do."""
 
+    def __init__(self, message: str) -> None:
+        # Names of files are bytes of somebody's choice, and what libraries say holds pieces of the file.
+        super().__init__(printable(message))
+
 
 @dataclass(frozen=True)
 class Source:

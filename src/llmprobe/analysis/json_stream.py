@@ -61,7 +61,7 @@ class Document:
                 self._at += 1
                 continue
             key = self._value()
-            if self._peek() != ":":
+            if not isinstance(key, str) or self._peek() != ":":
                 raise self._damaged()
             self._at += 1
             if key == "traceEvents" and self._peek() == "[":

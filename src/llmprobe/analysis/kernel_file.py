@@ -6,6 +6,8 @@ A file is numpy's ``.npz``: ``header`` (JSON as bytes), ``activities`` and ``ste
 from __future__ import annotations
 
 import json
+import lzma
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -27,6 +29,7 @@ from llmprobe.analysis.events import (
     no_spans,
     plausible,
     plausible_spans,
+    printable,
 )
 from llmprobe.analysis.names import NameTable
 
@@ -50,7 +53,7 @@ def read_kernels(path: Path) -> Trace:
             header = json.loads(bytes(data["header"]))
             activities, steps = data["activities"], data["steps"]
         return _trace(path, header, _columns(activities, _ACTIVITY), _columns(steps, _STEP))
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
         raise AnalysisError(f"{path}: cannot be read to its end: {error}") from None
     except (
         ValueError,
@@ -58,8 +61,9 @@ def read_kernels(path: Path) -> Trace:
         TypeError,
         AttributeError,
         IndexError,
-        RecursionError,
         OverflowError,
+        MemoryError,
+        RuntimeError,  # zipfile: a member that is encrypted
     ) as error:
         raise AnalysisError(f"{path}: damaged, or no file of a kernels capture: {error}") from None
 
@@ -76,11 +80,25 @@ def write_kernels(path: Path, header: dict[str, Any], activities: np.ndarray, st
 def _check(path: Path) -> None:
     """A small file may unpack without end."""
     with zipfile.ZipFile(path) as archive:
-        found = {entry.filename: entry.file_size for entry in archive.infolist()}
-    if sorted(found) != sorted(_MEMBERS):
-        raise ValueError("other members")
-    if sum(found.values()) > _MOST_BYTES:
-        raise AnalysisError(f"{path}: holds more than {_MOST_BYTES >> 20} MiB")
+        members = archive.infolist()
+        if sorted(member.filename for member in members) != sorted(_MEMBERS):
+            raise ValueError("other members")
+        if sum(member.file_size for member in members) > _MOST_BYTES:
+            raise AnalysisError(f"{path}: holds more than {_MOST_BYTES >> 20} MiB")
+        for member in members:
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("a member that is encrypted, or packed in another way")
+            _check_size(archive, member)
+
+
+def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """numpy asks for as much memory as a member's head says, whatever follows it."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[version](stream)  # type: ignore[no-untyped-call]
+        if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
+            raise ValueError("a member of another size than it says")
 
 
 def _columns(rows: np.ndarray, names: tuple[str, ...]) -> list[Ints]:
@@ -104,7 +122,7 @@ def _trace(path: Path, header: dict[str, Any], activities: list[Ints], steps: li
     if len(kind) and (int(kind.min()) < 0 or int(kind.max()) > SET):
         raise ValueError("activities of no known kind")
     nothing = np.full(len(begin), UNKNOWN, dtype=np.int64)
-    shown = {int(number): str(label) for number, label in header["devices"].items()}
+    shown = {int(number): printable(str(label))[:80] for number, label in header["devices"].items()}
     index, devices = label_devices(device, shown, path)
     known, implausible = plausible(
         Activities(begin, end, kind, index, names[name], nothing, nothing, np.zeros_like(begin))
@@ -114,7 +132,9 @@ def _trace(path: Path, header: dict[str, Any], activities: list[Ints], steps: li
     marked = Spans(steps[0], steps[1], labels[steps[2]], np.full(len(steps[0]), busiest), steps[3])
     dropped = int(header["dropped"])
     return Trace(
-        source=Source(str(path), tool="kernels", format="kernels-npz", version=str(header["version"])[:40]),
+        source=Source(
+            str(path), tool="kernels", format="kernels-npz", version=printable(str(header["version"]))[:40]
+        ),
         names=table.names,
         devices=devices,
         activities=by_begin(known),

@@ -42,6 +42,8 @@ from llmprobe.analysis.names import NameTable
 from llmprobe.compute.steps import Bools
 
 MAX_EVENTS = 40_000_000
+_MOST_THREADS = 100_000
+_KEY_CHARS = 100
 
 _DEVICE_CATEGORIES = {"kernel": KERNEL, "gpu_memcpy": COPY, "gpu_memset": SET}
 _CALL_CATEGORIES = frozenset({"cuda_runtime", "cuda_driver", "runtime", "driver"})
@@ -183,6 +185,8 @@ class _Reader:
         key = (_key(event.get("pid")), _key(event.get("tid")))
         found = self._threads.get(key)
         if found is None:
+            if len(self._threads) >= _MOST_THREADS:  # of a made-up file: they are one
+                return len(self._threads)
             found = self._threads[key] = len(self._threads)
         return found
 
@@ -253,7 +257,8 @@ def _launches(correlation: Ints, begin: Ints, thread: Ints, known: Ints) -> tupl
 def _ns(microseconds: Any) -> int | None:
     if isinstance(microseconds, bool) or not isinstance(microseconds, (int, float)):
         return None
-    if not math.isfinite(microseconds) or abs(microseconds) > LATEST_NS / 1000:
+    # In this order: an integer of thousands of digits fits no float.
+    if abs(microseconds) > LATEST_NS / 1000 or not math.isfinite(microseconds):
         return None
     return round(microseconds * 1000)
 
@@ -265,4 +270,8 @@ def _whole(value: Any, otherwise: int) -> int:
 
 
 def _key(value: Any) -> Any:
-    return value if isinstance(value, (int, str, float)) else repr(value)[:100]
+    if isinstance(value, str):
+        return value[:_KEY_CHARS]
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return value
+    return repr(value)[:_KEY_CHARS]

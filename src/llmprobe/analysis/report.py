@@ -6,14 +6,14 @@ The JSON's keys are fixed by `SCHEMA_VERSION`; later versions add keys and move 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from llmprobe.analysis.busy import Occupation, classes_of, length_ns, occupations
 from llmprobe.analysis.content import Content, GapRow, Gpu, KernelRow, OperatorRow, PhaseRow
-from llmprobe.analysis.events import COPY, GRAPH, KERNEL, SET, UNKNOWN, Trace
+from llmprobe.analysis.events import COPY, GRAPH, KERNEL, SET, UNKNOWN, Trace, printable
 from llmprobe.analysis.findings import find
 from llmprobe.analysis.phases import PhaseTimes, phase_times, steps_of
 from llmprobe.analysis.text import render
@@ -57,7 +57,7 @@ def make_report(trace: Trace) -> Report:
     classes = classes_of(trace)
     kernels = _kernels(trace, classes)
     return Report(
-        source=trace.source,
+        source=replace(trace.source, path=printable(trace.source.path)),
         trust=trust,
         gpus=[_gpu(trace, one) for one in gpus],
         phases=[_phase(trace, one) for one in phases],
@@ -155,7 +155,9 @@ def _gaps(trace: Trace, gpus: list[Occupation]) -> list[GapRow]:
     rows = []
     for one in gpus:
         gaps = one.gaps
-        for at in np.argsort(-gaps.length_ns, kind="stable")[:LONGEST_GAPS].tolist():
+        longest = np.argsort(-gaps.length_ns, kind="stable")[:LONGEST_GAPS]
+        phases = steps_of(trace, one.activities.where(gaps.after[longest]))
+        for at, phase in zip(longest.tolist(), phases, strict=True):
             names = [trace.names[int(one.activities.name[row[at]])] for row in (gaps.before, gaps.after)]
             late = int(gaps.launched_late[at])
             rows.append(
@@ -166,14 +168,10 @@ def _gaps(trace: Trace, gpus: list[Occupation]) -> list[GapRow]:
                     before=names[0],
                     after=names[1],
                     unlaunched_seconds=None if late == UNKNOWN else late / 1e9,
-                    phase=_phase_of(trace, one, int(gaps.after[at])),
+                    phase=phase,
                 )
             )
     return sorted(rows, key=lambda row: -row.seconds)[:LONGEST_GAPS]
-
-
-def _phase_of(trace: Trace, one: Occupation, activity: int) -> str | None:
-    return steps_of(trace, one.activities.where([activity]))[0]
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import textwrap
 
 from llmprobe.analysis.content import Content
-from llmprobe.analysis.wording import duration, short
+from llmprobe.analysis.wording import duration, short, told_apart
 
 _WIDTH = 110
 _NAME_CHARS = 68
 _TOP = 15
 _TOP_GAPS = 8
+_GAP_CHARS = 42
 
 
 def render(report: Content) -> str:
@@ -108,10 +109,11 @@ def _kernels(report: Content) -> list[str]:
             f"{duration(row.mean_seconds):>10}  {row.name}"
         )
     lines += ["", f"{'share':>7} {'time':>10} {'count':>9} {'mean':>10}  kernel"]
+    shown = told_apart(kernel.name for kernel in report.kernels[:_TOP])
     for kernel in report.kernels[:_TOP]:
         lines.append(
             f"{kernel.share:>7.1%} {duration(kernel.seconds):>10} {kernel.count:>9} "
-            f"{duration(kernel.mean_seconds):>10}  {short(kernel.name)}"
+            f"{duration(kernel.mean_seconds):>10}  {shown[kernel.name]}"
         )
     return [*lines, ""]
 
@@ -120,6 +122,8 @@ def _gaps(report: Content) -> list[str]:
     if not report.gaps:
         return []
     lines = ["longest gaps"]
+    around = [name for gap in report.gaps[:_TOP_GAPS] for name in (gap.before, gap.after)]
+    shown = told_apart(around, _GAP_CHARS)
     for gap in report.gaps[:_TOP_GAPS]:
         late = ""
         if gap.unlaunched_seconds is not None:
@@ -130,7 +134,7 @@ def _gaps(report: Content) -> list[str]:
             f"{duration(gap.seconds):>10}  at {gap.begin_seconds:.6f} s on {gap.gpu.split(' (')[0]}"
             f"{where}{late}"
         )
-        lines.append(f"{'':>12}{short(gap.before, 42)} → {short(gap.after, 42)}")
+        lines.append(f"{'':>12}{shown[gap.before]} → {shown[gap.after]}")
     return [*lines, ""]
 
 

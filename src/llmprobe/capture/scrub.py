@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmprobe.analysis.database import open_database
-from llmprobe.analysis.events import AnalysisError
+from llmprobe.analysis.events import AnalysisError, printable
+from llmprobe.analysis.kernel_file import MAGIC as _KERNELS
 from llmprobe.analysis.nsys import exported
 from llmprobe.capture.scrub_database import copy_allowed
 from llmprobe.capture.scrub_trace import allowed_events, allowed_top_level
@@ -38,6 +39,9 @@ Further = Callable[[int], Iterable[dict[str, Any]]]
 
 class ScrubError(Exception):
     """A file cannot be scrubbed, and no output was left; the message is one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def scrub(
@@ -56,13 +60,10 @@ def scrub(
         ScrubError: the source is missing, damaged or of no known kind, or the target cannot be written.
     """
     source, target = Path(source), Path(target)
+    head = _head(source)
     try:
-        if not source.is_file():
-            raise ScrubError(f"{source}: {'not a regular file' if source.exists() else 'no such file'}")
         if os.path.lexists(target):
             raise ScrubError(f"{target}: is there already; remove it or name another with -o")
-        with source.open("rb") as stream:
-            head = stream.read(64)
         with _written_whole(target) as draft:
             if head.startswith(_SQLITE):
                 _scrub_database(source, draft)
@@ -77,6 +78,23 @@ def scrub(
         raise ScrubError(
             f"{target}: cannot be written: {getattr(error, 'strerror', None) or error}"
         ) from None
+
+
+def _head(source: Path) -> bytes:
+    """What tells the source's kind."""
+    try:
+        if not source.is_file():
+            raise ScrubError(f"{source}: {'not a regular file' if source.exists() else 'no such file'}")
+        with source.open("rb") as stream:
+            head = stream.read(64)
+    except (OSError, ValueError) as error:
+        raise ScrubError(f"{source}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if head.startswith(_KERNELS):
+        raise ScrubError(
+            f"{source}: the file of a kernels capture needs no scrubbing: "
+            "it holds times and names of kernels only"
+        )
+    return head
 
 
 def scrubbed_name(source: Path) -> Path:

@@ -16,8 +16,11 @@ _CALLS = frozenset({"cuda_runtime", "cuda_driver"})
 _ANNOTATIONS = frozenset({"user_annotation", "gpu_user_annotation"})
 _OPERATOR = re.compile(r"[A-Za-z_][\w:.]{0,199}")
 _OWN = re.compile(re.escape(OWN_PREFIX) + r"[a-z_]{1,40}")
+#: Ids of kineto have 64 bits.
+_LARGEST = 1 << 64
 _STEP = re.compile(r"ProfilerStep#\d{1,9}")
 _DEVICE_NAME = re.compile(r"[\w .()+-]{1,80}")
+_VERSION = re.compile(r"[0-9][\w.+-]{0,39}")
 _LABEL = re.compile(r"CPU|GPU \d{1,4}|stream \d{1,9} *")
 
 #: Arguments of events that stay where they are numbers or lists of numbers.
@@ -40,6 +43,8 @@ _TOP_LEVEL_NUMBERS = frozenset(
 def allowed_top_level(key: str, value: Any) -> Any:
     """What stays of a value beside the events; `KeyError` if nothing does."""
     if key in _TOP_LEVEL_NUMBERS and _is_number(value):
+        return value
+    if key in ("torch_version", "pytorch_version") and isinstance(value, str) and _VERSION.fullmatch(value):
         return value
     if key == "displayTimeUnit" and value in ("ms", "ns"):
         return value
@@ -137,7 +142,10 @@ def _numbers(event: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    # Whoever reads the copy may make floats of its integers.
+    if isinstance(value, int):
+        return abs(value) <= _LARGEST
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _all_numbers(value: Any, depth: int = 4) -> bool:

@@ -47,7 +47,7 @@ def finish(folder: Path) -> None:
     trace = dataclasses.replace(trace, source=dataclasses.replace(trace.source, path=shown))
     report = make_report(trace)
     text = folder / f".{REPORT_TEXT}.{os.getpid()}"
-    text.write_text(report.to_text() + "\n")
+    text.write_text(report.to_text() + "\n", encoding="utf-8")
     text.chmod(0o600)
     text.replace(folder / REPORT_TEXT)
     write_json(folder / REPORT_JSON, report.to_json())

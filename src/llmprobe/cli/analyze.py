@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
+from llmprobe.cli.analyze_print import printing
 from llmprobe.cli.console import fail
 from llmprobe.cli.output import err, print_json
 
@@ -41,23 +43,25 @@ def analyze(
     # The profiler files' readers need numpy, which --help does not.
     from llmprobe.analysis import AnalysisError, Report
     from llmprobe.analysis import analyze as analyzed
+    from llmprobe.analysis.events import printable
 
     reports: list[Report] = []
     problems: list[str] = []
     for path in paths:
         try:
             if err.is_terminal:
-                with err.status(f"Reading {path.name} …"):
+                with err.status(escape(f"Reading {printable(path.name)} …")):
                     reports.append(analyzed(path, nsys=nsys))
             else:
                 reports.append(analyzed(path, nsys=nsys))
         except AnalysisError as error:
             problems.append(str(error))
-    if as_json and reports:
-        found = [report.to_json() for report in reports]
-        print_json(found[0] if len(paths) == 1 else found)
-    elif reports:
-        typer.echo("\n\n".join(report.to_text() for report in reports))
+    with printing():
+        if as_json and reports:
+            found = [report.to_json() for report in reports]
+            print_json(found[0] if len(paths) == 1 else found)
+        elif reports:
+            typer.echo("\n\n".join(report.to_text() for report in reports))
     for problem in problems[:-1]:
         typer.echo(f"llmprobe: {problem}", err=True)
     if problems:

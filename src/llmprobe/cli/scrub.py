@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
+from llmprobe.cli.analyze_print import printing
 from llmprobe.cli.console import fail
 from llmprobe.cli.output import err, print_json
 
@@ -38,20 +40,22 @@ def scrub(
     Kept are times, kernel names, calls into CUDA, llmprobe's own ranges and the GPU's model: what `llmprobe
     analyze` needs. The file itself is not changed.
     """
+    from llmprobe.analysis.events import printable
     from llmprobe.capture.scrub import ScrubError, scrubbed_name
     from llmprobe.capture.scrub import scrub as scrubbed
 
     target = output or scrubbed_name(file)
     try:
         if err.is_terminal:
-            with err.status(f"Copying {file.name} …"):
+            with err.status(escape(f"Copying {printable(file.name)} …")):
                 scrubbed(file, target, nsys=nsys)
         else:
             scrubbed(file, target, nsys=nsys)
     except ScrubError as error:
         fail(str(error))
-    if as_json:
-        sizes = {"source_bytes": file.stat().st_size, "target_bytes": target.stat().st_size}
-        print_json({"source": str(file), "target": str(target), **sizes})
-    else:
-        typer.echo(str(target))
+    with printing():
+        if as_json:
+            sizes = {"source_bytes": file.stat().st_size, "target_bytes": target.stat().st_size}
+            print_json({"source": printable(str(file)), "target": printable(str(target)), **sizes})
+        else:
+            typer.echo(printable(str(target)))

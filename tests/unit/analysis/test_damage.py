@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import sqlite3
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmprobe.analysis import AnalysisError, analyze
-from llmprobe.capture.scrub import scrub
+from llmprobe.analysis import AnalysisError, analyze, read_trace
+from llmprobe.analysis.names import BEYOND, NameTable
+from llmprobe.capture.scrub import ScrubError, scrub
 
 from .kineto_file import decoding
 from .nsys_file import SCHEMA, NsysFile, serving
@@ -196,8 +199,6 @@ def test_a_trace_with_anything_in_its_events(
 
 @pytest.mark.parametrize("make", ["folder", "absent", "fifo", "socket path"])
 def test_what_is_no_file(tmp_path: Path, make: str) -> None:
-    import os
-
     path = tmp_path / "x"
     if make == "folder":
         path.mkdir()
@@ -229,3 +230,69 @@ def test_sqlite_of_something_else(tmp_path: Path) -> None:
     data.close()
     with pytest.raises(AnalysisError, match="not an nsys export"):
         analyze(path)
+
+
+def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
+    for name in (b"bad\xff\n.sqlite", b"bad\xff\n.json"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        if name.endswith(b".json"):
+            decoding(4).write(path)
+        else:
+            serving(tmp_path / "a.sqlite", steps=4).rename(path)
+        report = analyze(path)
+        assert report.gpus
+        assert "\n" not in report.source.path
+        report.to_text().encode("utf-8")
+        scrub(path, tmp_path / f"copy-{path.suffix}")
+        path.write_bytes(b"{")
+        for refuse in (analyze, lambda path: scrub(path, path.with_suffix(".copy"))):
+            with pytest.raises((AnalysisError, ScrubError)) as raised:
+                refuse(path)
+            assert "\n" not in str(raised.value)
+            str(raised.value).encode("utf-8")
+
+
+@pytest.mark.parametrize("number", ["9" * 4000, "-" + "9" * 4000])
+@pytest.mark.parametrize("where", ["ts", "dur", "pid", "id", "base"])
+def test_a_number_of_thousands_of_digits(tmp_path: Path, number: str, where: str) -> None:
+    fields = {"ts": "1", "dur": "2", "pid": "3", "id": "4", "base": "5", where: number}
+    path = tmp_path / "a.json"
+    path.write_text(
+        f'{{"baseTimeNanoseconds": {fields["base"]}, "deviceProperties": [{{"id": {fields["id"]}}}], '
+        f'"traceEvents": [{{"ph": "X", "cat": "cpu_op", "name": "a", "ts": {fields["ts"]}, '
+        f'"dur": {fields["dur"]}, "pid": {fields["pid"]}, "tid": 1}}]}}'
+    )
+    only_one_line(path)
+    scrub(path, tmp_path / "copy.json", further=lambda base_ns: [{"ts": (1 - base_ns) / 1000}])
+
+
+def test_a_key_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{[1]: 2, "traceEvents": []}')
+    with pytest.raises(AnalysisError, match="damaged JSON"):
+        analyze(path)
+    with pytest.raises(ScrubError, match="damaged JSON"):
+        scrub(path, tmp_path / "copy.json")
+
+
+def test_names_without_end_are_held_once_and_cut() -> None:
+    table = NameTable()
+    long = "x" * 1_000_000
+    numbers = [table.add(f"{long}{number}") for number in range(3)]
+    assert len(set(numbers)) == 3
+    assert table.add(f"{long}1") == numbers[1]
+    assert sum(map(len, table._index)) < 20_000  # what is kept, not what is shown
+    for number in range(20_000):
+        table.add(f"{number}{'y' * 4000}")
+    assert len(table.names) < 20_000
+    assert table.names[table.add("z" * 5000)] == BEYOND
+    assert table.add(f"{long}1") == numbers[1]
+
+
+def test_threads_without_end_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprobe.analysis.kineto._MOST_THREADS", 10)
+    event = {"ph": "X", "cat": "user_annotation", "name": "llmprobe:decode", "ts": 1, "dur": 1}
+    path = tmp_path / "a.json.gz"
+    events = [{**event, "pid": "p" * 1000, "tid": number} for number in range(100)]
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    assert set(read_trace(path).ranges.thread.tolist()) == set(range(11))

@@ -164,6 +164,13 @@ def said(**changes: Any) -> bytes:
     return npy(np.frombuffer(json.dumps(content).encode(), dtype=np.uint8))
 
 
+def declared(shape: tuple[int, ...], kind: str) -> bytes:
+    """A member that says it holds more than it does."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"shape": shape, "fortran_order": False, "descr": kind})
+    return buffer.getvalue() + bytes(100)
+
+
 @pytest.mark.parametrize(
     "members",
     [
@@ -182,6 +189,9 @@ def said(**changes: Any) -> bytes:
         {"activities": npy(rows()[["begin", "end"]])},
         {"steps": b"\x93NUMPY"},
         {"steps": npy(rows())},
+        {"header": declared((1 << 46,), "|u1")},
+        {"activities": declared((1 << 47,), "|u1")},
+        {"steps": declared((1 << 46,), "<i8")},
         {"further": npy(np.zeros(1))},
     ],
 )
@@ -217,3 +227,36 @@ def test_no_damage_is_a_stack_trace(path: Path, at: int, byte: int, cut: bool) -
         analyze(damaged)
     except AnalysisError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_members_packed_in_another_way_are_refused(path: Path, method: int) -> None:
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    with pytest.raises(AnalysisError, match="packed in another way"):
+        analyze(path)
+
+
+def test_an_encrypted_member_is_refused(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := content.find(signature, at + 1)) >= 0:
+            content[at + flags] |= 1
+    path.write_bytes(content)
+    with pytest.raises(AnalysisError, match="encrypted"):
+        analyze(path)
+
+
+def test_texts_of_the_head_are_short_and_printable(path: Path) -> None:
+    shown = {"0": "\ud800\x1b[2J" + "x" * 5_000_000}
+    write_kernels(path, header(devices=shown, version="\x1b]0;x\x07", names=["\ud800", "b"]), rows(), steps())
+    report = analyze(path)
+    text = report.to_text()
+    text.encode("utf-8")
+    assert "\x1b" not in text
+    assert len(text) < 10_000
+    assert "\x1b" not in report.source.version

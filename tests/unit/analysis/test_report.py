@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
 
 from llmprobe.analysis import Report, analyze
-from llmprobe.analysis.wording import duration, short
+from llmprobe.analysis.wording import duration, short, told_apart
 
 from .kineto_file import decoding
 from .nsys_file import NsysFile, serving
+
+DATA = Path(__file__).parents[2] / "data"
 
 
 def test_the_keys_of_the_json_are_those_that_were_promised(tmp_path: Path) -> None:
@@ -143,4 +146,41 @@ def test_long_names_lose_their_middle_not_their_ends() -> None:
     assert short(name, 40).startswith("flash::kernel_")
     assert short(name, 40).endswith("_end")
     assert len(short(name, 40)) <= 40
-    assert short("void k(int, float)" + "y" * 99, 40) == "k"
+    assert short(f"void k(int, float, {'y' * 99})", 40) == "k"
+    assert short("memcpy (from a place to another place, and back)", 40).startswith("memcpy (from")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (
+            "std::enable_if<T2>(int)0&&vllm::_typeConvert<T1>::exists, void>::type "
+            "vllm::fused_add_rms_norm_kernel<c10::BFloat16, (int)8, (bool)1>(T1 *, long, T1 *, float)",
+            "vllm::fused_add_rms_norm_kernel<c10::BFloat16, (int)8, (bool)1>",
+        ),
+        (
+            "void at::native::vectorized_elementwise_kernel<(int)4, at::native::CUDAFunctor_add<int>, "
+            "std::array<char *, (unsigned long)3>>(int, T2, T3)",
+            "vectorized_elementwise_kernel<4, CUDAFunctor_add, array>",
+        ),
+        (
+            "void (anonymous namespace)::softmax_warp_forward<c10::BFloat16, float, float, 7, false, false>"
+            "(float*, c10::BFloat16 const*, int, int, int)",
+            "softmax_warp_forward<c10::BFloat16, float, float, 7, false, false>",
+        ),
+    ],
+)
+def test_a_long_kernel_name_is_the_functions_with_its_arguments(name: str, shown: str) -> None:
+    assert short(name) == shown
+
+
+@pytest.mark.parametrize("recording", ["eager", "decode", "prefill"])
+def test_different_kernels_of_a_real_server_are_shown_apart(tmp_path: Path, recording: str) -> None:
+    path = tmp_path / "a.sqlite"
+    path.write_bytes(lzma.decompress((DATA / "nsys" / f"vllm_h100_{recording}.sqlite.xz").read_bytes()))
+    names = [row.name for row in analyze(path).kernels]
+    for limit in (68, 42):
+        shown = told_apart(names, limit)
+        assert len(set(shown.values())) == len(set(names))
+        assert max(len(text) for text in shown.values()) <= limit
+        assert told_apart(reversed(names), limit) == shown

@@ -207,6 +207,36 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         scrub(tmp_path / "absent.sqlite", tmp_path / "out.sqlite")
 
 
+def test_a_source_that_cannot_be_read_is_blamed_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = serving(tmp_path / "a.sqlite", steps=2)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ScrubError) as raised:
+        scrub(source, tmp_path / "out.sqlite")
+    assert str(raised.value) == f"{source}: cannot be read: Permission denied"
+
+
+def test_a_kernels_file_needs_no_scrubbing(tmp_path: Path) -> None:
+    source = tmp_path / "kernels-rank0.npz"
+    source.write_bytes(b"PK\x03\x04")
+    with pytest.raises(ScrubError, match="needs no scrubbing"):
+        scrub(source, tmp_path / "out")
+
+
+def test_the_tools_version_stays(tmp_path: Path) -> None:
+    document = {**decoding().document(), "torch_version": "2.11.0+cu130", "pytorch_version": f"1 {SECRET}"}
+    source, target = tmp_path / "a.json", tmp_path / "out.json"
+    source.write_text(json.dumps(document))
+    scrub(source, target)
+    assert analyze(target).source.version == "2.11.0+cu130"
+    assert not holds(target)
+
+
 def test_the_copy_is_named_after_its_source() -> None:
     names = {
         "a.sqlite": "a.scrubbed.sqlite",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,41 @@ def test_scrub_says_in_json_what_it_wrote(tmp_path: Path) -> None:
         "source_bytes": NSYS.stat().st_size,
         "target_bytes": target.stat().st_size,
     }
+
+
+def shell(
+    *arguments: object, output: int = subprocess.PIPE, **changes: str
+) -> subprocess.CompletedProcess[bytes]:
+    """The command with an environment and an output that a test of Click has not."""
+    code = "import sys; from llmprobe.cli.app import main; sys.argv[0] = 'llmprobe'; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, **changes},
+        stdout=output,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_output_that_lacks_characters_gets_the_report_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "\N{SNOWMAN}.sqlite"
+    path.write_bytes(NSYS.read_bytes())
+    done = shell("analyze", path, PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"decode" in done.stdout
+    done = shell("scrub", path, PYTHONIOENCODING="latin-1")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("arguments", [["analyze", NSYS], ["analyze", NSYS, "--json"], ["scrub"]])
+def test_a_full_disk_is_one_line(tmp_path: Path, arguments: list[object]) -> None:
+    if arguments == ["scrub"]:
+        arguments = ["scrub", NSYS, "-o", tmp_path / "copy.sqlite"]
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        done = shell(*arguments, output=full)
+    finally:
+        os.close(full)
+    assert done.returncode == 1
+    assert done.stderr == b"llmprobe: standard output: cannot be written: No space left on device\n"
