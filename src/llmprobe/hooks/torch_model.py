@@ -6,6 +6,7 @@ Everything is read from shapes and storages; no tensor's content is touched, so 
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 #: Where a module's weights are used: read once a step and multiplied ("linear"), the output head, routed
 #: experts, looked up by row ("embedding"), or outside of the decoding loop ("other": encoders, projectors).
 KINDS = ("linear", "head", "experts", "embedding", "other")
+#: Numbers in a byte, beyond which a layer's weights are taken to lie where nobody looked.
+_FEWEST = 8
 
 
 @dataclass
@@ -30,11 +33,20 @@ class Weights:
     tied: bool = False
     #: Experts of one layer, as found in the modules; 0 if there are none.
     experts: int = 0
+    #: Parameters of matrix products by what these compute in; None: the model's own type.
+    dtypes: Counter[str | None] = field(default_factory=Counter)
+    #: What of it could not be read.
+    unmodelled: list[str] = field(default_factory=list)
 
     @property
     def total_bytes(self) -> int:
         """Every distinct storage once."""
         return sum(self.bytes.values())
+
+    @property
+    def matmul_dtype(self) -> str | None:
+        """What most products compute in; None if it is the model's own type."""
+        return max(self.dtypes, key=lambda dtype: self.dtypes[dtype], default=None)
 
 
 def weights(model: Any, kind_of: Callable[[str, Any], str], device_type: str) -> Weights:
@@ -52,14 +64,38 @@ def weights(model: Any, kind_of: Callable[[str, Any], str], device_type: str) ->
         if not own:
             continue
         kind = kind_of(name, module)
-        found.params[kind] += _matmul_params(module, own)
+        used = _matmul_params(kind, module, own)
+        found.params[kind] += used
         if kind == "experts":
             found.experts = max(found.experts, _experts_of(name, own))
+        if kind in ("linear", "experts"):
+            if used:
+                found.dtypes[_matmul_dtype(module, own)] += used
+            _look_for_gaps(found, kind, module, own, used)
         for _, parameter in own:
             for tensor in plain(parameter):
                 if tensor.device.type == device_type and tensor.numel():
                     _count(found, counted, kind, tensor)
     return found
+
+
+def _look_for_gaps(found: Weights, kind: str, module: Any, own: list[tuple[str, Any]], used: int) -> None:
+    """Say what can be seen to lack of a module's weights."""
+    cls, stored = type(module).__name__, 0
+    for _, tensor in own:
+        stored += sum(part.numel() * part.element_size() for part in plain(tensor))
+    if stored < used / _FEWEST:
+        problem = f"{kind}: where {cls} keeps its weights is not known"
+    elif kind == "experts" and not used and any(_is_weight(name, tensor) for name, tensor in own):
+        problem = f"experts: how many parameters {cls} multiplies by is not known"
+    else:
+        return
+    if problem not in found.unmodelled:  # a model has many layers of one class
+        found.unmodelled.append(problem)
+
+
+def _is_weight(name: str, tensor: Any) -> bool:
+    return tensor.dim() >= 2 and "scale" not in name and "bias" not in name
 
 
 def _count(found: Weights, counted: dict[Any, str], kind: str, tensor: Any) -> None:
@@ -113,7 +149,10 @@ def dtype_name(dtype: Any) -> str:
 
 
 def _own_tensors(module: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters and saved buffers that ``module`` itself holds. Quantised weights are often buffers."""
+    """Parameters and saved buffers that ``module`` itself holds, and what it keeps beside them.
+
+    Quantised weights are often buffers.
+    """
     for name, tensor in module._parameters.items():
         if tensor is not None:
             yield name, tensor
@@ -121,6 +160,7 @@ def _own_tensors(module: Any) -> Iterator[tuple[str, Any]]:
     for name, tensor in module._buffers.items():
         if tensor is not None and name not in unsaved:
             yield name, tensor
+    yield from wrapped(module)
 
 
 def plain(tensor: Any) -> Iterator[Any]:
@@ -157,16 +197,45 @@ def _data(value: Any, plain_too: bool = False) -> Any:
     return data if hasattr(data, "untyped_storage") else None
 
 
-def _matmul_params(module: Any, own: list[tuple[str, Any]]) -> int:
+def _matmul_params(kind: str, module: Any, own: list[tuple[str, Any]]) -> int:
     """Logical parameters of matrix products; a packed weight's shape does not tell, its layer's sizes do."""
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inputs, int) and isinstance(outputs, int):
         return inputs * outputs
-    return sum(
-        tensor.numel()
-        for name, tensor in own
-        if tensor.dim() >= 2 and tensor.is_floating_point() and "scale" not in name and "bias" not in name
+    found = sum(
+        tensor.numel() for name, tensor in own if _is_weight(name, tensor) and tensor.is_floating_point()
     )
+    return found or (_expert_params(module) if kind == "experts" else 0)
+
+
+def _expert_params(module: Any) -> int:
+    """Of the experts of one layer whose weights are packed, by the names that transformers' classes have."""
+
+    def size(*names: str) -> int:
+        return next((value for name in names if isinstance(value := getattr(module, name, None), int)), 0)
+
+    gated = hasattr(module, "gate_up_proj") or hasattr(module, "gate_proj")
+    hidden, inner = (
+        size("hidden_size", "hidden_dim"),
+        size("intermediate_size", "intermediate_dim", "expert_dim"),
+    )
+    return (3 if gated else 2) * size("num_experts") * hidden * inner
+
+
+def _matmul_dtype(module: Any, own: list[tuple[str, Any]]) -> str | None:
+    """What a quantised layer multiplies in, None for the model's own type.
+
+    Numbers that are only stored in fewer bits are unpacked on the way. Activations are quantised too where
+    weights lie in FP8, and by bitsandbytes' ``Linear8bitLt`` (LLM.int8()).
+    """
+    weights_of = [tensor for name, tensor in own if _is_weight(name, tensor)]
+    dtype = dtype_name(max(weights_of, key=lambda tensor: tensor.numel()).dtype) if weights_of else ""
+    classes = {cls.__name__ for cls in type(module).__mro__}
+    if dtype.startswith("float8"):
+        return dtype
+    if "FP8Experts" in classes and dtype == "int8":  # FP4 in pairs, multiplied with activations in FP8
+        return "float8_e4m3fn"
+    return "int8" if dtype == "int8" and "Linear8bitLt" in classes else None
 
 
 def _experts_of(name: str, own: list[tuple[str, Any]]) -> int:

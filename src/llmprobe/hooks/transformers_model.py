@@ -118,6 +118,7 @@ def describe(model: Any) -> ModelDescription:
     operators: dict[str, Any] = {
         kind: {"bytes": found.bytes[kind], "params": found.params[kind]} for kind in ("linear", "head")
     }
+    unmodelled += found.unmodelled
     if found.bytes["experts"]:
         _add_experts(operators, found, text, unmodelled)
     if found.bytes["other"]:
@@ -129,7 +130,7 @@ def describe(model: Any) -> ModelDescription:
     groups, layer_groups = _kv_groups(model, text, unmodelled)
     facts = {
         "weights_bytes": found.total_bytes,
-        "compute_dtype": dtype_name(model.dtype),
+        "compute_dtype": found.matmul_dtype or dtype_name(model.dtype),
         "operators": operators,
         "embedding_bytes": found.embedding_bytes,
         "tied": found.tied,
