@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -59,15 +59,26 @@ class Listener(threading.Thread):
 
     def first(self, kind: str, **of: Any) -> dict[str, Any]:
         """The first event of that kind; waits for it."""
+        wanted = {"kind": kind, **of}
+        return self.first_of(kind, lambda event: wanted.items() <= event.items())
+
+    def first_of(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first event that is wanted; waits for it."""
 
         def found() -> dict[str, Any] | None:
-            wanted = {"kind": kind, **of}
-            return next((event for event in self.events if wanted.items() <= event.items()), None)
+            return next((event for event in self.events if wanted(event)), None)
 
-        return until(found, f"{kind} event", lambda: f"had: {self.events}")
+        return until(found, f"{name} event", lambda: f"had: {self.events}")
 
     def close(self) -> None:
         self._answer.close()
+
+
+def _claims(event: dict[str, Any]) -> bool:
+    return (event["kind"], event.get("phase")) == ("verdict", "decode") and event["bottleneck"] not in (
+        "idle",
+        "unknown",
+    )
 
 
 def agent_url(settings: Settings) -> str:
@@ -103,8 +114,7 @@ def test_what_an_engine_goes_through_is_told_and_taken_up_by_the_next_agent(
         listener.append(first)
         came = first.first("engine_came")
         assert (came["server"], came["engine"], came["framework"]) == ("fed-a", 0, "vllm")
-        verdict = first.first("verdict", phase="decode")
-        assert verdict["bottleneck"] not in ("idle", "unknown")
+        verdict = first.first_of("verdict", _claims)  # a slow machine may first say that it cannot know
         assert verdict["reason"]
         order(front, "press")
         assert first.first("pressure_begun", pressure="sequence_limit")["value"] == 1.0
@@ -122,8 +132,8 @@ def test_what_an_engine_goes_through_is_told_and_taken_up_by_the_next_agent(
 
         killed = agent_info(directory)
         assert killed is not None
-        time.sleep(1.5)  # events are on disk after a second
         last = first.events[-1]["id"]
+        time.sleep(1.5)  # events are on disk after a second
         os.kill(int(killed["pid"]), signal.SIGKILL)
         until(lambda: not agent_running(directory), "end of the agent")
         order(worker, "go")
