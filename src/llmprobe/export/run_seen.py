@@ -18,7 +18,7 @@ from llmprobe.compute.accounting import IDLE_COMPONENTS
 from llmprobe.compute.evidence import CounterEvidence, KernelEvidence
 from llmprobe.compute.host import HostSignals
 from llmprobe.compute.pressure import Pressure
-from llmprobe.compute.steady import SHORT_SECONDS
+from llmprobe.compute.steady import SHORT_SECONDS, WINDOW_SECONDS
 
 #: Kinds of pressure that are of one moment. The others a run's totals tell.
 MOMENTARY = ("kv_cache", "token_budget", "sequence_limit", "front_end")
@@ -26,7 +26,7 @@ MOMENTARY = ("kv_cache", "token_budget", "sequence_limit", "front_end")
 _ACTIVE_SHARE, _HIGH_SHARE = 0.1, 0.5
 #: Counters are means over 3 s and up to 1 s old; they speak for pending time only if that was all of it.
 _COUNTED_SECONDS, _COUNTED_SHARE = SHORT_SECONDS + 1, 0.9
-#: Share of a look from which host signals are those of work; below a tenth they are those of idling.
+#: Share of their window from which host signals are those of work; below a tenth they are those of idling.
 _WORKING_SHARE, _LEAST_SHARE = 0.5, 0.1
 #: Kernel windows speak for a phase if they were good for so much of its time; graphs likewise for nearly all.
 _WINDOWS_SHARE, _GRAPHS_SHARE = 0.5, 0.95
@@ -74,7 +74,7 @@ class RunLooks:
         self._last: Sequence[ServerView] | None = None
         self._servers: dict[tuple[str, str], _Server] = {}
         for view in since:
-            self._of(view).begin(view, clock())
+            self._of(view).begin(view)
 
     def look(self, views: Sequence[ServerView]) -> None:
         """Take in what `Collector.views` gives; the same list twice is one look."""
@@ -100,9 +100,9 @@ class _Server:
         self._worst: dict[str, Pressure] = {}
         self._moments: dict[str, EngineView] = {}
 
-    def begin(self, view: ServerView, now: float) -> None:
+    def begin(self, view: ServerView) -> None:
         for rank in view.ranks:
-            self._ranks[rank_key(rank)] = _Rank(rank, now)
+            self._ranks[rank_key(rank)] = _Rank(rank)
 
     def look(self, view: ServerView, now: float) -> None:
         worked = [
@@ -152,7 +152,6 @@ class _Rank:
     """Sums over looks. Weights are seconds of a phase, gaps included."""
 
     before: dataclasses.InitVar[RankView | None] = None
-    at: float | None = None  # of the last look
     steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     new_seconds: dict[str, float] = field(default_factory=dict)  # of the run
@@ -163,19 +162,19 @@ class _Rank:
     shared: bool = False
     host: HostSignals | None = None
     host_share: float = 0.0
-    pending: deque[tuple[float, float]] = field(
-        default_factory=deque
-    )  # time, seconds of all phases until then
+    first_total: float = 0.0  # seconds of all phases before the run
+    looks: deque[tuple[float, float]] = field(default_factory=deque)  # time, seconds of all phases until then
 
     def __post_init__(self, before: RankView | None) -> None:
         if before is not None:
             self.steps, self.seconds = dict(before.steps), _phase_seconds(before)
+            self.first_total = sum(self.seconds.values())
 
     def look(self, rank: RankView, view: ServerView, now: float) -> bool:
         """Whether it worked since the last look."""
         seconds, limits = _phase_seconds(rank), view.thresholds
         new = {phase: spent - self.seconds.get(phase, 0.0) for phase, spent in seconds.items()}
-        worked = sum(new.values())
+        worked, total = sum(new.values()), sum(seconds.values())
         for phase, spent in new.items():
             if spent <= 0:
                 continue
@@ -187,11 +186,12 @@ class _Rank:
                 self.windows.setdefault(phase, _Mean()).add(kernels, spent)
             self._count_tokens(phase, rank)
         if worked > 0:
-            self._look_around(
-                rank, worked / (now - self.at) if self.at is not None and now > self.at else None
-            )
-        self._look_at_counters(rank, sum(seconds.values()), now)
-        self.at, self.steps, self.seconds = now, dict(rank.steps), seconds
+            self._look_around(rank, total, now)
+            self._look_at_counters(rank, total, now)
+        self.looks.append((now, total))
+        while len(self.looks) > 1 and now - self.looks[1][0] >= WINDOW_SECONDS:
+            self.looks.popleft()
+        self.steps, self.seconds = dict(rank.steps), seconds
         return worked > 0
 
     def _count_tokens(self, phase: str, rank: RankView) -> None:
@@ -203,25 +203,29 @@ class _Rank:
         for at, amount in enumerate((figures.steps, figures.prompt_tokens, figures.decode_tokens)):
             sums[at] += steps * amount / figures.steps
 
-    def _look_around(self, rank: RankView, share: float | None) -> None:
-        """``share`` of the time since the last look in which it worked; None before the second look."""
+    def _look_around(self, rank: RankView, total: float, now: float) -> None:
         gpu_shared = rank.gpu.shared if rank.gpu is not None else None
         self.shared |= bool(gpu_shared or (rank.counters is not None and rank.counters.shared))
-        if rank.host is None:
+        if rank.host is None or rank.host.window_seconds <= 0:
             return
-        share = _LEAST_SHARE if share is None else min(share, _WORKING_SHARE)
+        # What the host did while a model was loaded explains no step.
+        window = rank.host.window_seconds
+        _, earlier = self._at(now - window) or (now, self.first_total)
+        share = min((total - earlier) / window, _WORKING_SHARE)
         if share >= max(self.host_share, _LEAST_SHARE):
             self.host, self.host_share = rank.host, share
 
     def _look_at_counters(self, rank: RankView, total: float, now: float) -> None:
-        self.pending.append((now, total))
-        while len(self.pending) > 1 and now - self.pending[1][0] >= _COUNTED_SECONDS:
-            self.pending.popleft()
-        begin, earlier = self.pending[0]
-        long = now - begin
-        found = rank.counters_lately
-        if found is not None and long >= _COUNTED_SECONDS and total - earlier >= _COUNTED_SHARE * long:
+        found, before = rank.counters_lately, self._at(now - _COUNTED_SECONDS)
+        if found is None or before is None:
+            return
+        at, earlier = before
+        if total - earlier >= _COUNTED_SHARE * (now - at):
             self.counted.add(found, 1.0)
+
+    def _at(self, time_seconds: float) -> tuple[float, float] | None:
+        """The newest look that is no later: its time, and the seconds of all phases until then."""
+        return next((look for look in reversed(self.looks) if look[0] <= time_seconds), None)
 
     def seen(self) -> RankSeen:
         spent = self.new_seconds

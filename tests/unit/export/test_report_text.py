@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from export.views_for_tests import rank, server
 
 from llmprobe.export.report import report, text
+
+from .views_for_tests import rank, server
 
 
 @pytest.mark.parametrize("width", [60, 72, 80, 100, 140])

@@ -12,13 +12,14 @@ from collect.pretended import SECOND, Clock, Server
 from collect.test_judge import PEAKS, World
 from compute.verdicts import counters, host, kernels
 
-from export.views_for_tests import engine, figures, gpu, pressure, rank, server
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.views import RankView, ServerView
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
 from llmprobe.compute.host import ThreadLoad
 from llmprobe.export.report import report
 from llmprobe.export.run_seen import RunLooks
+
+from .views_for_tests import engine, figures, gpu, pressure, rank, server
 
 
 @pytest.fixture
@@ -160,10 +161,17 @@ def test_a_gpu_that_others_used_is_judged_by_nobody() -> None:
 def test_host_signals_outlive_the_process() -> None:
     full = host(threads=(ThreadLoad("python", 1.0, 0.0),), cpu_ratio=1.0)
     working = [decode(at, gap=0.5, host=full) for at in (1, 2)]
-    idle = decode(2.0, gap=0.5, host=host())
+    idle = decode(2.0, gap=0.5, host=host())  # of no work at all
     found = of(decode(2.0, gap=0.5, host=None), looks=watched(*working, idle))["verdicts"]["decode"]
     assert found["signs"]
     assert of(decode(2.0, gap=0.5, host=None))["verdicts"]["decode"]["signs"] == []
+
+
+def test_what_the_host_did_while_a_model_was_loaded_explains_no_step() -> None:
+    full = host(threads=(ThreadLoad("python", 1.0, 0.0),), cpu_ratio=1.0, window_seconds=10.0)
+    found = of(decode(0.5, gap=0.5), looks=watched(decode(0.3, gap=0.5, host=full)))["verdicts"]["decode"]
+    assert found["bottleneck"] == "sync_bound"
+    assert found["signs"] == []
 
 
 def test_the_batch_is_known_and_so_what_to_change_about_it() -> None:
