@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,10 @@ from llmprobe.record.journal import JournalError
 from llmprobe.record.layout import DEFAULT_SIZE
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings, logger
+
+#: How long a step that is open gets until it is given up by its next hook, and how often that is looked at.
+_RANGES_SECONDS = 1.0
+_LOOK_SECONDS = 0.005
 
 _probes: weakref.WeakSet[Probe] = weakref.WeakSet()
 
@@ -45,10 +50,12 @@ class Probe:
         self.on_armed: list[Callable[[Recorder], None]] = []
         #: Called a few times a second by the housekeeping thread: they write the steps that hooks have kept.
         self.writers: list[Callable[[], None]] = []
-        #: Called when the wrappers have been switched off, maybe in the middle of a step.
+        #: Called when the wrappers are about to be switched off, maybe in the middle of a step.
         self.on_paused: list[Callable[[], None]] = []
         #: Called when the wrappers are switched on again, before they are.
         self.on_resumed: list[Callable[[], None]] = []
+        #: Each says whether a thread has an NVTX range open, which only its next hook can close.
+        self.open_ranges: list[Callable[[], bool]] = []
         #: Undo what is not a patch; called once by `llmprobe.disable`.
         self.cleanups: list[Callable[[], None]] = []
         #: Each says which profiler of the engine runs, or is about to; None if none does.
@@ -150,11 +157,17 @@ class Probe:
         return patch
 
     def remove_patches(self) -> None:
-        """Silence every wrapper and take out those that are outermost; the latest goes first."""
-        for patch in reversed(self.patches):
-            patch.remove()
+        """Silence every wrapper and take out those that are outermost; the latest goes first.
+
+        Where a profiler listens, the engine's thread has its NVTX range to close before: it gets a second.
+        """
         for paused in list(self.on_paused):
             paused()
+        end = time.monotonic() + _RANGES_SECONDS
+        while any(is_open() for is_open in list(self.open_ranges)) and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+        for patch in reversed(self.patches):
+            patch.remove()
 
     def apply_patches(self) -> None:
         """Undo `remove_patches`."""

@@ -126,7 +126,8 @@ def _run(
         failed = False
     finally:  # whatever ends the call: a BaseException too
         tracker.pop(call)
-        probe.guard.call("transformers.leave", tracker.leave, call, result, failed)
+        # Even if the guard has given up since: what is open is closed.
+        probe.guard.call_even_inert("transformers.leave", tracker.leave, call, result, failed)
     return result
 
 

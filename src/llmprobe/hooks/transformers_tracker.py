@@ -100,21 +100,25 @@ class Tracker:
         """Record a call that is over and popped. ``result`` is what it returned, None if it failed."""
         entered = _now()
         program = self._program
-        if program is None or program.recorder is not self._probe.recorder:
+        if program is None or program.recorder is not self._probe.recorder:  # disabled meanwhile
+            if call.stamps is not None and self._nvtx is not None:
+                self._nvtx.end()
+            call.stamps = None
             return
         active = self._probe.active and call.generation == self._probe.generation and not call.stale
-        if call.stamps is not None:
-            self._abandon(program, call, active)
-        call.cache = None
-        self._write(program, [call], wait=True)  # what was measured before the probe was switched off counts
-        if call.kind != REQUEST:
-            return
-        if active:
-            self._record_requests(program, call, result, failed, entered)
-        with program.lock:
-            if not program.running:
-                program.recorder.pending(entered, 0)
-            self._load(program)
+        try:
+            if call.stamps is not None:
+                self._abandon(program, call, active)
+            call.cache = None
+            self._write(program, [call], wait=True)  # what was measured before the probe was off counts
+            if call.kind == REQUEST and active:
+                self._record_requests(program, call, result, failed, entered)
+        finally:
+            if call.kind == REQUEST:
+                with program.lock:
+                    if not program.running:
+                        program.recorder.pending(entered, 0)
+                    self._load(program)
 
     def _record_requests(
         self, program: Program, call: Generation, result: Any, failed: bool, ended: int
@@ -163,7 +167,7 @@ class Tracker:
         with self._making:
             if self._program is None or self._program.recorder is not self._probe.recorder:
                 self._program = Program.make(self._probe, model)
-                self._nvtx = ranges(self._probe.settings.nvtx)
+                self._nvtx = self._nvtx or ranges(self._probe.settings.nvtx)
             return self._program
 
     # Steps ------------------------------------------------------------------------------------------
@@ -291,7 +295,11 @@ class Tracker:
         if program is None or stamps is None:
             return
         clock = program.clock
-        clock.mark(stamps, 3)
+        try:
+            clock.mark(stamps, 3)
+        except Exception:
+            self._drop(program, call)
+            raise
         call.stamps = None
         call.provisional = False
         if self._nvtx is not None:
@@ -376,7 +384,13 @@ class Tracker:
         if active and stamps.ns[1]:
             self._close(call, 0)  # the forward was complete; what followed it failed
             return
-        call.stamps = None
+        self._drop(program, call)
+
+    def _drop(self, program: Program, call: Generation) -> None:
+        """Forget the open step of a call, and close its range first."""
+        stamps, call.stamps = call.stamps, None
+        if stamps is None:
+            return
         if self._nvtx is not None:
             self._nvtx.end()
         program.clock.discard(stamps)

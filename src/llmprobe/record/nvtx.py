@@ -19,6 +19,10 @@ class Ranges(Protocol):
 
     listening: bool  #: whether a profiler is there; without one, nothing need be called
 
+    @property
+    def open(self) -> bool:
+        """Whether a step of the calling thread is open: no other thread can end it."""
+
     def begin(self, phase: str, tokens: int) -> None:
         """A step begins."""
 
@@ -31,6 +35,7 @@ class Ranges(Protocol):
 
 class _NoRanges:
     listening = False
+    open = False
 
     def begin(self, phase: str, tokens: int) -> None:
         pass
@@ -56,6 +61,10 @@ class _NvtxRanges:
     def __init__(self, domain: Any) -> None:
         self._domain = domain
         self._thread = _Thread()
+
+    @property
+    def open(self) -> bool:
+        return bool(self._thread.in_part)
 
     def begin(self, phase: str, tokens: int) -> None:
         self._push(phase, tokens)

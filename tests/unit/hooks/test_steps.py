@@ -252,6 +252,12 @@ def test_the_time_off_is_no_part_of_any_step(rig: Rig, off: str, on: str) -> Non
     assert steps["flags"][0] & int(Flag.RESTARTED)
 
 
+def steps_of(rig: Rig) -> tuple[int, int]:
+    """How many steps began and ended, as readers see it."""
+    progress = rig.reader.progress()
+    return (progress.begun, progress.ended) if progress is not None else (0, 0)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["open before", "opened meanwhile"])
 def test_while_the_probe_is_off_no_step_is_running(rig: Rig, late: bool) -> None:
     if not late:
@@ -263,20 +269,15 @@ def test_while_the_probe_is_off_no_step_is_running(rig: Rig, late: bool) -> None
     if late:  # the engine's thread had looked whether the probe is on, and went on
         rig.begin(new("a", 10, scheduled=4))
         rig.recorder.publish()
-    progress = rig.reader.progress()
-    assert progress is not None
-    assert progress.begun == progress.ended == 1
+    before = 0 if late else 1
+    assert steps_of(rig) == (before, before)
     rig.probe.apply_patches()
     rig.recorder.status(armed=True, inert=False)
     rig.recorder.publish()
-    progress = rig.reader.progress()
-    assert progress is not None
-    assert progress.begun == progress.ended == 1
+    assert steps_of(rig) == (before, before)
     rig.begin(new("b", 10, scheduled=4))
     rig.recorder.publish()
-    progress = rig.reader.progress()
-    assert progress is not None
-    assert (progress.begun, progress.ended) == (2, 1)
+    assert steps_of(rig) == (before + 1, before)
 
 
 @pytest.mark.swallows

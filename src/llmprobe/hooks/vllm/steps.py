@@ -65,6 +65,7 @@ class WorkerSteps:
         self.armed = False
         self.depth = 0  # wrapped methods call each other through super()
         self._stale = False
+        self._off = False  # with `_stale`: the open step is given up, and none begins
         self._marked = False
         self._immediate = True
         self._parts = True
@@ -85,8 +86,9 @@ class WorkerSteps:
         self._probe = probe
         self._kv_cache_config: Any = None
         self._seam_missed = (0, 0)  # in how many steps in a row; the last of them
-        probe.on_paused.append(self._switched)
-        probe.on_resumed.append(self._switched)
+        probe.on_paused.append(self._paused)
+        probe.on_resumed.append(self._resumed)
+        probe.open_ranges.append(self._in_range)
 
     def kv_cache(self, config: Any) -> None:
         """The worker's KV cache has been laid out."""
@@ -161,17 +163,18 @@ class WorkerSteps:
         probe = self._probe
         for calls, mine in (
             (probe.writers, self.write),
-            (probe.on_paused, self._switched),
-            (probe.on_resumed, self._switched),
+            (probe.on_paused, self._paused),
+            (probe.on_resumed, self._resumed),
+            (probe.open_ranges, self._in_range),
         ):
             if mine in calls:
-                calls.remove(mine)
+                calls.remove(mine)  # type: ignore[arg-type]
 
     def entered(self, scheduled: Any) -> None:
         """``execute_model`` is entered, with a ``SchedulerOutput``."""
         entered = _now()
-        if self._stale:
-            self._start_again()
+        if self._stale and not self._start_again():
+            return
         if self._stamps is not None:  # the step before never came to its sampling
             self.sample_end(None, _NO_SAMPLE)
         total = scheduled.total_num_scheduled_tokens
@@ -195,14 +198,14 @@ class WorkerSteps:
             recorder.abandon(number)
             self._lend_a_hand()
             return
+        self._marked = False
+        self._stamps, self._row = stamps, row  # from here on, `abandon` gives back what is held
         if self._nvtx is not None:
             batch = self._unread.batch(row) or DUMMY
             self._nvtx.begin(PHASES[batch.phase], batch.tokens)
             recorder.latest = number, entered, batch.phase, batch.tokens
         if not self._immediate:
             self._parts = number % _PARTS_EVERY == 0
-        self._marked = False
-        self._stamps, self._row = stamps, row
         self._running.steps = self
         self._own += _now() - entered
         # Dummy batches go round the seam, and so does every step of a vLLM without one: their preparation
@@ -341,9 +344,9 @@ class WorkerSteps:
         self._stamps = None
         if stamps is None or self._clock is None:
             return
-        self._clock.discard(stamps)
-        if self._nvtx is not None:
+        if self._nvtx is not None:  # first: whatever else fails, no range stays open
             self._nvtx.end()
+        self._clock.discard(stamps)
         if self._recorder is not None:
             self._recorder.abandon(self._row[0])
 
@@ -358,21 +361,37 @@ class WorkerSteps:
         if missed == _SEAM_MISSED_AT_MOST:
             self._seam = None  # steps begin with their entry from here on; `write` says it
 
-    def _switched(self) -> None:
-        """The probe was switched off, or on again. Called in another thread than the engine's.
+    def _paused(self) -> None:
+        """The probe is being switched off, mostly by another thread than the engine's.
 
         The open step belongs to the engine's thread: whichever hook is called next there gives it up. While
         the probe is off, the recorder says that no step is running.
         """
+        self._off = True
+        self._stale = True
+        if self._nvtx is not None and self._nvtx.open:  # this is the engine's thread
+            self.abandon()
+
+    def _resumed(self) -> None:
+        """The probe is being switched on again. Called in another thread than the engine's."""
+        self._off = False
         self._stale = True
 
-    def _start_again(self) -> None:
-        """Off and on again: requests came and went unseen."""
-        self._stale = False
+    def _in_range(self) -> bool:
+        """Whether the engine's thread has an NVTX range open, which only its next hook can close."""
+        return self._nvtx is not None and self._stamps is not None
+
+    def _start_again(self) -> bool:
+        """Whether the probe is on again; requests came and went unseen."""
         self.abandon()  # the step in which it was switched off, if no hook was called since
+        self._stale = False  # before the look: what is switched meanwhile sets it again
+        if self._off:
+            self._stale = True
+            return False
         self._rows.append(FORGET)
         if self._clock is not None:
             self._clock.restart()
+        return True
 
     def _lend_a_hand(self) -> None:
         """The housekeeping thread has not come for long: see that nothing is lost."""

@@ -105,24 +105,30 @@ def _around(
                 except AttributeError:
                     state = None
                 if state is None or not patch.active or not state.armed or state.depth or guard.inert:
+                    if guard.inert and state is not None:  # it gave up in the middle of a step
+                        guard.call_even_inert(where, state.abandon)
                     return original(self, argument)
                 state.depth = 1
                 try:
                     try:
                         before(state, argument)
                     except Exception as error:  # noqa: BLE001 - guarded inline: this runs at every step
-                        guard.failed(where, error)
+                        failed(state, error)
                     output = original(self, argument)
                 except BaseException:
-                    guard.call(where, state.abandon)
+                    guard.call_even_inert(where, state.abandon)
                     raise
                 finally:
                     state.depth = 0
                 try:
                     after(state, output)
                 except Exception as error:  # noqa: BLE001
-                    guard.failed(where, error)
+                    failed(state, error)
                 return output
+
+            def failed(state: WorkerSteps, error: Exception) -> None:
+                guard.failed(where, error)
+                guard.call_even_inert(where, state.abandon)  # half a step is none
 
             assert isinstance(method, FunctionType)
             return method
