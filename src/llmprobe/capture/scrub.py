@@ -92,7 +92,7 @@ def _head(source: Path) -> bytes:
     if head.startswith(_KERNELS):
         raise ScrubError(
             f"{source}: the file of a kernels capture needs no scrubbing: "
-            "it holds times and names of kernels only"
+            "it was written without paths and environment"
         )
     return head
 

@@ -21,6 +21,7 @@ from llmprobe.analysis.kernel_file import write_kernels
 from llmprobe.analysis.kineto import OWN_PREFIX
 from llmprobe.capture.asking import RAW_PREFIX
 from llmprobe.capture.scrub import scrub
+from llmprobe.capture.scrub_database import kernel_name
 from llmprobe.record.demangle import demangled
 from llmprobe.record.layout import PHASES, STEP, Clock, Flag
 from llmprobe.record.window_file import WindowFileError, read_window
@@ -82,7 +83,7 @@ def _kernels(raw: Path, target: Path, facts: dict[str, Any], steps: np.ndarray) 
         raise AnalysisError(f"{raw.name}: cannot be used: {error}") from None
     header = {
         "version": str(facts.get("version", "")),
-        "names": [demangled(name) for name in window.names],
+        "names": [kernel_name(demangled(name)) for name in window.names],
         "ranges": list(_RANGES),
         "devices": {
             str(number): facts.get("device", "") for number in np.unique(window.activities["device"])

@@ -78,7 +78,10 @@ def test_kernels_become_a_report_with_phases(
     assert (decode["steps"], decode["tokens"]) == (4, 8)
     assert decode["busy_ratio"] == 1.0
     assert decode["sync_gap_ratio"] > 0.5  # half of the time between what ran, and the copies are exposed
-    assert {row["name"] for row in report["kernels"]} == {"gemm(int)", "memcpy HtoD"}
+    cut = "f::{lambda at /…:3}"  # names of folders are nobody's business
+    assert {row["name"] for row in report["kernels"]} == {"gemm(int)", "memcpy HtoD", cut}
+    with np.load(folder / "kernels-rank0.npz") as file:  # compressed: its bytes would not show it
+        assert all(SECRET.encode() not in file[name].tobytes() for name in file.files)
     assert engine.left == []
     assert manager.ended[("kernels", "done")] == 1
     again = analyze(folder / "kernels-rank0.npz").to_json()
