@@ -51,7 +51,7 @@ def classify(
     least = limits.idle_steps if idle_steps is None else idle_steps
     if figures is None or _idle(figures, seen.window_seconds, least, limits):
         steps = figures.steps if figures else 0
-        ended = f"{steps} steps in {seen.window_seconds:g} s"
+        ended = f"{steps} {'step' if steps == 1 else 'steps'} in {seen.window_seconds:.3g} s"
         if (running := seen.running) is not None and _hides_idleness(running, seen, limits):
             why = f"{ended}, and one has been running for {running.seconds:.0f} s"
             found = Verdict(seen.phase, UNKNOWN, "step_running", 0.0, why, missing=(why,))

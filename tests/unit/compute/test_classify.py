@@ -185,6 +185,14 @@ def test_a_step_that_runs_is_no_idleness(steps: int, span: float, running: float
         assert found.reason == f"{steps} steps in 10 s, and one has been running for 700 s"
 
 
+@pytest.mark.parametrize(
+    ("steps", "seconds", "said"), [(1, 20.430001, "1 step in 20.4 s"), (4, 10.0, "4 steps in 10 s")]
+)
+def test_idle_says_how_many_steps_in_words(steps: int, seconds: float, said: str) -> None:
+    window = dataclasses.replace(seen(figures(steps=steps, span=0.1, gap=0.0)), window_seconds=seconds)
+    assert classify(window, LIMITS).reason == said
+
+
 def test_each_witness_that_agrees_makes_it_surer() -> None:
     plain = classify(seen(figures(mbu=0.72)), LIMITS)
     windows = classify(seen(figures(mbu=0.72), kernels=kernels()), LIMITS)
