@@ -114,10 +114,10 @@ class Cupti:
             for kind in KINDS:
                 self._check("cuptiActivityEnable", ctypes.c_int(kind))
                 self._enabled.append(kind)
-        except CuptiError:
+            self._opened = self._read_clocks()
+        except BaseException:  # nobody closes what did not open
             self._disable()
             raise
-        self._opened = self._read_clocks()
         self._begin_ns = time.monotonic_ns()
 
     def drain(self) -> int:

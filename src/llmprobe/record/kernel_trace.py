@@ -11,7 +11,7 @@ import numpy as np
 from llmprobe.record.cupti import Cupti, CuptiError, loaded_library
 from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.kernels import forbidden, profiling
-from llmprobe.record.latch import Latch
+from llmprobe.record.latch import Latch, ending
 from llmprobe.record.recorder import Recorder
 from llmprobe.record.room import Room
 from llmprobe.record.window_file import FOLDER, Seen, next_number, window_path, write_window
@@ -84,6 +84,8 @@ class KernelTrace:
     def look(self) -> str | None:
         """Why it must end now, if it must. Raises CuptiError."""
         assert self._cupti is not None
+        if ending():
+            raise CuptiError("the program ends")
         if other := profiling():
             raise CuptiError(f"another profiler came in between: {other}")
         now = time.monotonic()

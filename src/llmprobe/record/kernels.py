@@ -15,7 +15,7 @@ from typing import Any
 
 from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, injected
 from llmprobe.record.cupti_records import Window
-from llmprobe.record.latch import Latch, died_in_a_window
+from llmprobe.record.latch import Latch, ProgramEndsError, died_in_a_window, ending
 from llmprobe.record.recorder import Recorder
 from llmprobe.record.window_file import FOLDER, Seen, next_number, window_path, write_window
 from llmprobe.settings import KernelWindows, logger
@@ -30,7 +30,7 @@ _LOOK_SECONDS = 0.25
 
 
 class KernelWindowThread(threading.Thread):
-    """Opens windows while steps run, until the recorder is closed."""
+    """Opens windows while steps run, until the recorder is closed or the program ends."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class KernelWindowThread(threading.Thread):
     def _watch(self, cupti: Cupti) -> None:
         errors = begun = 0
         next_at = time.monotonic() + self._plan.period / 2
-        while not self._recorder.closed:
+        while not self._over():
             begun, before = self._recorder.begun, begun
             time.sleep(max(min(next_at - time.monotonic(), _LOOK_SECONDS), _POLL_SECONDS))
             idle = self._recorder.begun == before
@@ -114,12 +114,20 @@ class KernelWindowThread(threading.Thread):
                     self._say(False, f"{errors} windows failed, the last with: {error}")
                     return
 
+    def _over(self) -> bool:
+        return self._recorder.closed or ending()
+
     def _window(self, cupti: Cupti, seconds: float) -> Window | None:
-        """One window; None if it saw too little, or something else records or came in between."""
+        """One window; None if it saw too little, or something else records or came in between.
+
+        None as well if the program ends, or nobody reads it any more: then it is closed at once.
+        """
         if not IN_USE.acquire(blocking=False):
             return None
         try:
             return self._alone(cupti, seconds)
+        except ProgramEndsError:
+            return None
         finally:
             IN_USE.release()
 
@@ -128,14 +136,14 @@ class KernelWindowThread(threading.Thread):
         try:
             cupti.open()
             begun, began = self._recorder.begun, time.monotonic()
-            disturbed = False
+            disturbed = self._over()
             while not disturbed:
                 elapsed = time.monotonic() - began
                 enough = elapsed >= seconds and self._recorder.begun - begun >= _LEAST_STEPS
                 if enough or seconds == 0 or elapsed >= max(seconds, _LONGEST_SECONDS) or cupti.filling:
                     break
                 time.sleep(_POLL_SECONDS)
-                disturbed = profiling() is not None
+                disturbed = self._over() or profiling() is not None
             window = cupti.close()
             return None if disturbed or seconds == 0 else window
         finally:

@@ -166,3 +166,36 @@ def test_tools_that_were_injected_are_named(
     maps.write_text(f"7f0000000000-7f0000001000 r-xp 00000000 08:01 1234    {library}\n[vdso]\n")
     assert cupti.injected(variables, maps) == said
     assert cupti.injected(variables, tmp_path / "missing") == (said if variables else None)
+
+
+class Refusing:
+    """A library that records, and fails at one call."""
+
+    def __init__(self, failing: str) -> None:
+        self._failing = failing
+        self.enabled: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            if name == "cuptiGetVersion":
+                arguments[0]._obj.value = 26
+            if name == self._failing and (name != "cuptiActivityEnable" or self.enabled):
+                return 999
+            if name == "cuptiActivityEnable":
+                self.enabled.add(arguments[0].value)
+            if name == "cuptiActivityDisable":
+                self.enabled.discard(arguments[0].value)
+            return 0
+
+        return call
+
+
+@pytest.mark.parametrize("failing", ["cuptiActivityEnable", "cuptiGetTimestamp"])
+def test_what_did_not_open_records_nothing(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Refusing(failing)
+    monkeypatch.setattr(cupti, "loaded_library", lambda: "libcupti.so")
+    monkeypatch.setattr(cupti.ctypes, "CDLL", lambda path: library)
+    made = cupti.Cupti()
+    with pytest.raises(cupti.CuptiError, match=failing):
+        made.open()
+    assert library.enabled == set()
