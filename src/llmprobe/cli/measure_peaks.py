@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from llmprobe.collect.peaks import Calibration, cpu_key
+from llmprobe.collect.peaks import CPU_DTYPES, GPU_DTYPES, Calibration, cpu_key
 
 #: (what is being measured, number of the device's measurement, how many there are)
 Progress = Callable[[str, int, int], None]
 
-_CPU_DTYPES = ("float32", "bfloat16", "float16")
-_GPU_DTYPES = ("bfloat16", "float16", "float32")
+#: The first compute capability whose tensor cores have the type.
+_SINCE = {"fp8": (8, 9), "int8": (7, 5)}
 _COPY_BYTES = 256 << 20  # well beyond any cache that the copy should not live in
 _GPU_COPY_BYTES = 2 << 30
 
@@ -41,11 +41,11 @@ def measure_cpu(name: str, seconds: float, threads: int | None, progress: Progre
         torch.set_num_threads(threads)
     used = torch.get_num_threads()
     try:
-        progress("copy", 0, 1 + len(_CPU_DTYPES))
+        progress("copy", 0, 1 + len(CPU_DTYPES))
         bandwidth = _cpu_copy_rate(torch, seconds)
         rates = {}
-        for number, dtype in enumerate(_CPU_DTYPES, 1):
-            progress(f"{dtype} product", number, 1 + len(_CPU_DTYPES))
+        for number, dtype in enumerate(CPU_DTYPES, 1):
+            progress(f"{dtype} product", number, 1 + len(CPU_DTYPES))
             rates[dtype] = _cpu_product_rate(torch, getattr(torch, dtype), seconds)
     finally:
         torch.set_num_threads(before)
@@ -107,22 +107,53 @@ def measure_gpus(seconds: float, progress: Progress) -> Iterator[Calibration]:
 def _measure_gpu(torch: Any, index: int, seconds: float, progress: Progress) -> Calibration:
     device = torch.device("cuda", index)
     properties = torch.cuda.get_device_properties(device)
-    progress(f"GPU {index}: copy", 0, 1 + len(_GPU_DTYPES))
+    capability = torch.cuda.get_device_capability(device)
+    dtypes = [dtype for dtype in GPU_DTYPES if capability >= _SINCE.get(dtype, (0, 0))]
+    progress(f"GPU {index}: copy", 0, 1 + len(dtypes))
     bandwidth = _gpu_copy_rate(torch, device, seconds)
     rates = {}
-    for number, dtype in enumerate(_GPU_DTYPES, 1):
-        progress(f"GPU {index}: {dtype} product", number, 1 + len(_GPU_DTYPES))
+    for number, dtype in enumerate(dtypes, 1):
+        progress(f"GPU {index}: {dtype} product", number, 1 + len(dtypes))
         width = 4096 if dtype == "float32" else 8192
-        # Normal values, as in a model: products of constants draw less power and clock higher.
-        a, b = (torch.randn(width, width, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        c = torch.empty_like(a)
-        elapsed = _best_on_gpu(torch, device, partial(torch.mm, a, b, out=c), seconds)
+        try:
+            elapsed = _best_on_gpu(torch, device, product(torch, dtype, width, device), seconds)
+        except (RuntimeError, AttributeError, TypeError, ValueError):
+            if dtype not in _SINCE:
+                raise
+            continue  # this torch, or its build, cannot; what was not measured is absent
         rates[dtype] = 2 * width**3 / elapsed
     torch.cuda.empty_cache()
     versions = {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     return Calibration(
         f"GPU-{properties.uuid}", properties.name, bandwidth, rates, time.time(), None, versions
     )
+
+
+def product(torch: Any, dtype: str, width: int, device: Any) -> Callable[[], Any]:
+    """What multiplies two matrices of ``width`` x ``width`` in ``dtype`` (as of `GPU_DTYPES`).
+
+    Values are normal, as in a model: products of constants draw less power and clock higher. In FP8 the
+    second matrix lies by columns, as the hardware wants it, and sums are kept as the engines' kernels keep
+    them (``use_fast_accum``); the result is bfloat16 there, and int32 of int8.
+    """
+    a, b = (torch.randn(width, width, device=device) for _ in range(2))
+    if dtype == "fp8":
+        one = torch.ones((), device=device)
+        a, b = (part.to(torch.float8_e4m3fn) for part in (a, b))
+        return partial(
+            torch._scaled_mm,
+            a,
+            b.t(),
+            scale_a=one,
+            scale_b=one,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+    if dtype == "int8":
+        a, b = ((part * 32).clamp(-127, 127).to(torch.int8) for part in (a, b))
+        return partial(torch._int_mm, a, b.t())
+    a, b = (part.to(getattr(torch, dtype)) for part in (a, b))
+    return partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def _gpu_copy_rate(torch: Any, device: Any, seconds: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmprobe.collect.peaks import why_no_peaks
 from llmprobe.collect.process import Rank
 from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.views import EngineView, RankView
@@ -35,9 +36,7 @@ def what_is_missing(
             name = device.get("name", "this device")
             if view.gpu is not None and view.gpu.mig:
                 name = f"a MIG slice of {name}"
-            missing["mbu_ratio"] = missing["mfu_ratio"] = (
-                f"no peak rates for {name}: run `llmprobe calibrate`"
-            )
+            missing["mbu_ratio"] = missing["mfu_ratio"] = why_no_peaks(view.facts, name)
         if telemetry is not None:
             missing |= telemetry.missing(view.facts)
         if not view.kernels:

@@ -18,6 +18,9 @@ from llmprobe.collect.nvml import Hardware
 from llmprobe.compute.hardware import Peaks, canonical_dtype, lookup
 
 _SCHEMA = 1
+#: What ``llmprobe calibrate`` multiplies on a processor, and on a GPU that has them.
+CPU_DTYPES = ("float32", "bfloat16", "float16")
+GPU_DTYPES = ("bfloat16", "float16", "float32", "fp8", "int8")
 #: NVML's bandwidth beyond this factor of the published one means something else than we think.
 _PLAUSIBLE_RATIO = 1.3
 
@@ -130,6 +133,21 @@ def attainable_for(facts: Mapping[str, Any], path: Path | None = None) -> Peaks 
     """What a worker's device reached when it was measured; None if it was not. Arguments as `peaks_for`."""
     device, dtype = _device_and_dtype(facts)
     return _measured(device, dtype, "attainable", path)
+
+
+def why_no_peaks(facts: Mapping[str, Any], name: str) -> str:
+    """Where `peaks_for` finds none: for which products there are none, and what helps.
+
+    Args:
+        facts: a journal's, as of `peaks_for`.
+        name: what the device is called.
+    """
+    device, dtype = _device_and_dtype(facts)
+    kind = canonical_dtype(dtype)
+    said = f"no peak rates for {name}" + (f" in {kind or dtype}" if dtype else "")
+    if dtype and kind not in (CPU_DTYPES if device.get("type") == "cpu" else GPU_DTYPES):
+        return f"{said}: none are published, and `llmprobe calibrate` measures no such products there"
+    return f"{said}: run `llmprobe calibrate`"
 
 
 def _with_bandwidth_of(gpu: Hardware, published: Peaks) -> Peaks:

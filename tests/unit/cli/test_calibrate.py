@@ -8,6 +8,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from llmprobe.cli import measure_peaks
 from llmprobe.cli.output import scaled
 
 
@@ -52,3 +55,58 @@ def test_three_digits_and_a_prefix():
     assert scaled(16_785_414_625.0, "B/s") == "16.8 GB/s"
     assert scaled(168_181_682_314_198.0, "FLOP/s") == "168 TFLOP/s"
     assert scaled(12.0, "B") == "12 B"
+
+
+@pytest.mark.parametrize("dtype", measure_peaks.GPU_DTYPES)
+def test_what_is_timed_is_the_product_of_two_matrices(dtype):
+    """In whatever type: here on the processor, where torch multiplies the same way, only slowly."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(1)
+    timed = measure_peaks.product(torch, dtype, 64, torch.device("cpu"))
+    a, b = timed.args
+    assert a.shape == b.shape == (64, 64)
+    expected = a.float() @ b.float()
+    torch.testing.assert_close(timed().float(), expected, rtol=0.02, atol=0.1)
+    assert str(a.dtype).removeprefix("torch.") == {"fp8": "float8_e4m3fn"}.get(dtype, dtype)
+
+
+class Devices:
+    """torch with one GPU of a capability, whose work takes no time to set up and 1 ms to do."""
+
+    class Cuda:
+        def __init__(self, capability):
+            self.get_device_capability = lambda device: capability
+            self.get_device_properties = lambda device: type("P", (), {"uuid": "1", "name": "GPU"})
+            self.empty_cache = lambda: None
+
+    def __init__(self, capability):
+        self.cuda = self.Cuda(capability)
+        self.device = lambda kind, index: f"{kind}:{index}"
+        self.version = type("V", (), {"cuda": "13.0"})
+        self.__version__ = "2.11"
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused", "measured"),
+    [
+        ((9, 0), None, ["bfloat16", "float16", "float32", "fp8", "int8"]),
+        ((8, 0), None, ["bfloat16", "float16", "float32", "int8"]),
+        ((7, 0), None, ["bfloat16", "float16", "float32"]),
+        ((9, 0), "fp8", ["bfloat16", "float16", "float32", "int8"]),
+    ],
+)
+def test_types_that_a_gpu_or_its_torch_lacks_have_no_rate(monkeypatch, capability, refused, measured):
+    def made(torch, dtype, width, device):
+        if dtype == refused:
+            raise RuntimeError(
+                "torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0"
+            )
+        return lambda: None
+
+    monkeypatch.setattr(measure_peaks, "product", made)
+    monkeypatch.setattr(measure_peaks, "_gpu_copy_rate", lambda torch, device, seconds: 3e12)
+    monkeypatch.setattr(measure_peaks, "_best_on_gpu", lambda torch, device, work, seconds: 1e-3)
+    steps = []
+    found = measure_peaks._measure_gpu(Devices(capability), 0, 0.1, lambda *step: steps.append(step))
+    assert list(found.flops_per_second) == measured
+    assert [number for _, number, _ in steps] == list(range(steps[0][2]))

@@ -15,6 +15,7 @@ from llmprobe.collect.peaks import (
     peaks_for,
     peaks_path,
     save_peaks,
+    why_no_peaks,
 )
 
 CPUS = os.cpu_count() or 1
@@ -133,3 +134,26 @@ def test_a_type_that_a_processor_lacks_is_no_roof_below_float32():
     assert processor.peaks("float16", "calibrated").flops_per_second == 3e11
     gpu = Calibration("GPU-1", "Some GPU", 1e12, rates, 1.7e9)
     assert gpu.peaks("bfloat16", "calibrated").flops_per_second == 7e8, "a GPU's own figures are what it does"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "said"),
+    [
+        ("cuda", "bfloat16", "no peak rates for Some GPU in bfloat16: run `llmprobe calibrate`"),
+        ("cuda", "float8_e4m3fn", "no peak rates for Some GPU in fp8: run `llmprobe calibrate`"),
+        ("cuda", "", "no peak rates for Some GPU: run `llmprobe calibrate`"),
+        ("cuda", "fp4", "no peak rates for Some GPU in fp4: none are published, and "),
+        ("cpu", "int8", "no peak rates for Some GPU in int8: none are published, and "),
+        ("cpu", "float16", "no peak rates for Some GPU in float16: run `llmprobe calibrate`"),
+    ],
+)
+def test_why_there_are_none_names_the_products_and_what_helps_if_anything_does(kind, dtype, said):
+    assert why_no_peaks(facts({"type": kind}, dtype), "Some GPU").startswith(said)
+
+
+def test_products_in_fp8_and_int8_have_rates_of_their_own(path):
+    rates = {"bfloat16": 7e14, "fp8": 1.3e15, "int8": 1.2e15}
+    save_peaks([Calibration("GPU-9", "New GPU", 3e12, rates, 1.7e9)], path)
+    device = {"type": "cuda", "name": "New GPU", "uuid": "GPU-9"}
+    assert peaks_for(facts(device, "float8_e4m3fn"), path).flops_per_second == 1.3e15
+    assert attainable_for(facts(device, "int8"), path).flops_per_second == 1.2e15
