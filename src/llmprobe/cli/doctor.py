@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from llmprobe.cli.checks import Check, gpus, machine, packages, probe
+from llmprobe.cli.checks import Check, gpus, machine, packages, probe, windows
 from llmprobe.cli.output import out, print_json
 
 _STYLES = {"ok": "green", "not ok": "yellow", "absent": "dim"}
@@ -59,6 +59,7 @@ def all_checks(environ: Mapping[str, str]) -> list[Check]:
         *((gpus.slices(seen), gpus.clocks(seen), gpus.users(seen)) if seen.found else ()),
         machine.profiling_permission(),
         machine.peaks(seen),
+        windows.kernel_windows(settings, seen, environ),
         packages.nvtx(),
         packages.nsys(),
     ]

@@ -120,11 +120,16 @@ class Latch:
 
 def died_in_a_window(folder: Path) -> Path | None:
     """The file that a process left which died while its window was open; None if there is none."""
+    return next(iter(deaths_in_windows(folder)), None)
+
+
+def deaths_in_windows(folder: Path) -> list[Path]:
+    """All such files."""
     try:
         files = sorted(folder.glob(f"*{_SUFFIX}"))
     except OSError:
-        return None
-    return next((path for path in files if not _locked(path)), None)
+        return []
+    return [path for path in files if not _locked(path)]
 
 
 def _locked(path: Path) -> bool:
