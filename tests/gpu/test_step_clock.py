@@ -44,10 +44,27 @@ ENGINE: dict[str, Any] = {
     "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]},
     "seconds": LOAD_SECONDS,
 }
-#: Eager with whatever vLLM schedules by default; graphs step by step.
-ENGINES: dict[str, dict[str, Any]] = {
-    "eager": {"enforce_eager": True},
-    "graphs": {"enforce_eager": False, "async_scheduling": False},
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an engine runs: options of ``vllm.LLM``, and which of its model runners."""
+
+    options: dict[str, Any]
+    runner: str = ""  #: "v1" or "v2"; empty: vLLM's choice
+
+    @property
+    def env(self) -> dict[str, str]:
+        """As benchmarks/accuracy.py asks for a runner; a vLLM that has but one takes no notice."""
+        return {"VLLM_USE_V2_MODEL_RUNNER": "1" if self.runner == "v2" else "0"} if self.runner else {}
+
+
+#: Eager with whatever vLLM schedules by default; graphs step by step, and with schedules that overlap.
+ENGINES = {
+    "eager": Kind({"enforce_eager": True}),
+    "graphs": Kind({"enforce_eager": False, "async_scheduling": False}),
+    "graphs-async-v1": Kind({"enforce_eager": False, "async_scheduling": True}, "v1"),
+    "graphs-async-v2": Kind({"enforce_eager": False, "async_scheduling": True}, "v2"),
 }
 
 
@@ -68,19 +85,22 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("engine")
     directory = Path(tempfile.mkdtemp(prefix="llmprobe-test-", dir="/dev/shm"))
     model = make_model(folder / "model")
-    options = {**ENGINE, **ENGINES[request.param]}
+    kind = ENGINES[request.param]
     try:
-        with engine(model, options, directory, folder / "log") as process:
-            yield watch(process, directory, folder / "log")
+        with engine(model, {**ENGINE, **kind.options}, directory, folder / "log", **kind.env) as process:
+            found = watch(process, directory, folder / "log")
+            if kind.runner and found.facts["runner"] != kind.runner:
+                pytest.skip(f"vLLM {found.facts['framework_version']} chose runner {found.facts['runner']}")
+            yield found
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def engine(
-    model: Path, options: dict[str, Any], directory: Path, log: Path
+    model: Path, options: dict[str, Any], directory: Path, log: Path, **more: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """The program, with this process's packages."""
+    """The program, with this process's packages and ``more`` in its environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLMPROBE")}
     environment = {
         **kept,
@@ -90,6 +110,7 @@ def engine(
         "LLMPROBE": "1",
         "LLMPROBE_DIR": str(directory),
         "LLMPROBE_AGENT": "off",
+        **more,
     }
     command = [sys.executable, str(HERE / "watched_engine.py"), str(model), json.dumps(options)]
     with log.open("w") as errors:
@@ -179,6 +200,12 @@ def grown(before: Components, after: Components) -> Components:
         phase: {name: value - before.get(phase, {}).get(name, 0.0) for name, value in parts.items()}
         for phase, parts in after.items()
     }
+
+
+def test_schedules_overlap_where_they_are_asked_to(ran: Ran, request: pytest.FixtureRequest) -> None:
+    kind = ENGINES[request.node.callspec.params["ran"]]
+    if "async_scheduling" in kind.options:
+        assert ran.facts["flags"].get("async_scheduling") is kind.options["async_scheduling"]
 
 
 def test_nothing_of_ours_waits_for_the_device(ran: Ran) -> None:
