@@ -15,31 +15,18 @@ from llmprobe.agent.files import Token
 from llmprobe.agent.service import State, create_app
 from llmprobe.capture.manager import Manager
 from llmprobe.capture.store import Store
-from llmprobe.collect.collector import Collector
-from llmprobe.record.layout import Clock, Phase
-from llmprobe.record.recorder import Recorder
 
-from .served import FACTS, HERE
+from .served import HERE, collected
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[State]:
     """The agent's state over a real journal, with a server that the scripted nsys can capture."""
-    recorder = Recorder.open(tmp_path, "program", FACTS)
-    for number in range(1, 4):
-        at = number * 10_000_000
-        recorder.begin(int(Phase.DECODE), 1, at)
-        times = (at, at + 5_000_000, at + 5_000_000, at + 6_000_000)
-        counts = {"requests": 1, "prefill_requests": 0, "prompt_tokens": 0, "decode_tokens": 1}
-        recorder.step(number, at, int(Phase.DECODE), int(Clock.HOST), 0, times, **counts)
-    collector = Collector(tmp_path, own_writers=lambda: {recorder.writer.path: recorder.writer})
-    collector.tick(final=True)
-    store = Store(tmp_path / "captures", 1 << 20, least_free_bytes=0)
-    manager = Manager(store, tmp_path, Watched(collector), max_seconds=60.0)
-    yield State(collector, tmp_path, since_read=lambda: 0.1, captures=manager)
-    manager.close()
-    collector.close()
-    recorder.close(remove=True)
+    with collected(tmp_path) as collector:
+        store = Store(tmp_path / "captures", 1 << 20, least_free_bytes=0)
+        manager = Manager(store, tmp_path, Watched(collector), max_seconds=60.0)
+        yield State(collector, tmp_path, since_read=lambda: 0.1, captures=manager)
+        manager.close()
 
 
 @pytest.fixture

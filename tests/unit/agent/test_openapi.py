@@ -26,14 +26,11 @@ from llmprobe.capture import manager as managing
 from llmprobe.capture.manager import Manager
 from llmprobe.capture.session import Capture, Request
 from llmprobe.capture.store import RAW, Store
-from llmprobe.collect.collector import Collector
 from llmprobe.record.agent_launch import CONTROL_NAME
-from llmprobe.record.layout import Clock
-from llmprobe.record.layout import Phase as StepPhase
-from llmprobe.record.recorder import Recorder
+
+from .served import collected
 
 schemathesis = pytest.importorskip("schemathesis")  # it needs Python 3.11
-FACTS = {"group": "g", "role": "program", "server": "prog", "model_name": "m", "framework": "transformers"}
 HOST = "127.0.0.1:9480"
 EXAMPLES = 25
 #: These never end, and have tests of their own.
@@ -80,19 +77,12 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[State]:
     monkeypatch.setattr(managing, "_STARTS_PER_MINUTE", 1 << 30)  # or most answers would be 429
     monkeypatch.setattr(limits.Bucket, "take", lambda self: True)
     monkeypatch.setattr(limits.Bucket, "pay", lambda self, amount: None)
-    recorder = Recorder.open(tmp_path, "program", FACTS)
-    counts = {"requests": 1, "prefill_requests": 0, "prompt_tokens": 0, "decode_tokens": 1}
-    recorder.begin(int(StepPhase.DECODE), 1, 1)
-    recorder.step(1, 1, int(StepPhase.DECODE), int(Clock.HOST), 0, (1, 2, 3, 4), **counts)
-    collector = Collector(tmp_path, own_writers=lambda: {recorder.writer.path: recorder.writer})
-    collector.tick(final=True)
-    store = Store(tmp_path / "captures", 1 << 20, least_free_bytes=0)
-    manager = Manager(store, tmp_path, Watched(collector), max_seconds=60.0)
-    yield State(collector, tmp_path, since_read=lambda: 0.1, captures=manager)
-    WATCHER.on = False
-    manager.close()
-    collector.close()
-    recorder.close(remove=True)
+    with collected(tmp_path) as collector:
+        store = Store(tmp_path / "captures", 1 << 20, least_free_bytes=0)
+        manager = Manager(store, tmp_path, Watched(collector), max_seconds=60.0)
+        yield State(collector, tmp_path, since_read=lambda: 0.1, captures=manager)
+        WATCHER.on = False
+        manager.close()
 
 
 @pytest.fixture

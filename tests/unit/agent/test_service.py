@@ -14,33 +14,15 @@ from llmprobe.agent.door import Door, door_for
 from llmprobe.agent.files import Token
 from llmprobe.agent.problems import Problem
 from llmprobe.agent.service import State, create_app
-from llmprobe.collect.collector import Collector
-from llmprobe.record.layout import Clock, Phase
-from llmprobe.record.recorder import Recorder
 
-FACTS = {"group": "g", "role": "program", "server": "prog", "model_name": "m", "framework": "transformers"}
+from .served import collected
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[State]:
-    """A collector that has read a real journal of three decode steps."""
-    recorder = Recorder.open(tmp_path, "program", FACTS)
-    for number in range(1, 4):
-        at = number * 10_000_000
-        recorder.begin(int(Phase.DECODE), 1, at)
-        times = (at, at + 5_000_000, at + 5_000_000, at + 6_000_000)
-        counts = {"requests": 1, "prefill_requests": 0, "prompt_tokens": 0, "decode_tokens": 1}
-        recorder.step(number, at, int(Phase.DECODE), int(Clock.HOST), 0, times, **counts)
-    collector = Collector(tmp_path, own_writers=lambda: {recorder.writer.path: recorder.writer})
-    collector.tick(final=True)
-    yield State(collector, tmp_path, since_read=lambda: 0.1)
-    collector.close()
-    recorder.close(remove=True)
-
-
-@pytest.fixture
-def token(tmp_path: Path) -> Token:
-    return Token.make(tmp_path)
+    """Of an agent without captures."""
+    with collected(tmp_path) as collector:
+        yield State(collector, tmp_path, since_read=lambda: 0.1)
 
 
 @pytest.fixture
