@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 FRONT_END, ENGINE_CORE = "frontend", "engine_core"
-_MOST_PROCESSES = 32  # of one server; of more, those that were not seen for longest are one
+_MOST_PROCESSES = 32  # of one server; of more, those that ended first are one
 
 
 class Used(NamedTuple):
@@ -38,7 +38,8 @@ class HostCpu:
         for process in ranks:
             of.pop(process, None)
         sums = self._ended.setdefault(key, {})
-        while len(of) > _MOST_PROCESSES:
+        # Never one that was just seen: it would be counted anew, and be one too many again.
+        while len(of) > max(_MOST_PROCESSES, len(used)):
             left = of.pop(next(iter(of)))
             sums[left.kind] = sums.get(left.kind, 0.0) + left.seconds
         totals = dict(sums)

@@ -39,6 +39,20 @@ def test_what_a_front_end_used_that_ended_stays_and_nothing_counts_twice() -> No
     assert cpu.update("b", {}, ()) == {}
 
 
+def test_more_processes_than_are_kept_apart_count_once_while_they_live() -> None:
+    """``--api-server-count 40``; and when 20 of them ended, 20 others began."""
+    cpu = HostCpu()
+    front_ends = {f"{number}-10": Used(FRONT_END, 1.0) for number in range(40)}
+    for seconds in (1.0, 1.0, 2.0):
+        used = {process: Used(FRONT_END, seconds) for process in front_ends}
+        assert cpu.update("a", used, ()) == {FRONT_END: 40 * seconds}
+    others = {f"{number}-20": Used(FRONT_END, 3.0) for number in range(20)}
+    living = {**{process: Used(FRONT_END, 2.0) for process in list(used)[20:]}, **others}
+    for _ in range(3):
+        assert cpu.update("a", living, ()) == {FRONT_END: 40 * 2.0 + 20 * 3.0}
+        assert len(cpu.save()["used"]["a"]) == 40
+
+
 def test_a_process_that_turns_out_to_be_a_ranks_too_is_told_there() -> None:
     """`vllm.LLM` with all in one process: the front end records before the worker does."""
     cpu = HostCpu()
