@@ -13,8 +13,9 @@ from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.steps import PHASES, Floats
 from llmprobe.compute.sums import COLUMNS, INDEX, PhaseSums, by_phase
 
-#: The components that are waiting.
-STALLS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
+#: The components that are no busy time, and all that are waiting.
+GAPS = ("host_gap", "sample_gap", "launch_gap")
+STALLS = (*GAPS, "communication", "transfer")
 _STEPS = INDEX["steps"]
 _KNOWN = ("known_bytes", "known_flops", "known_seconds", "known_busy")
 _SHOWN_COMPONENTS = tuple(name for name in COMPONENTS if name not in IDLE_COMPONENTS)

@@ -16,6 +16,7 @@ import llmprobe
 from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
 from llmprobe.compute import histogram
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
+from llmprobe.compute.figures import GAPS, STALLS
 from llmprobe.compute.verdict import IDLE
 from llmprobe.export.run_seen import RunLooks, ServerSeen, rank_key
 from llmprobe.export.run_verdict import run_verdict
@@ -33,7 +34,6 @@ _LATENCIES = {
 }
 #: Columns that a narrow terminal does without, in this order.
 _LEAST_TELLING = ("p99 ms", "at floor", "MFU", "floor ms")
-_GAPS = ("host_gap", "sample_gap", "launch_gap", "communication", "transfer")
 
 
 def report(
@@ -144,8 +144,8 @@ def _phase(
     components = _minus(rank.device_time.get(phase, {}), before.device_time.get(phase, {}) if before else {})
     components = {name: components.get(name, 0.0) for name in COMPONENTS if name not in IDLE_COMPONENTS}
     seconds = sum(components.values())
-    stall = sum(components[name] for name in _GAPS)
-    busy = seconds - stall
+    stall = sum(components[name] for name in STALLS)
+    busy = seconds - sum(components[name] for name in GAPS)
     traffic = sum(_minus(rank.bytes.get(phase, {}), before.bytes.get(phase, {}) if before else {}).values())
     flops = rank.flops.get(phase, 0.0) - (before.flops.get(phase, 0.0) if before else 0.0)
     if not gaps_known:

@@ -41,13 +41,18 @@ def rank_key(rank: RankView) -> RankKey:
 
 @dataclass(frozen=True)
 class RankSeen:
-    """One rank over the run. ``tokens``: phase → prompt and decode tokens of a mean step."""
+    """One rank over the run.
+
+    ``prepared``: phase of ``kernels`` → share of the time between steps that its windows took for work, which
+    is in the run's totals as such. ``tokens``: phase → prompt and decode tokens of a mean step.
+    """
 
     kernels: dict[str, KernelEvidence]
     counters: CounterEvidence | None
     host: HostSignals | None
     one_graph: frozenset[str]
     tokens: dict[str, tuple[float, float]]
+    prepared: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -229,12 +234,13 @@ class _Rank:
 
     def seen(self) -> RankSeen:
         spent = self.new_seconds
+        windows = {
+            phase: mean
+            for phase, mean in self.windows.items()
+            if mean.weight >= _WINDOWS_SHARE * spent[phase]
+        }
         return RankSeen(
-            kernels={
-                phase: _windows(mean)
-                for phase, mean in self.windows.items()
-                if mean.weight >= _WINDOWS_SHARE * spent[phase]
-            },
+            kernels={phase: _windows(mean) for phase, mean in windows.items()},
             counters=_counters(self.counted, self.shared),
             host=self.host,
             one_graph=frozenset(
@@ -244,6 +250,7 @@ class _Rank:
                 phase: (prompt / steps, decode / steps)
                 for phase, (steps, prompt, decode) in self.tokens.items()
             },
+            prepared={phase: mean.total("gap_busy_ratio") / spent[phase] for phase, mean in windows.items()},
         )
 
 
@@ -269,6 +276,10 @@ class _Mean:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 total, known = self._sums.get(each.name, (0.0, 0.0))
                 self._sums[each.name] = total + weight * value, known + weight
+
+    def total(self, name: str) -> float:
+        """Of all looks, those in which it was not known as 0."""
+        return self._sums.get(name, (0.0, 0.0))[0]
 
     def of(self, name: str) -> float | None:
         total, known = self._sums.get(name, (0.0, 0.0))

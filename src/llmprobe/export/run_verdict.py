@@ -10,7 +10,7 @@ from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
 from llmprobe.compute.classify import classify
-from llmprobe.compute.figures import PhaseFigures
+from llmprobe.compute.figures import GAPS, PhaseFigures
 from llmprobe.compute.headline import headline
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
@@ -157,8 +157,15 @@ def _figures(
     """A phase of the report as figures. ``document`` leaves out the host gap where nobody tells it."""
     told = document["components_seconds"]
     components = {name: told.get(name, 0.0) for name in COMPONENTS if name not in IDLE_COMPONENTS}
-    gap = components["host_gap"]
     seconds, steps = document["seconds"], document["steps"]
+    # Figures have gaps as the step clock saw them, and `classify` takes out what windows saw in them. Totals
+    # have had that taken out: it is put back, so that it is not taken out twice.
+    prepared = looked.prepared.get(phase, 0.0)
+    taken = components["host_gap"] * prepared / (1 - prepared) if prepared < 1 else 0.0
+    taken = min(taken, components["inefficiency"])
+    gap = components["host_gap"] + taken
+    busy = seconds - sum(components[name] for name in GAPS)
+    without = busy / (busy - taken) if busy > taken else 1.0
     step = document.get("step_seconds") or {}
     prompt, decode = looked.tokens.get(phase, (0.0, 0.0))
     floors = rank.operator_floors.get(phase, {})
@@ -179,15 +186,19 @@ def _figures(
         step_seconds_p99=step.get("p99", 0.0),
         floor_seconds=document.get("floor_step_seconds"),
         mbu_step=document.get("mbu_step"),
-        mbu_busy=document.get("mbu_busy"),
+        mbu_busy=_times(document.get("mbu_busy"), without),
         mfu_step=document.get("mfu_step"),
-        mfu_busy=document.get("mfu_busy"),
+        mfu_busy=_times(document.get("mfu_busy"), without),
         sync_gap_ratio=document["sync_gap_ratio"],
         sync_gap_is_lower_bound=phase not in looked.kernels,
         intensity=document.get("intensity_flops_per_byte"),
         components=components,
         operator_floors={name: pair for name, pair in by_operator.items() if pair[0] > 0 or pair[1] > 0},
     )
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 def _load(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from collect.pretended import SECOND, Clock, Server
 from collect.test_judge import PEAKS, World
@@ -18,6 +19,8 @@ from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
 from llmprobe.compute.host import ThreadLoad
 from llmprobe.export.report import report
 from llmprobe.export.run_seen import RunLooks
+from llmprobe.record.cupti_records import ACTIVITY, COPY, KERNEL, Window
+from llmprobe.record.window_file import Seen, window_path, write_window
 
 from .views_for_tests import engine, figures, gpu, pressure, rank, server
 
@@ -140,6 +143,42 @@ def test_kernel_windows_of_the_run_are_evidence_after_it_too() -> None:
     found = of(decode(9, kernels={"decode": old}, mbu=0.3), looks=looks)
     assert found["verdicts"]["decode"]["cause"] == "no_kernel_windows"
     assert found["ranks"][0]["phases"]["decode"]["sync_gap_is_lower_bound"] is True
+
+
+@pytest.mark.parametrize(
+    ("gap_ms", "copied_ms", "reduced_ms", "bottleneck"),
+    [(40, 16, 0, "sync_bound"), (4, 0, 15, "memory_bound"), (10, 8, 12, "memory_bound")],
+)
+def test_what_kernel_windows_saw_is_taken_into_account_once(
+    tmp_path: Path, gap_ms: int, copied_ms: int, reduced_ms: int, bottleneck: str
+) -> None:
+    """The totals of a run have been split by them already: its verdict is the live one of a steady load."""
+    span_ms = 100 - gap_ms
+    peaks = dataclasses.replace(PEAKS, bandwidth_bytes_per_second=901_100 / (span_ms / 1e3) / 0.6)
+    world = World(tmp_path, peaks=lambda facts: peaks)
+    looks = RunLooks(clock=lambda: world.clock.now / 1e9)
+    for second in range(30):
+        rows = []
+        for step in range(10):
+            e0, ms = world.at + step * 100_000_000 + gap_ms * 1_000_000, 1_000_000
+            rows.append((e0 - copied_ms * ms, e0, 2, 7, 0, COPY))
+            rows.append((e0, e0 + reduced_ms * ms, 1, 7, 0, KERNEL))
+            rows.append((e0 + reduced_ms * ms, e0 + span_ms * ms, 0, 7, 0, KERNEL))
+        names = ["_ZN4gemm6kernelEv", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "memcpy HtoD"]
+        window = Window(world.at, world.at + SECOND, np.array(rows, ACTIVITY), names, 0)
+        view = world.second(span_ms=span_ms, gap_ms=gap_ms)
+        write_window(window_path(world.server.worker.writer.path), Seen(second + 1, window))
+        looks.look([view])
+    world.server.close()
+    live, found = view.verdicts["decode"], of(view, looks=looks)["verdicts"]["decode"]
+    assert live.bottleneck == found["bottleneck"] == bottleneck
+    assert found["wait_seconds"] == {
+        cause: pytest.approx(seconds, rel=0.02) for cause, seconds in live.wait_seconds.items()
+    }
+    measured = {item.quantity: item.value for item in live.evidence}
+    assert {item["quantity"]: item["value"] for item in found["evidence"]} == {
+        quantity: pytest.approx(value, rel=0.02) for quantity, value in measured.items()
+    }
 
 
 def test_counters_count_only_where_steps_filled_what_they_are_of() -> None:
