@@ -110,6 +110,11 @@ def _compiled(model: Any) -> bool:
     )
 
 
+def parameter_bytes(model: Any) -> int:
+    """What all parameters show, shared ones once: changes if something unpacks or converts them."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def describe(model: Any) -> ModelDescription:
     """Weights by operator and the KV groups as the configuration tells; see also `measure_groups`."""
     text = model.config.get_text_config(decoder=True)

@@ -11,7 +11,14 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.transformers_cache import measure_groups
 from llmprobe.hooks.transformers_generation import Generation
-from llmprobe.hooks.transformers_model import ModelDescription, describe, flags, model_name, program_facts
+from llmprobe.hooks.transformers_model import (
+    ModelDescription,
+    describe,
+    flags,
+    model_name,
+    parameter_bytes,
+    program_facts,
+)
 from llmprobe.record.clock import StepClock
 from llmprobe.record.clocks import step_clock
 from llmprobe.record.recorder import Recorder
@@ -49,6 +56,7 @@ class Program:
         self._name = model_name(model)
         self._description = description
         self._measured = False
+        self._described_bytes = parameter_bytes(model)
 
     @classmethod
     def make(cls, probe: Probe, model: Any) -> Program | None:
@@ -98,6 +106,7 @@ class Program:
     def _describe_anew(self, model: Any) -> None:
         self._description = self._probe.guard.call("transformers.describe", describe, model)
         self._model, self._name, self._measured = weakref.ref(model), model_name(model), False
+        self._described_bytes = parameter_bytes(model)
         if model.device.type != self.device_type:
             self.device_type = model.device.type
             self.clock = step_clock(model.device)
@@ -110,13 +119,20 @@ class Program:
         )
 
     def measured(self, call: Generation, rows: int) -> None:
-        """Correct the facts, once a model, by what its cache really stores."""
+        """Correct the facts, once a model, by what its cache and its weights really are after a forward."""
         if self._measured or self._description is None or self._model() is not call.model:
             return
         self._measured = True
+        # compressed-tensors unpacks all weights in the first forward, for good.
+        unpacked = parameter_bytes(call.model) != self._described_bytes
+        if unpacked:
+            self._description = self._probe.guard.call("transformers.describe", describe, call.model)
+            if self._description is None:
+                self.recorder.update_facts(model=None)
+                return
         facts = measure_groups(self._description, call.cache, rows)
-        if facts is not None:
-            self.recorder.update_facts(model=facts)
+        if facts is not None or unpacked:
+            self.recorder.update_facts(model=self._description.facts)
 
     def kv_bytes(self) -> int:
         """Resident bytes of the caches of all running calls."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,10 @@ transformers = pytest.importorskip("transformers")
 mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
 
+from llmprobe.hooks import transformers as hooks  # noqa: E402
+from llmprobe.hooks.probe import Probe  # noqa: E402
 from llmprobe.hooks.transformers_model import describe  # noqa: E402
+from llmprobe.settings import Settings  # noqa: E402
 
 LAYERS, EXPERTS, WIDTH = 2, 8, 64
 NUMBERS = LAYERS * EXPERTS * 3 * WIDTH * WIDTH
@@ -148,3 +152,44 @@ def test_numbers_that_are_only_stored_in_eight_bits_compute_in_the_models_type()
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
                 model.set_submodule(name, cls(module.in_features, module.out_features))
         assert describe(model).facts["compute_dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "stored"),
+    [
+        ({"num_bits": 8, "type": "float", "strategy": "channel"}, {"num_bits": 8, "type": "float"}, 1.0),
+        ({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, None, 0.5),
+    ],
+)
+def test_weights_that_the_first_forward_unpacks_are_described_anew(
+    tmp_path: Path, weights: dict[str, Any], activations: dict[str, Any] | None, stored: float
+) -> None:
+    """As transformers loads a checkpoint of compressed-tensors, unless told to unpack it at once."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    model = llama().eval()
+    plain = describe(model).facts["operators"]["linear"]
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    config = QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            torch.nn.init.constant_(module.weight_scale, 0.01)
+    ModelCompressor(config).compress_model(model)
+    assert describe(model).facts["operators"]["linear"]["bytes"] < 1.5 * stored * plain["params"]
+
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    hooks.install(probe)
+    try:
+        model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, eos_token_id=None)
+        assert probe.recorder is not None
+        found = probe.recorder.facts["model"]
+    finally:
+        probe.remove_patches()
+        probe.disarm()
+    assert found == describe(model).facts
+    assert found["compute_dtype"] == "bfloat16"
+    assert found["operators"]["linear"]["params"] == plain["params"]
+    assert found["operators"]["linear"]["bytes"] >= plain["bytes"]
