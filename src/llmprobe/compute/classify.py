@@ -113,8 +113,9 @@ class _Case:
         self._idle = idle_ratio(figures, seen.window_seconds, self._counters)
         self._counted = bubble_seconds(figures, seen.window_seconds, self._counters) if unseen else 0.0
         self._stall = self._waiting()
-        waits = self._stall.ratio >= moved.sync_gap_ratio and self._stall.cause == "host_between_steps"
-        found = signs(seen.host, limits, between_steps=waits)
+        found = signs(
+            seen.host, limits, self._stall.cause if self._stall.ratio >= moved.sync_gap_ratio else None
+        )
         self._signs: tuple[Sign, ...] = tuple(sign for sign in found if sign.explains)
         self._circumstances: tuple[Sign, ...] = tuple(sign for sign in found if not sign.explains)
         # Of the bubbles that the windows saw, accounting may have taken some out of busy time already.

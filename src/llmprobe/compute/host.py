@@ -72,6 +72,11 @@ class HostSignals:
         return _starved(thread for thread in self.threads if thread.of_core or not self.core_apart)
 
     @property
+    def starved_of_worker(self) -> ThreadLoad | None:
+        """Likewise where they run."""
+        return _starved(thread for thread in self.threads if not thread.of_core)
+
+    @property
     def fullest(self) -> ThreadLoad | None:
         """The thread that has least time left."""
         return max(self.threads, key=lambda thread: thread.taken_ratio, default=None)

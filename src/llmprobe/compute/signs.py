@@ -38,18 +38,21 @@ SIGNS = (
 _CIRCUMSTANCES = ("numa_spread",)
 
 
-def signs(host: HostSignals | None, limits: Thresholds, between_steps: bool = False) -> tuple[Sign, ...]:
+def signs(host: HostSignals | None, limits: Thresholds, cause: str | None = None) -> tuple[Sign, ...]:
     """What stands out, gravest first; nothing where a signal is not known.
 
     Args:
-        between_steps: that is where the device waits: there the engine's core has to be quick, and inside a
-            step its worker.
+        cause: what the device waits for, if it does: between steps the engine's core has to be quick, inside
+            a step its worker, and before sampling, which the core asks for, both.
     """
     if host is None:
         return ()
-    busiest, starved = host.busiest_of_core if between_steps else host.busiest, host.starved
+    between_steps = cause == "host_between_steps"
+    inside = host.core_apart and cause not in ("host_between_steps", "sampling")
+    busiest = host.busiest_of_core if between_steps else host.busiest
     thread = busiest.name if busiest else ""
-    waits = host.run_queue_ratio
+    starved = host.starved_of_worker if inside else host.starved
+    waits = None if inside else host.run_queue_ratio
     if starved is not None and starved.run_queue_ratio is not None:
         waits = max(starved.run_queue_ratio, waits or 0.0)
     scheduler = host.starved_of_core if between_steps else None

@@ -11,7 +11,7 @@ from llmprobe.compute.host import ThreadLoad, together
 from llmprobe.compute.signs import SIGNS, signs
 from llmprobe.compute.thresholds import Thresholds
 
-from .verdicts import figures, host, seen
+from .verdicts import figures, host, kernels, seen
 
 LIMITS = Thresholds()
 
@@ -100,7 +100,7 @@ def test_the_core_that_waits_for_a_processor_is_named_rather_than_a_worker(
     core = host(threads=(ThreadLoad("VLLM::EngineCor", *schedules),), throttled_ratio=None)
     both = together(worker, core)
     assert both is not None
-    (found,) = signs(both, LIMITS, between_steps=True)
+    (found,) = signs(both, LIMITS, "host_between_steps")
     assert (found.text, found.value) == (
         f"thread VLLM::{named[0]} waited for a core {named[1]:.0%} of the time",
         named[1],
@@ -109,6 +109,24 @@ def test_the_core_that_waits_for_a_processor_is_named_rather_than_a_worker(
     assert both.throttled_ratio == 0.0
     assert together(worker, None) == worker
     assert together(None, core) is None
+
+
+def test_a_core_that_waits_for_a_processor_explains_nothing_inside_a_step() -> None:
+    """The worker launches its kernels by itself; the core waits for the step's end."""
+    core = host(threads=(ThreadLoad("VLLM::EngineCor", 0.3, 0.4),), run_queue_ratio=0.4)
+    both = together(host(threads=(ThreadLoad("VLLM::Worker", 0.8, 0.01),)), core)
+    assert both is not None
+    bubbles = seen(figures(), kernels=kernels(0.5), host=replace(both, cpu_pressure_ratio=0.9))
+    found = classify(bubbles, LIMITS)
+    assert found.cause == "launch_bubbles"
+    assert (found.signs, "EngineCor" in found.reason) == ((), False)
+    asked = classify(seen(figures(sample_gap=4.0), host=both), LIMITS)
+    assert asked.cause == "sampling"
+    assert "thread VLLM::EngineCor waited for a core 40% of the time" in asked.reason  # it asks for sampling
+    waiting = together(host(threads=(ThreadLoad("VLLM::Worker", 0.5, 0.3),), run_queue_ratio=0.3), core)
+    assert (
+        "thread VLLM::Worker waited for a core 30%" in classify(replace(bubbles, host=waiting), LIMITS).reason
+    )
 
 
 def test_pressure_of_others_is_none_of_an_engine_whose_threads_do_not_wait() -> None:
