@@ -413,6 +413,16 @@ def test_fp32_weights_are_the_first_thing_to_change_in_prefill() -> None:
     assert findings(prefill, dtype="float32")[0] == "compute_bound.dtype"
 
 
+def test_on_a_processor_16_bit_products_are_no_advice_where_compute_binds() -> None:
+    """Whether they are faster there depends on the processor: calibrate has seen them 26 times slower."""
+    slow = Peaks(12e9, 35e9, "float32", "calibrated", "made for this test")
+    for clock, proposed in (("cuda", True), ("host", False)):
+        prefill = seen(figures(mbu=0.05, mfu=0.6), phase="prefill", peaks=slow, clock=clock)
+        found = findings(prefill, dtype="float32")
+        assert "compute_bound.less_work" in found
+        assert ("compute_bound.dtype" in found) is proposed
+
+
 def test_host_signals_come_before_settings() -> None:
     throttled = verdict("sync_bound", "host_between_steps", signs=("throttled",))
     assert advise(throttled, figures(), target())[0].finding == "sync_bound.throttled"

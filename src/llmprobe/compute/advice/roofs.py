@@ -167,7 +167,7 @@ COMPUTE = (
         _QUALITY,
         CAPTURE,
         "half_precision",
-        (When("dtype", "is", "float32"),),
+        (When("dtype", "is", "float32"), GPU),  # many processors multiply 16-bit types slower
         Change("dtype", "bfloat16"),
     ),
     Entry(
