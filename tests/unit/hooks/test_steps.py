@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -448,6 +449,39 @@ def test_the_last_steps_of_a_worker_that_is_gone_are_written(rig: Rig) -> None:
     assert len(rig.reader.read().steps) == 0
     rig.steps.forget()
     assert len(rig.reader.read().steps) == 1
+
+
+class Visited(HostClock):
+    """Notes which threads ask it: on a device each of them is made the device's own, and stays so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visitors: list[str] = []
+
+    def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
+        self.visitors.append(threading.current_thread().name)
+        return super().harvest(most)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_worker_that_goes_in_a_thread_of_the_host_is_written_elsewhere(rig: Rig, closed: bool) -> None:
+    """Which drops the last reference, or calls `disable`, and goes on with the device that it chose."""
+    clock = Visited()
+    rig.use(clock)
+    rig.probe.writers.append(rig.steps.write)
+    rig.run(new("a", 3))
+    if closed:
+        rig.probe.disarm()
+    thread = threading.Thread(target=rig.steps.forget, name="a thread of the host")
+    thread.start()
+    thread.join()
+    assert clock.visitors == []
+    for _ in range(2):
+        for write in list(rig.probe.writers):  # as the housekeeping thread
+            write()
+    assert rig.probe.writers == []
+    if not closed:
+        assert len(rig.reader.read().steps) == 1
 
 
 def test_of_a_plain_decode_only_references_are_kept(rig: Rig) -> None:

@@ -9,6 +9,7 @@ docs/decisions/what-the-step-path-writes.md.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from typing import Any
 
@@ -86,6 +87,7 @@ class WorkerSteps:
         self._probe = probe
         self._kv_cache_config: Any = None
         self._seam_missed = (0, 0)  # in how many steps in a row; the last of them
+        self._home = 0  # the engine's thread
         probe.on_paused.append(self._paused)
         probe.on_resumed.append(self._resumed)
         probe.open_ranges.append(self._in_range)
@@ -139,6 +141,7 @@ class WorkerSteps:
             encoder: what runs before it in a multimodal model.
         """
         self._clock, self._recorder, self._seam = clock, recorder, seam
+        self._home = threading.get_ident()
         self._immediate = self._parts = clock.immediate
         self._unseen_most = _UNSEEN_AT_MOST if clock.elsewhere else 0
         self._seam_missed = 0, 0
@@ -155,8 +158,10 @@ class WorkerSteps:
         self.armed = False
 
     def forget(self) -> None:
-        """The worker is gone."""
-        self._probe.guard.call("vllm.forget", self.write)
+        """The worker is gone. Called in whatever thread dropped it, or called `llmprobe.disable`."""
+        recorder, here = self._recorder, threading.get_ident() == self._home
+        if here and recorder is not None and not recorder.closed:
+            self._probe.guard.call("vllm.forget", self.write)
         self.armed = False
         if self._running.steps is self:
             self._running.steps = None
@@ -169,6 +174,15 @@ class WorkerSteps:
         ):
             if mine in calls:
                 calls.remove(mine)  # type: ignore[arg-type]
+        if not here and recorder is not None and not recorder.closed:
+            # Who asks a device's clock gets its device as the current one: no thread of the host's.
+            probe.writers.append(self._write_last)
+
+    def _write_last(self) -> None:
+        """What a worker that is gone has left. Runs in the housekeeping thread, once."""
+        self._probe.writers.remove(self._write_last)
+        self._records.write()
+        self._records.tell_lost()
 
     def entered(self, scheduled: Any) -> None:
         """``execute_model`` is entered, with a ``SchedulerOutput``."""
