@@ -75,10 +75,11 @@ class _NvtxRanges:
         if not in_part:
             return
         if in_part[-1]:
+            in_part[-1] = False
             self._domain.pop_range()
-        in_part[-1] = name is not None
         if name is not None:
             self._push(name, 0)
+            in_part[-1] = True  # only now: `end` pops what was pushed, no range around it
 
     def end(self) -> None:
         in_part = self._thread.in_part

@@ -130,3 +130,26 @@ def test_a_missing_or_unknown_nvtx_gives_silent_ranges(monkeypatch: pytest.Monke
     found.part("forward")
     found.part(None)
     found.end()
+
+
+def test_a_part_that_cannot_be_opened_closes_no_range_around_its_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A draft model's step lies inside one of the model that it drafts for."""
+    domain = Domain()
+    with_nvtx(monkeypatch, domain)
+    found = ranges(True)
+    found.begin("decode", 1)
+    found.begin("draft", 1)
+    domain.calls.clear()
+
+    def refuse(attributes: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(domain, "push_range", refuse)
+    with pytest.raises(RuntimeError):
+        found.part("forward")
+    found.end()
+    assert domain.calls.count("pop") == 1
+    found.end()
+    assert domain.calls.count("pop") == 2
