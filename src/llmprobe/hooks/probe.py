@@ -162,7 +162,7 @@ class Probe:
         Where a profiler listens, the engine's thread has its NVTX range to close before: it gets a second.
         """
         for paused in list(self.on_paused):
-            paused()
+            self.guard.call_even_inert("pause", paused)  # whatever fails there, the wrappers go
         end = time.monotonic() + _RANGES_SECONDS
         while any(is_open() for is_open in list(self.open_ranges)) and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)

@@ -218,6 +218,25 @@ def test_a_program_that_ends_waits_for_the_round_that_is_under_way(probe: Probe)
 
 
 @pytest.mark.swallows
+def test_the_wrappers_go_whatever_fails_before(probe: Probe) -> None:
+    """A step that cannot be given up: ``llmprobe off`` is not asked for twice."""
+
+    class Host:
+        def step(self) -> None:
+            pass
+
+    def refuse() -> None:
+        raise RuntimeError("the profiler is gone")
+
+    original = Host.step
+    probe.patch(Host, "step", lambda function, patch: lambda self: function(self))
+    probe.on_paused.insert(0, refuse)
+    probe.remove_patches()
+    assert Host.step is original
+    assert sum(probe.guard.errors.values()) == 1
+
+
+@pytest.mark.swallows
 def test_what_was_kept_when_the_probe_gives_up_is_written_once(probe: Probe) -> None:
     recorder = probe.recorder
     assert recorder is not None
