@@ -19,12 +19,15 @@ class Connection(H11Protocol):
 
     #: How long a request's head may take, from the connection or from its first byte.
     head_seconds: ClassVar[float] = 10.0
+    #: How long nothing of an answer may be taken, once all buffers are full.
+    take_seconds: ClassVar[float] = 30.0
     most: ClassVar[int] = MOST_CONNECTIONS
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._waiting_since = self.loop.time()
         self._head_timer: asyncio.TimerHandle | None = None
+        self._take_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Make room for it, and wait for its first request, for a while."""
@@ -36,6 +39,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
         self._stop_head_timer()
+        self._stop_take_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -47,6 +51,17 @@ class Connection(H11Protocol):
         """Wait for the next request."""
         self._waiting_since = self.loop.time()
         super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """Wait for the caller to take what is written, for a while: uvicorn keeps it for ever."""
+        super().pause_writing()
+        self._stop_take_timer()
+        self._take_timer = self.loop.call_later(self.take_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It was taken."""
+        self._stop_take_timer()
+        super().resume_writing()
 
     def _end_longest_waiting(self) -> None:
         """Where there is none, as all have a request that is being answered, uvicorn answers 503."""
@@ -75,6 +90,11 @@ class Connection(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_take_timer(self) -> None:
+        if self._take_timer is not None:
+            self._take_timer.cancel()
+            self._take_timer = None
 
     def _end_without_head(self) -> None:
         self._head_timer = None

@@ -75,10 +75,11 @@ class Limits:
                     raise _too_many(1.0)
             elif self._bounded:
                 budget = self._scrapes if scope["path"] in PUBLIC_PATHS else self._reads
-                if empty := budget.empty_seconds():
-                    await hold(scope, receive, self._hold_seconds)
-                    raise _too_many(empty)
             body = await asyncio.wait_for(_body(receive), self._body_seconds)
+            # Nothing waits between this and the handler: of many who ask at once each finds what is left.
+            if budget is not None and body is not None and (empty := budget.empty_seconds()):
+                await hold(scope, receive, self._hold_seconds)
+                raise _too_many(empty)
         except asyncio.TimeoutError:
             late = Problem(408, f"The body took over {self._body_seconds:g} s.", "Send it at once.")
             await late.response()(scope, receive, send)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -105,6 +106,23 @@ def test_nor_does_one_that_comes_bit_by_bit_go_on_for_ever(
                     raise ConnectionResetError
             except TimeoutError:
                 continue
+
+
+def test_an_answer_that_nobody_takes_is_not_kept(
+    callers: Callers, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection is ended, not only closed: that waits until all is taken, and the answer with it."""
+    lost, losing = threading.Event(), Connection.connection_lost
+
+    def connection_lost(self: Connection, exc: Exception | None) -> None:
+        losing(self, exc)
+        lost.set()
+
+    monkeypatch.setattr(Connection, "take_seconds", 0.1)
+    monkeypatch.setattr(Connection, "connection_lost", connection_lost)
+    monkeypatch.setattr(state.reader, "recent_steps", lambda last: ["x" * (32 << 20)])  # than any buffer
+    callers.connect(b"GET /api/steps HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert lost.wait(SECONDS)
 
 
 def test_an_answer_may_take_longer_than_a_head(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import http.client
 import logging
@@ -10,6 +11,7 @@ import threading
 from collections import Counter
 from typing import Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -97,6 +99,22 @@ def test_who_reads_without_a_token_gets_a_share_of_a_core(
     assert int(bare.get("/api/steps").headers["retry-after"]) >= 1
     assert bare.get("/metrics").status_code == 200  # scrapes have a share of their own
     assert worked[0] == 0.5 * 4 + 0.5  # nothing was done for those that were refused
+
+
+def test_of_many_who_ask_at_once_none_gets_more_than_that(
+    standing_still: None, worked: list[float], state: State, token: Token
+) -> None:
+    """All have asked before the first is answered."""
+    working(state, worked, 0.5)
+    app = create_app(state, door_for("127.0.0.1", token, token_file_given=False))
+
+    async def ask_at_once() -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=HERE) as bare:
+            answers = await asyncio.gather(*(bare.get("/api/status") for _ in range(20)))
+            return [one.status_code for one in answers]
+
+    assert Counter(asyncio.run(ask_at_once())) == {200: 4, 429: 16}
 
 
 def test_scrapes_have_an_end_too_and_do_not_use_up_the_rest(
