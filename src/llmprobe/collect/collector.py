@@ -347,7 +347,7 @@ class Collector:
         )
         if not engines:
             ranks = [without_gaps(rank) for rank in ranks]
-        missing = what_is_missing(list(zip(ranks, found, strict=True)), engines, self._telemetry)
+        missing = what_is_missing(ranks, engines, self._telemetry)
         notes = sorted({note for process in processes for note in process.facts.get("notes", ())})
         notes += [f"rank {rank.rank}: {note}" for rank in ranks if rank.gpu for note in rank.gpu.notes]
         notes += self._notes

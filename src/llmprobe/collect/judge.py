@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llmprobe.collect.peaks import measurable
 from llmprobe.collect.process import Rank
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure, advise_stall
@@ -112,7 +113,6 @@ class Judge:
             for phase in phases:
                 state = self._states.get((key, phase), Steady())
                 tokens = functools.partial(rank.tokens, since, now_ns, (layout.PHASES.index(phase),))
-                no_model = f"no model of the work: {rank.model_problem}" if rank.model is None else ""
                 seen = Observation(
                     phase,
                     long_seconds,
@@ -124,7 +124,8 @@ class Judge:
                     counters=_counters_within(shown, long_seconds),
                     host=shown.host,
                     one_graph=launched_whole(shown.facts.get("flags") or {}, phase, tokens),
-                    no_model=no_model,
+                    no_model=shown.no_model,
+                    no_peaks=shown.no_peaks,
                     running=_running(shown, phase),
                 )
                 found = long.get(phase)
@@ -297,4 +298,5 @@ def _target(view: ServerView, rank: RankView | None = None) -> Target:
         view.flags,
         pid if isinstance(pid, int) else None,
         clock=rank.clock if rank else "",
+        measurable=rank is None or measurable(rank.facts),
     )

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmprobe.collect.peaks import why_no_peaks
-from llmprobe.collect.process import Rank
 from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.views import EngineView, RankView
 
 
 def what_is_missing(
-    ranks: Sequence[tuple[RankView, Rank]], engines: Sequence[EngineView], telemetry: Telemetry | None
+    ranks: Sequence[RankView], engines: Sequence[EngineView], telemetry: Telemetry | None
 ) -> dict[str, str]:
     """Figure → why a server has none.
 
     Args:
-        ranks: the view of each rank and where it comes from.
+        ranks: its ranks.
         engines: as its front ends tell of them; none if no front end is recorded.
         telemetry: looks at its GPUs; None if nobody does.
     """
@@ -28,19 +26,13 @@ def what_is_missing(
         )
     if not ranks:
         missing["device_time_seconds"] = "no worker of this server is being recorded"
-    for view, rank in ranks:
-        if rank.model is None:
-            missing["mbu_ratio"] = missing["mfu_ratio"] = f"no model of the work: {rank.model_problem}"
-        elif rank.peaks is None:
-            device = view.facts.get("device") or {}
-            name = device.get("name", "this device")
-            if view.gpu is not None and view.gpu.mig:
-                name = f"a MIG slice of {name}"
-            missing["mbu_ratio"] = missing["mfu_ratio"] = why_no_peaks(view.facts, name)
+    for rank in ranks:
+        if why := rank.no_model or rank.no_peaks:
+            missing["mbu_ratio"] = missing["mfu_ratio"] = why
         if telemetry is not None:
-            missing |= telemetry.missing(view.facts)
-        if not view.kernels:
-            missing["launch_gap"] = _no_windows(view)
+            missing |= telemetry.missing(rank.facts)
+        if not rank.kernels:
+            missing["launch_gap"] = _no_windows(rank)
     return missing
 
 

@@ -135,17 +135,25 @@ def attainable_for(facts: Mapping[str, Any], path: Path | None = None) -> Peaks 
     return _measured(device, dtype, "attainable", path)
 
 
-def why_no_peaks(facts: Mapping[str, Any], name: str) -> str:
+def measurable(facts: Mapping[str, Any]) -> bool:
+    """Whether ``llmprobe calibrate`` measures the products of a worker, as far as that is known."""
+    device, dtype = _device_and_dtype(facts)
+    return not dtype or canonical_dtype(dtype) in (CPU_DTYPES if device.get("type") == "cpu" else GPU_DTYPES)
+
+
+def why_no_peaks(facts: Mapping[str, Any], *, mig: bool = False) -> str:
     """Where `peaks_for` finds none: for which products there are none, and what helps.
 
     Args:
         facts: a journal's, as of `peaks_for`.
-        name: what the device is called.
+        mig: the device is a slice of a GPU.
     """
     device, dtype = _device_and_dtype(facts)
-    kind = canonical_dtype(dtype)
-    said = f"no peak rates for {name}" + (f" in {kind or dtype}" if dtype else "")
-    if dtype and kind not in (CPU_DTYPES if device.get("type") == "cpu" else GPU_DTYPES):
+    name = str(device.get("name") or "this device")
+    if mig:
+        name = f"a MIG slice of {name}"
+    said = f"no peak rates for {name}" + (f" in {canonical_dtype(dtype) or dtype}" if dtype else "")
+    if not measurable(facts):
         return f"{said}: none are published, and `llmprobe calibrate` measures no such products there"
     return f"{said}: run `llmprobe calibrate`"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from llmprobe.collect.peaks import why_no_peaks
 from llmprobe.collect.process import Rank
 from llmprobe.collect.stalls import find_stall, running_step
 from llmprobe.collect.telemetry import Telemetry
@@ -42,6 +43,7 @@ def rank_view(
     since = rank.running_since()
     armed = bool(process.load.armed) if process.load is not None else True
     inert = bool(process.load.inert) if process.load is not None else False
+    gpu = telemetry.gpu(facts) if telemetry else None
     steps = {phase: counters[f"steps_{phase}"] for phase in layout.PHASES if counters[f"steps_{phase}"]}
     return RankView(
         engine=process.engine,
@@ -70,6 +72,8 @@ def rank_view(
         dropped=counters["dropped"],
         lost=process.lost,
         attainable=rank.attainable,
+        no_model="" if rank.model is not None else f"no model of the work: {rank.model_problem}",
+        no_peaks="" if rank.peaks is not None else why_no_peaks(facts, mig=gpu is not None and gpu.mig),
         one_graph=frozenset(phase for phase in steps if _one_graph(rank, phase, since_ns, now)),
         operator_floors={
             phase: {name: list(sums) for name, sums in of_phase.items()}
@@ -77,7 +81,7 @@ def rank_view(
         },
         counters=telemetry.counters(facts) if telemetry else None,
         counters_lately=telemetry.counters_lately(facts) if telemetry else None,
-        gpu=telemetry.gpu(facts) if telemetry else None,
+        gpu=gpu,
         host=watches.signals(process),
         host_totals=watches.totals(process),
         kernels=rank.windows.evidence(now),

@@ -119,6 +119,9 @@ class RankView:
     recent: list[dict[str, Any]] = field(default_factory=list)
     #: What the device was measured to attain; None where it was not.
     attainable: Peaks | None = None
+    #: Why there is no model of the work, and why there are no peaks; empty where there are.
+    no_model: str = ""
+    no_peaks: str = ""
     #: Phases whose steps of the last 30 s were launched as one CUDA graph each (`llmprobe.compute.graphs`).
     one_graph: frozenset[str] = frozenset()
     #: Cumulative, as `device_time`: phase → operator → seconds of floor by memory, by compute.

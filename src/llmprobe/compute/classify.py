@@ -141,7 +141,7 @@ class _Case:
         if self._mbu is None or self._mfu is None:
             cause = "no_peaks" if self._seen.peaks is None and not self._seen.no_model else "no_model"
             why = self._seen.no_model or (
-                "no peak rates for this device: run `llmprobe calibrate`"
+                self._seen.no_peaks or "no peak rates for this device: run `llmprobe calibrate`"
                 if cause == "no_peaks"
                 else f"the work of {self._seen.phase} steps is not modelled"
             )

@@ -55,6 +55,7 @@ class Observation:
         host: of the engine's process.
         one_graph: each step was launched as one CUDA graph, see `llmprobe.compute.graphs`.
         no_model: why MBU and MFU are not known, if that is a matter of the model.
+        no_peaks: why there are no peaks, if more of it is known than that.
         running: a step of it that has not ended; None where there is none.
         problems: contradictions that were found elsewhere; any makes the verdict `UNKNOWN`.
     """
@@ -70,6 +71,7 @@ class Observation:
     host: HostSignals | None = None
     one_graph: bool = False
     no_model: str = ""
+    no_peaks: str = ""
     running: RunningStep | None = None
     problems: tuple[str, ...] = ()
 

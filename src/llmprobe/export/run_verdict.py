@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from llmprobe.collect.peaks import measurable
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
@@ -67,7 +68,8 @@ def run_verdict(
         view.flags,
         pid if isinstance(pid, int) else None,
         running=False,
-        clock=view.ranks[0].clock if view.ranks else "",
+        clock=view.ranks[0].clock if recorded else "",
+        measurable=not recorded or measurable(view.ranks[0].facts),
     )
     advice: dict[str, tuple[Advice, ...]] = {
         phase: advise(verdict, max(told[phase], key=lambda item: item[0])[2], target)
@@ -100,7 +102,8 @@ def _observation(
         counters=looked.counters,
         host=looked.host,
         one_graph=phase in looked.one_graph,
-        no_model="" if rank.facts.get("model") else "the model of the work is not known",
+        no_model=rank.no_model,
+        no_peaks=rank.no_peaks,
     )
 
 

@@ -13,7 +13,7 @@ from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerVi
 
 SCHEMA_VERSION = 1
 
-# Shown elsewhere: histograms on /metrics, single steps at /api/steps.
+# Shown elsewhere: histograms on /metrics, single steps at /api/steps, what is missing of the server.
 _LEFT_OUT = {
     "latency",
     "step_duration",
@@ -24,6 +24,8 @@ _LEFT_OUT = {
     "journal",
     "journals",
     "one_graph",
+    "no_model",
+    "no_peaks",
 }
 
 

@@ -452,3 +452,34 @@ def test_the_model_of_these_tests_moves_what_they_say() -> None:
     operators = MODEL["operators"]
     weights = operators["linear"]["bytes"] + operators["head"]["bytes"]  # type: ignore[index]
     assert weights + 11 * 100 == 901_100
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unmodelled", "cause", "says", "calibrate"),
+    [
+        ("bfloat16", [], "no_peaks", "no peak rates for A GPU in bfloat16: run `llmprobe calibrate`", True),
+        ("nvfp4", [], "no_peaks", "no peak rates for A GPU in fp4: none are published, and", False),
+        ("bfloat16", ["a part of it"], "no_model", "no model of the work: a part of it", False),
+    ],
+)
+def test_what_is_missing_is_said_alike_everywhere_and_nobody_is_sent_to_measure_in_vain(
+    tmp_path: Path, dtype: str, unmodelled: list[str], cause: str, says: str, calibrate: bool
+) -> None:
+    world = World(tmp_path, peaks=lambda facts: None)
+    world.server.worker.update_facts(
+        device={"type": "cuda", "name": "A GPU", "uuid": "GPU-1"},
+        model={**MODEL, "compute_dtype": dtype, "unmodelled": unmodelled},
+    )
+    world.seconds(15)
+    view = world.second()
+    world.server.close()
+    (ended,) = report([view])["servers"]
+    live, found = view.verdicts["decode"], ended["verdicts"]["decode"]
+    assert (live.cause, found["cause"]) == (cause, cause)
+    assert live.reason == found["reason"] == view.missing["mbu_ratio"]
+    assert live.reason.startswith(says)
+    looks = {item.look for item in view.advice["decode"]}
+    after = {item["look"] for item in ended["advice"]["decode"]}
+    assert looks
+    assert after
+    assert ("llmprobe calibrate" in looks, "llmprobe calibrate" in after) == (calibrate, calibrate)

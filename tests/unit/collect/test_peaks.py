@@ -148,7 +148,10 @@ def test_a_type_that_a_processor_lacks_is_no_roof_below_float32():
     ],
 )
 def test_why_there_are_none_names_the_products_and_what_helps_if_anything_does(kind, dtype, said):
-    assert why_no_peaks(facts({"type": kind}, dtype), "Some GPU").startswith(said)
+    assert why_no_peaks(facts({"type": kind, "name": "Some GPU"}, dtype)).startswith(said)
+    sliced = why_no_peaks(facts({"type": kind, "name": "Some GPU"}, dtype), mig=True)
+    assert sliced.startswith(said.replace("Some GPU", "a MIG slice of Some GPU"))
+    assert why_no_peaks({}) == "no peak rates for this device: run `llmprobe calibrate`"
 
 
 def test_products_in_fp8_and_int8_have_rates_of_their_own(path):

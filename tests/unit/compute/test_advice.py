@@ -31,7 +31,7 @@ from .verdicts import counters, figures, kernels, seen, verdict
 
 SRC = Path(__file__).resolve().parents[3] / "src/llmprobe"
 ABOUT = {"@framework", "@clock", "@phase", "@operator", "@healthy", "@kv_usage", "@waiting"} | {
-    *("@batch", "@batch_ratio", "@running_ratio", "@front_end_wait")
+    *("@measurable", "@batch", "@batch_ratio", "@running_ratio", "@front_end_wait")
 }
 #: A stall lies in a step or between two.
 WHERE = ("step", "between_steps")

@@ -26,7 +26,7 @@ MOST = 4  #: findings a phase: more is no advice
 class Target:
     """What is advised: a server, its engine's flags by their own names, and the process of one rank.
 
-    ``clock`` is that of its steps.
+    ``clock`` is that of its steps. ``measurable``: ``llmprobe calibrate`` measures what it multiplies in.
     """
 
     server: str
@@ -35,6 +35,7 @@ class Target:
     pid: int | None = None
     running: bool = True  # else a finished run is advised upon
     clock: str = ""
+    measurable: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def advise(verdict: Verdict, figures: PhaseFigures | None, target: Target) -> tu
         **target.flags,
         "@framework": target.framework,
         "@clock": verdict.clock,
+        "@measurable": target.measurable,
         "@phase": verdict.phase,
         "@operator": verdict.bound_by_operator,
         "@healthy": verdict.healthy,

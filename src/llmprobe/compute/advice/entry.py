@@ -15,11 +15,11 @@ Operation = Literal[
 class When:
     """A condition on one fact: an engine flag by its own name, or one of these about the verdict:
 
-    ``@framework`` · ``@clock`` · ``@phase`` · ``@operator`` · ``@healthy`` · ``@sign.NAME``
-    (`llmprobe.compute.signs.SIGNS`) · ``@batch`` (sequences that decode in a step) · ``@batch_ratio`` and, of
-    pressure, ``@running_ratio`` (how many decode, or run, of ``max_num_seqs``), ``@front_end_wait`` (share of
-    the time that the front end's thread is known to have waited for a core). A fact that is not known
-    fulfils ``is_not`` and ``absent`` alone.
+    ``@framework`` · ``@clock`` · ``@measurable`` (by ``llmprobe calibrate``) · ``@phase`` · ``@operator`` ·
+    ``@healthy`` · ``@sign.NAME`` (`llmprobe.compute.signs.SIGNS`) · ``@batch`` (sequences that decode in a
+    step) · ``@batch_ratio`` and, of pressure, ``@running_ratio`` (how many decode, or run, of
+    ``max_num_seqs``), ``@front_end_wait`` (share of the time that the front end's thread is known to have
+    waited for a core). A fact that is not known fulfils ``is_not`` and ``absent`` alone.
     ``above_fact`` compares with the fact that ``value`` names; so does ``doubled_at_most_fact``, with twice
     the fact: what a change to ``x2`` would set.
     """

@@ -55,6 +55,17 @@ NOT_JUDGED = (
         "No peak rates are published for this device: measure them once.",
         "It loads the device for about a minute: not beside a server under load.",
         "llmprobe calibrate",
+        when=(When("@measurable"),),
+    ),
+    Entry(
+        "unknown.no_rates",
+        _UNKNOWN,
+        "no_peaks",
+        "No peak rates are published for what this model multiplies in here, and none can be measured: which "
+        "kernels take the time can be seen all the same.",
+        "None.",
+        CAPTURE,
+        when=(When("@measurable", "is", False),),
     ),
     Entry(
         "unknown.no_kernel_windows",
