@@ -257,3 +257,27 @@ def test_layers_with_different_experts_are_not_modelled() -> None:
     other.top_k = 4
     found = measure(Model(first=RoutedExperts(), second=other), True)
     assert found["unmodelled"] == ["experts: layers differ in how many there are or how many serve a token"]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["first", "mlp.experts"])
+def test_what_vllm_puts_round_a_layer_for_adapters_is_no_layer_of_its_own(
+    device_type: str, name: str
+) -> None:
+    """With ``--enable-lora`` each is wrapped, adapters or not, and the wrapper has the sizes too."""
+
+    class WithLoRA(nn.Module):  # type: ignore[misc]
+        def __init__(self, base_layer: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base_layer
+            for size, value in vars(base_layer).items():
+                if not size.startswith("_") and size != "training":
+                    setattr(self, size.removesuffix("_per_partition") if name == "first" else size, value)
+            self.lora_a_stacked = (torch.zeros(1, 1, 4, 16),)
+
+    def measured(put: Any) -> dict[str, Any]:
+        model = Model(lm_head=ParallelLMHead(WORDS, HIDDEN), mlp=nn.Module())
+        model.set_submodule(name, put(Linear(16, 8) if name == "first" else RoutedExperts()))
+        return measure(model, device_type=device_type)
+
+    assert measured(WithLoRA) == measured(lambda layer: layer)

@@ -214,7 +214,7 @@ def _is_input(name: str) -> bool:
 
 def _matmul_params(kind: str, module: Any) -> int:
     """Logical parameters that take part in matrix products, whatever their stored form."""
-    if kind == "embedding":
+    if kind == "embedding" or "base_layer" in module._modules:  # round it for adapters, with the same sizes
         return 0
     for suffix in ("_per_partition", ""):  # replicated layers name only the whole sizes
         rows, columns = (getattr(module, f"{side}_size{suffix}", None) for side in ("output", "input"))
