@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -462,6 +463,12 @@ def test_after_a_run_nobody_is_sent_to_a_process_that_ended() -> None:
     ended = Target("vllm-8000", "vllm", {**VLLM_FLAGS, "async_scheduling": False}, 4711, running=False)
     looks = [item.look for item in advise(busy, figures(), ended)]
     assert set(looks) == {"llmprobe run --nsys -- COMMAND"}
+    under = load(kv_usage=0.99, waiting=9, running=16, front_end=thread(1.0))
+    found = worst(pressures(under, Thresholds()))
+    ended = dataclasses.replace(ended, flags={**VLLM_FLAGS, "kv_cache_dtype": "fp8", "api_server_count": 1})
+    for kind in ("kv_cache", "front_end"):  # its memory is free again, and its threads are gone
+        looks = [item.look for item in advise_pressure(found[kind], under, ended)]
+        assert set(looks) == {"llmprobe run -- COMMAND"}
 
 
 @pytest.mark.parametrize("where", WHERE)

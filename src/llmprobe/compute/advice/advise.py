@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmprobe.compute.advice.entry import TOP, Change, Entry
+from llmprobe.compute.advice.entry import OF_NOW, Change, Entry
 from llmprobe.compute.advice.gain import GAINS
 from llmprobe.compute.advice.table import ENTRIES
 from llmprobe.compute.figures import PhaseFigures
@@ -158,7 +158,7 @@ def _look(look: str, target: Target) -> str:
     if not target.running:
         if "{server}" in look or "{pid}" in look:
             return _RECORD
-        if "{metrics}" in look or look == TOP:
+        if "{metrics}" in look or look in OF_NOW:
             return _AGAIN
     served = _SERVED.fullmatch(target.server)
     return look.format(

@@ -106,6 +106,10 @@ CAPTURE = "llmprobe capture {server} --seconds 2"
 #: Which kernels take the time, by class and by name; the cheapest look at a GPU that there is.
 KERNELS = "llmprobe capture {server} --tool kernels --seconds 2"
 TOP = "llmprobe top"  #: where there is nothing to look into, only to watch
+THREADS = "top -H -b -n 1 | head -n 20"
+MEMORY_IN_USE = "nvidia-smi --query-gpu=index,memory.used,memory.total --format=csv"
+#: What looks at whatever runs, and once that has ended shows nothing of it.
+OF_NOW = (TOP, THREADS, MEMORY_IN_USE)
 
 
 def vllm_metrics(pattern: str) -> str:

@@ -6,8 +6,10 @@ from llmprobe.compute.advice.entry import (
     CAPTURE,
     GPU,
     KERNELS,
+    MEMORY_IN_USE,
     ROOM,
     SEQS_FIT_TWICE,
+    THREADS,
     TOP,
     VLLM,
     Change,
@@ -16,7 +18,6 @@ from llmprobe.compute.advice.entry import (
     vllm_metrics,
 )
 
-_THREADS = "top -H -b -n 1 | head -n 20"
 _UNKNOWN = "unknown"
 _PREEMPTED = vllm_metrics("(num_preemptions|kv_cache_usage_perc|cache_config_info)")
 _STACKS = "py-spy dump --native --pid {pid}"
@@ -129,7 +130,7 @@ PRESSURE = (
         "kv_cache",
         "The KV cache is full while part of the device's memory is left to others.",
         "Too much runs out of memory at a peak of activations.",
-        "nvidia-smi --query-gpu=index,memory.used,memory.total --format=csv",
+        MEMORY_IN_USE,
         "",
         (VLLM, GPU, When("gpu_memory_utilization", "at_most", 0.92)),
         Change("gpu_memory_utilization", 0.95),
@@ -224,7 +225,7 @@ PRESSURE = (
         "front_end",
         "The front end waits for a core: others use those that it may run on, or a CPU quota stops it.",
         "Cores given to the front end are missing elsewhere.",
-        _THREADS,
+        THREADS,
         "",
         (_CROWDED,),
     ),
@@ -234,7 +235,7 @@ PRESSURE = (
         "front_end",
         "Each process of the front end reads requests and sends their tokens: more of them share that work.",
         "A core and some memory for each more; processors of multimodal inputs cache in each of them.",
-        _THREADS,
+        THREADS,
         "",
         (VLLM, When("api_server_count", "known"), _NOT_CROWDED),  # else they wait for cores too
         Change("api_server_count", "x2"),
@@ -245,7 +246,7 @@ PRESSURE = (
         "front_end",
         "Each token of a stream is sent by itself: several in one piece leave the front end time.",
         "Streams come in larger pieces, the first token as before; clients may show that as stutter.",
-        _THREADS,
+        THREADS,
         "",
         (VLLM, When("api_server_count", "known"), When("stream_interval", "at_most", 1)),
         Change("stream_interval", 10),
@@ -256,7 +257,7 @@ PRESSURE = (
         "front_end",
         "One thread of the front end turns tokens into text and JSON and sends them: it can hardly keep up.",
         "Less of it (logprobs, stop strings, tools, streams), or a faster core.",
-        _THREADS,
+        THREADS,
     ),
 )
 
