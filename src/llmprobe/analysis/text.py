@@ -46,6 +46,8 @@ def _trust(report: Content) -> list[str]:
         "limited": "Trust this only in part:",
         "untrusted": "DO NOT TRUST THIS RECORDING:",
     }
+    if {one.check for one in report.trust.reasons if one.level == "untrusted"} == {"cuda_not_traced"}:
+        words["untrusted"] = "Nothing about a GPU can be told from this:"  # what the host did can
     lines = [words[report.trust.verdict]] if words[report.trust.verdict] else []
     for reason in report.trust.reasons:
         lines += _wrapped("  note: " if reason.level == "note" else "  - ", reason.text)

@@ -98,11 +98,15 @@ def _nothing(trace: Trace) -> list[Reason]:
             )
         ]
     if not trace.cuda_traced:
-        how = "activities=[ProfilerActivity.CUDA], if there is a GPU"
+        how = "activities=[ProfilerActivity.CUDA]"
         if trace.source.tool == "nsys":
             how = "--trace cuda,nvtx"
         return [
-            Reason("cuda_not_traced", UNTRUSTED, f"GPU work was not recorded at all: record it with {how}")
+            Reason(
+                "cuda_not_traced",
+                UNTRUSTED,
+                f"no GPU work was recorded: that is all where there is no GPU, else record with {how}",
+            )
         ]
     launches = int((_called(trace, _KERNEL_LAUNCH) | _called(trace, _GRAPH_LAUNCH)).sum())
     if launches:

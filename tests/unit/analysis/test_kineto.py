@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llmprobe.analysis import AnalysisError, analyze, json_stream
 from llmprobe.analysis.json_stream import Document
+from llmprobe.analysis.text import render
 
 from .kineto_file import KinetoFile, decoding
 
@@ -32,6 +33,9 @@ def test_host_operators_of_a_real_trace_are_those_of_key_averages() -> None:
         assert ours[name].self_seconds == pytest.approx(own_us / 1e6, rel=1e-3, abs=1e-9), name
     assert report.gpus == []
     assert report.trust.verdict == "untrusted"
+    text = render(report)
+    assert "Nothing about a GPU can be told" in text
+    assert "DO NOT TRUST" not in text  # what the host did may be
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
