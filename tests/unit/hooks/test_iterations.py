@@ -185,6 +185,20 @@ def test_a_front_end_that_is_replaced_leaves_what_it_noted_to_the_next(
     assert reader.counters()["sum_ns_time_to_first_token"] == 5_000_000
 
 
+@pytest.mark.swallows
+def test_after_disable_and_enable_errors_are_the_new_probes(journal: Journal, tmp_path: Path) -> None:
+    """Readers learn of them, and it gives up: the earlier probe is there no longer."""
+    recorder, _ = journal
+    before, _ = front_end(journal, tmp_path)
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    after = FrontEnd(probe, None, [], before=before)
+    after._engines[0] = Engine(0, recorder)
+    after.record(None, SimpleNamespace(time_to_first_tokens_iter=[]), 0)  # of a vLLM that says something else
+    after.look(True)
+    assert sum(probe.guard.errors.values()) == 1
+    assert not before._probe.guard.errors
+
+
 def test_an_iteration_with_many_first_tokens_has_them_all(journal: Journal, tmp_path: Path) -> None:
     """Such as the first one of a program that asks a thousand short questions."""
     recorder, reader = journal

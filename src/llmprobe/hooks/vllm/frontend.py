@@ -46,7 +46,10 @@ class FrontEnd:
         """
         self._probe = probe
         self._first_tokens = FirstTokens()
-        self._iterations: Iterations = before._iterations if before else Iterations(probe.guard.failed)
+        if before is not None and before._probe is probe:
+            self._iterations: Iterations = before._iterations
+        else:  # after `llmprobe.disable` it is another's, whose journals are closed and errors not read
+            self._iterations = Iterations(probe.guard.failed)
         self._heard = True  # as of the last `look`
         #: When outputs were made and handed to their streams of which nobody has said yet which engine's.
         self._made: tuple[float | None, int] = NOT_MADE
