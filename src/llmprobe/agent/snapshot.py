@@ -83,7 +83,10 @@ def build(
         SnapshotError: there is no journal that could be read, and no status.
     """
     now_ns, now = time.monotonic_ns(), time.time()
-    paths = sorted((directory / "journals").glob("*.journal"))
+    try:
+        paths = sorted((directory / "journals").glob("*.journal"))
+    except OSError as error:
+        raise SnapshotError(f"cannot look into {directory}: {os.strerror(error.errno or 0)}") from None
     processes: list[dict[str, Any]] = []
     unread: dict[str, str] = {}
     readers: list[tuple[dict[str, Any], JournalReader]] = []

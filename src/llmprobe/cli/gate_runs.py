@@ -75,14 +75,18 @@ def files(side: str) -> list[Path]:
     found: list[Path] = []
     for part in filter(None, side.split(",")):
         path = Path(part)
-        if path.is_dir():
-            more = sorted(path.glob("*.json"))
-        elif path.exists():
-            more = [path]
-        else:
-            more = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        try:
+            if folder := path.is_dir():
+                more = sorted(path.glob("*.json"))
+            elif path.exists():
+                more = [path]
+            else:
+                more = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        except (OSError, ValueError) as error:  # a folder that must not be searched, no pattern
+            why = getattr(error, "strerror", None) or error
+            raise RunError(f"cannot look for {part!r}: {why}") from None
         if not more:
-            what = "holds no *.json" if path.is_dir() else "does not exist"
+            what = "holds no *.json" if folder else "does not exist"
             raise RunError(f"{part!r} {what}; `llmprobe run --output FILE -- COMMAND` makes one")
         found += more
     if not found:

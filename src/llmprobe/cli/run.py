@@ -118,13 +118,16 @@ def run(
 
 def _cannot_save(path: Path) -> str:
     """Why a file cannot be written, as far as that shows before; else empty. Nothing is changed."""
-    if path.is_dir():
-        return "it is a directory"
-    if path.exists():
-        return "" if os.access(path, os.W_OK) else "it must not be written"
     folder = path.parent
-    if not folder.is_dir():
-        return f"{folder} is no directory" if folder.exists() else f"there is no directory {folder}"
+    try:
+        if path.is_dir():
+            return "it is a directory"
+        if path.exists():
+            return "" if os.access(path, os.W_OK) else "it must not be written"
+        if not folder.is_dir():
+            return f"{folder} is no directory" if folder.exists() else f"there is no directory {folder}"
+    except OSError as error:  # a folder that must not be searched, a name that is too long
+        return os.strerror(error.errno or 0)
     return "" if os.access(folder, os.W_OK | os.X_OK) else f"no file can be made in {folder}"
 
 

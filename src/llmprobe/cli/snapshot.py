@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def snapshot(
         return
     directory = settings_or_fail().directory
     target = output or Path(snapshots.default_name(time.time()))
-    if target.exists():
+    if os.path.lexists(target):  # Path's own raises where a folder must not be searched
         fail(f"{target} exists; name another file with --output", code=2)
     status, no_status = _status(directory)
     try:

@@ -232,6 +232,9 @@ def test_the_command_refuses_what_exists_and_contradicting_options(directory: Pa
     assert "mine.json.gz exists" in refused.stderr
     assert run(directory, "--show", path, "--output", path).exit_code == 2
     assert run(directory, "--show", tmp_path / "none").exit_code == 1
+    too_long = "x" * 300
+    assert too_long in run(directory, "--output", too_long).stderr
+    assert "File name too long" in run(tmp_path / too_long).stderr
 
 
 def shown(path: Path, document: dict[str, Any]) -> tuple[int, str]:

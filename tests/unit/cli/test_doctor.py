@@ -95,7 +95,7 @@ def test_directory_of_another_user_is_broken(tmp_path):
 
 
 def test_room_is_looked_for_where_the_directory_will_be(tmp_path):
-    check = probe.shared_memory(tmp_path / "not" / "yet")
+    check = probe.shared_memory(tmp_path / "not" / "yet" / ("x" * 300))  # a name that no look takes
     assert str(tmp_path) in check.found
 
 

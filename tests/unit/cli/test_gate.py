@@ -220,6 +220,13 @@ def test_a_missing_file_and_an_empty_directory_are_named(tmp_path: Path) -> None
     assert "holds no *.json" in gate(base, tmp_path / "empty", "--max-regression", "tpot=5%").stderr
 
 
+@pytest.mark.parametrize("side", ["x" * 300, "a/**b"])
+def test_a_side_that_cannot_be_looked_for_is_said(tmp_path: Path, side: str) -> None:
+    result = gate(save(tmp_path / "a.json"), side, "--max-regression", "tpot=5%")
+    assert result.exit_code == 2
+    assert f"cannot look for {side!r}" in result.stderr
+
+
 def test_several_servers_ask_for_one(tmp_path: Path) -> None:
     path = tmp_path / "two.json"
     path.write_text(json.dumps(report([server("one"), server("two")])))

@@ -29,6 +29,7 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Compl
         ("none/x.json", "there is no directory none"),
         (".", "it is a directory"),
         ("file/x.json", "no directory"),
+        ("x" * 300, "File name too long"),
     ],
 )
 def test_a_report_that_cannot_be_saved_is_said_before_the_command_starts(

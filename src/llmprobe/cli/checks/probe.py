@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -144,4 +145,8 @@ def port(listen: tuple[str, int], path: Path) -> Check:
 
 def _existing(path: Path) -> Path:
     """``path`` or the nearest parent that is there."""
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+    for parent in (path, *path.parents):
+        with contextlib.suppress(OSError):  # one whose own parent must not be searched, a name too long
+            if parent.exists():
+                return parent
+    return Path("/")
