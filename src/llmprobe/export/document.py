@@ -47,6 +47,11 @@ def _lines() -> Iterator[str]:
         yield "| name | type | labels | source | meaning |"
         yield "|---|---|---|---|---|"
         yield from map(_row, section.families)
+        if section.values:
+            yield ""
+            yield "| label | value | meaning |"
+            yield "|---|---|---|"
+            yield from (f"| `{label}` | `{value}` | {text} |" for label, value, text in section.values)
     yield from _sizes()
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmprobe.export.catalogue import FAMILIES
+from llmprobe.compute.accounting import COMPONENTS, NO_PHASE
+from llmprobe.compute.steps import PHASES
+from llmprobe.export.catalogue import FAMILIES, SECTIONS
 from llmprobe.export.document import markdown
 from llmprobe.export.prometheus import ViewCollector, expose
 
@@ -83,6 +85,12 @@ def test_series_stay_within_the_budget() -> None:
 def test_metrics_page_is_what_the_generator_prints() -> None:
     page = ROOT / "docs/metrics.md"
     assert page.read_text() == markdown(), "python -m llmprobe.export.document > docs/metrics.md"
+
+
+def test_every_phase_and_component_is_explained() -> None:
+    told = {(label, value) for section in SECTIONS for label, value, _ in section.values}
+    assert {value for label, value in told if label == "component"} == set(COMPONENTS)
+    assert {value for label, value in told if label == "phase"} == {*PHASES, NO_PHASE}
 
 
 def _pages() -> list[Path]:

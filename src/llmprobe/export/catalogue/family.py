@@ -36,8 +36,12 @@ class Family:
 
 @dataclass(frozen=True)
 class Section:
-    """Families that belong together, under one heading of docs/metrics.md."""
+    """Families that belong together, under one heading of docs/metrics.md.
+
+    ``values``: label, value, what it says, for labels whose values do not speak for themselves.
+    """
 
     title: str
     text: str
     families: tuple[Family, ...]
+    values: tuple[tuple[str, str, str], ...] = ()

@@ -5,6 +5,32 @@ from __future__ import annotations
 from llmprobe.export import buckets
 from llmprobe.export.catalogue.family import RANK, SERVER, Family, Section
 
+_TIME = (
+    ("phase", "prefill", "the step worked on prompt tokens only"),
+    ("phase", "decode", "on generated tokens only, those of drafts that it checked included"),
+    ("phase", "mixed", "on both"),
+    ("phase", "draft", "a draft model's step"),
+    ("phase", "dummy", "a step without requests, which keeps data-parallel ranks together"),
+    ("phase", "encode", "the encoder of a multimodal model"),
+    ("phase", "none", "no step ran"),
+    ("component", "floor_memory", "the least time that memory traffic of the work takes at peak bandwidth"),
+    ("component", "floor_compute", "the same of operators whose FLOPs take longer than their traffic"),
+    ("component", "inefficiency", "kernels ran beyond the floor. Known from kernel windows only"),
+    ("component", "launch_gap", "nothing ran inside a step. Known from kernel windows only"),
+    ("component", "host_gap", "nothing ran between steps, with requests unfinished"),
+    ("component", "sample_gap", "nothing ran between a step's forward pass and its sampling"),
+    ("component", "communication", "only communication ran. Known from kernel windows only"),
+    ("component", "transfer", "only copies and sets ran. Known from kernel windows only"),
+    (
+        "component",
+        "unattributed",
+        "measured, but not told apart: without kernel windows all of a step beyond its floor (inefficiency, "
+        "launch_gap, communication and transfer together); time in which the probe was off; an encoder's",
+    ),
+    ("component", "blocked", "requests waited for what is no device work. Not measured yet, so absent"),
+    ("component", "no_work", "no request was unfinished"),
+)
+
 SECTIONS = (
     Section(
         "Device time",
@@ -40,6 +66,7 @@ SECTIONS = (
                 "bound where gaps inside a step are not known.",
             ),
         ),
+        _TIME,
     ),
     Section(
         "The verdict",
@@ -151,7 +178,8 @@ SECTIONS = (
                 "bytes",
                 (*RANK, "phase", "kind"),
                 ("modelled",),
-                "Least bytes the steps so far had to move through device memory, by kind.",
+                "Least bytes the steps so far had to move through device memory, by kind: weights, kv_read, "
+                "kv_write.",
             ),
             Family(
                 "llmprobe_estimated_flops_total",
