@@ -17,7 +17,7 @@ from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.accounting import IDLE_COMPONENTS
 from llmprobe.compute.evidence import CounterEvidence, KernelEvidence
 from llmprobe.compute.host import HostSignals
-from llmprobe.compute.pressure import Pressure
+from llmprobe.compute.pressure import Pressure, worst
 from llmprobe.compute.steady import SHORT_SECONDS, WINDOW_SECONDS
 
 #: Kinds of pressure that are of one moment. The others a run's totals tell.
@@ -26,6 +26,10 @@ MOMENTARY = ("kv_cache", "token_budget", "sequence_limit", "front_end")
 _ACTIVE_SHARE, _HIGH_SHARE = 0.1, 0.5
 #: Counters are means over 3 s and up to 1 s old; they speak for pending time only if that was all of it.
 _COUNTED_SECONDS, _COUNTED_SHARE = SHORT_SECONDS + 1, 0.9
+#: From which share of its time a run is one beside others on the GPU; below it, they are left out.
+_SHARED_SHARE = 0.1
+#: Host signals reach back for ten seconds and to the look before those, which may be a few more.
+_KEPT_SECONDS = 2 * WINDOW_SECONDS
 #: Share of their window from which host signals are those of work; below a tenth they are those of idling.
 _WORKING_SHARE, _LEAST_SHARE = 0.5, 0.1
 #: Kernel windows speak for a phase if they were good for so much of its time; graphs likewise for nearly all.
@@ -123,7 +127,7 @@ class _Server:
             self._looks[kind] = self._looks.get(kind, 0) + 1
             self._active[kind] = self._active.get(kind, 0) + found.active
             known = self._worst.get(kind)
-            if known is None or _badness(found) > _badness(known):
+            if known is None or worst((known, found))[kind] is found:
                 self._worst[kind] = found
                 if found.engine in engines:
                     self._moments[kind] = engines[found.engine]
@@ -148,10 +152,6 @@ class _Server:
         )
 
 
-def _badness(pressure: Pressure) -> tuple[bool, bool, float]:
-    return pressure.active, pressure.high, pressure.value
-
-
 @dataclass
 class _Rank:
     """Sums over looks. Weights are seconds of a phase, gaps included."""
@@ -164,7 +164,7 @@ class _Rank:
     tokens: dict[str, list[float]] = field(default_factory=dict)  # steps, prompt tokens, decode tokens
     windows: dict[str, _Mean] = field(default_factory=dict)
     counted: _Mean = field(default_factory=lambda: _Mean())
-    shared: bool = False
+    shared_seconds: float = 0.0  # in which others used the GPU too
     host: HostSignals | None = None
     host_share: float = 0.0
     first_total: float = 0.0  # seconds of all phases before the run
@@ -192,9 +192,9 @@ class _Rank:
             self._count_tokens(phase, rank)
         if worked > 0:
             self._look_around(rank, total, now)
-            self._look_at_counters(rank, total, now)
+            self._look_at_counters(rank, worked, total, now)
         self.looks.append((now, total))
-        while len(self.looks) > 1 and now - self.looks[1][0] >= WINDOW_SECONDS:
+        while len(self.looks) > 1 and now - self.looks[1][0] >= _KEPT_SECONDS:
             self.looks.popleft()
         self.steps, self.seconds = dict(rank.steps), seconds
         return worked > 0
@@ -209,8 +209,6 @@ class _Rank:
             sums[at] += steps * amount / figures.steps
 
     def _look_around(self, rank: RankView, total: float, now: float) -> None:
-        gpu_shared = rank.gpu.shared if rank.gpu is not None else None
-        self.shared |= bool(gpu_shared or (rank.counters is not None and rank.counters.shared))
         if rank.host is None or rank.host.window_seconds <= 0:
             return
         # What the host did while a model was loaded explains no step.
@@ -220,7 +218,10 @@ class _Rank:
         if share >= max(self.host_share, _LEAST_SHARE):
             self.host, self.host_share = rank.host, share
 
-    def _look_at_counters(self, rank: RankView, total: float, now: float) -> None:
+    def _look_at_counters(self, rank: RankView, worked: float, total: float, now: float) -> None:
+        if rank.counters is not None and rank.counters.shared:
+            self.shared_seconds += worked
+            return
         found, before = rank.counters_lately, self._at(now - _COUNTED_SECONDS)
         if found is None or before is None:
             return
@@ -241,7 +242,7 @@ class _Rank:
         }
         return RankSeen(
             kernels={phase: _windows(mean) for phase, mean in windows.items()},
-            counters=_counters(self.counted, self.shared),
+            counters=_counters(self.counted, self.shared_seconds > _SHARED_SHARE * sum(spent.values())),
             host=self.host,
             one_graph=frozenset(
                 phase for phase, seconds in self.in_graphs.items() if seconds >= _GRAPHS_SHARE * spent[phase]

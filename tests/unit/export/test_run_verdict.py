@@ -193,8 +193,42 @@ def test_counters_count_only_where_steps_filled_what_they_are_of() -> None:
 
 
 def test_a_gpu_that_others_used_is_judged_by_nobody() -> None:
-    looks = watched(decode(1, gpu=gpu(shared=True)), decode(2))
-    assert of(decode(3), looks=looks)["verdicts"]["decode"]["cause"] == "shared_gpu"
+    def found(looks: int, shared: int) -> dict[str, Any]:
+        own, all_together = (counters(dram, 0.02, shared=dram > 0.8) for dram in (0.7, 0.9))
+        views = []
+        for at in range(1, looks + 1):
+            read = all_together if at > looks - shared else own
+            views.append(decode(at, counters=read, counters_lately=read))
+        return dict(of(decode(looks), looks=watched(*views))["verdicts"]["decode"])
+
+    assert found(10, 2)["cause"] == "shared_gpu"
+    # Somebody came for a moment: that is not what the run was, and what they used is left out.
+    once = found(30, 1)
+    assert once["bottleneck"] == "memory_bound"
+    (read,) = (item["value"] for item in once["evidence"] if item["quantity"] == "dram_active_ratio")
+    assert read == pytest.approx(0.7)
+
+
+def test_who_else_uses_a_gpu_matters_after_a_run_as_live_only_where_counters_are_read() -> None:
+    """Others in the slices of a split GPU, or on one that has no counters."""
+    looks = watched(*(decode(at, gpu=gpu(shared=True)) for at in (1, 2)))
+    assert of(decode(3), looks=looks)["verdicts"]["decode"]["bottleneck"] == "memory_bound"
+
+
+def test_looks_that_come_unevenly_do_not_make_idle_time_work() -> None:
+    """Host signals may be of more than the ten seconds for which they are meant to be kept."""
+    full = host(threads=(ThreadLoad("python", 1.0, 0.0),), cpu_ratio=1.0)
+    views = [decode(at, gap=0.5, host=full) for at in range(1, 9)]
+    times = [float(at) for at in range(1, 9)]
+    for number, at in enumerate([9.02, *(12.9 + more for more in range(10)), 22.51]):
+        idle = host(window_seconds=13.5) if at == 22.51 else None
+        views.append(decode(8 + 0.001 * (number + 1), gap=0.5, host=idle))
+        times.append(at)
+    clock = iter([*times, times[-1]])
+    looks = RunLooks(clock=lambda: next(clock))
+    for view in views:
+        looks.look([view])
+    assert "thread_busy" in of(views[-1], looks=looks)["verdicts"]["decode"]["signs"]
 
 
 def test_host_signals_outlive_the_process() -> None:
