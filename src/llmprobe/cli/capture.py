@@ -17,7 +17,7 @@ from llmprobe.capture.store import LIVE, REPORT_JSON, REPORT_TEXT, is_public, is
 from llmprobe.cli.capture_compare import side_by_side, summary
 from llmprobe.cli.capture_follow import Followed, follow, is_capture
 from llmprobe.cli.capture_targets import Target, TargetError, local, named
-from llmprobe.cli.console import fail, settings_or_fail
+from llmprobe.cli.console import fail, plain, settings_or_fail
 from llmprobe.cli.output import err, out, print_json
 
 _POST_SECONDS = 30.0
@@ -171,6 +171,7 @@ def _fetch(one: Followed, output: Path, raw: bool) -> None:
             elif raw and is_raw(name):
                 one.agent.download(f"{one.url}/files/{name}?raw=1", folder / name, timeout=_FETCH_SECONDS)
         report = _read_json(folder / REPORT_JSON)
+        one.text = _read(folder / REPORT_TEXT).decode(errors="replace")
         one.summary = summary(report, _read_json(folder / LIVE))
     except AgentError as error:
         one.error = str(error)
@@ -193,9 +194,16 @@ def _names(one: Followed) -> list[str]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, RecursionError) as error:
+        return json.loads(_read(path))
+    except RecursionError as error:
         raise ValueError(f"{path.name}: {type(error).__name__}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"the agent has sent no {path.name}") from None
 
 
 def _show(followed: list[Followed], as_json: bool) -> None:
@@ -205,19 +213,14 @@ def _show(followed: list[Followed], as_json: bool) -> None:
     for one in followed:
         where = f"{one.agent.name}: " if several else ""
         if one.error:
-            typer.echo(_plain(f"llmprobe: {where}{one.error}"), err=True)
+            typer.echo(plain(f"llmprobe: {where}{one.error}"), err=True)
         elif not as_json and one.folder is not None:
             if where:
                 typer.echo(where)
-            typer.echo(_plain((one.folder / REPORT_TEXT).read_text(errors="replace")))
+            typer.echo(plain(one.text))
         for note in one.capture.get("notes", []):
-            typer.echo(_plain(f"note: {where}{note}"), err=True)
+            typer.echo(plain(f"note: {where}{note}"), err=True)
         if one.folder is not None:
-            err.print(f"{where}saved {one.folder}", markup=False)
+            err.print(f"{where}saved {one.folder}", soft_wrap=True)  # a path to copy
     if several and not as_json:
         out.print(side_by_side([(one.agent.name, one.summary) for one in followed]))
-
-
-def _plain(text: str) -> str:
-    """Without what would steer the terminal: an agent elsewhere may be anything."""
-    return "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,12 @@ def summary(report: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, Any
         gaps: dict[str | None, dict[str, float]] = {}
         for phase in report["phases"]:
             if phase.get("part") is None and phase.get("sync_gap_ratio") is not None:
-                gaps.setdefault(phase.get("gpu"), {})[str(phase["name"])] = float(phase["sync_gap_ratio"])
+                gaps.setdefault(phase.get("gpu"), {})[str(phase["name"])] = _finite(phase["sync_gap_ratio"])
         gpus = [
             {
                 "name": str(gpu["name"]),
-                "busy_ratio": float(gpu["busy_ratio"]),
-                "idle_ratio": float(gpu["idle_ratio"]),
+                "busy_ratio": _finite(gpu["busy_ratio"]),
+                "idle_ratio": _finite(gpu["idle_ratio"]),
                 "sync_gap_ratio": gaps.pop(gpu["name"], {}),
             }
             for gpu in report["gpus"]
@@ -46,8 +47,15 @@ def summary(report: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, Any
         verdicts = server.get("verdicts") or {}
         bound_by = {str(phase): str(found["bottleneck"]) for phase, found in verdicts.items()}
         return {"trust": str(report["trust"]["verdict"]), "gpus": gpus, "bound_by": bound_by}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"not what an agent writes ({type(error).__name__}: {error})") from None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no ratio")
+    return number
 
 
 def side_by_side(found: Sequence[tuple[str, Mapping[str, Any] | None]]) -> Table:

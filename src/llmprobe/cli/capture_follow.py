@@ -28,6 +28,7 @@ class Followed:
     error: str | None = None
     folder: Path | None = None
     report: Any = None
+    text: str = ""
     summary: dict[str, Any] | None = None
     silent_since: float | None = None
 

@@ -11,8 +11,15 @@ from llmprobe.settings import Settings, SettingsError
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Say what is wrong in one line and leave: 1 failed, 2 wrong usage."""
-    typer.echo(f"llmprobe: {message}", err=True)
+    typer.echo(f"llmprobe: {plain(message)}", err=True)
     raise typer.Exit(code)
+
+
+def plain(text: str) -> str:
+    """``text`` without what would steer a terminal: parts of it come from files and agents of others."""
+    if text.isprintable():
+        return text
+    return "".join(letter for letter in text if letter in "\n\t" or letter.isprintable())
 
 
 def settings_or_fail() -> Settings:

@@ -224,6 +224,18 @@ def test_the_command_saves_without_an_agent_and_shows_what_it_saved(
     assert json.loads(run(directory, "--show", path, "--json").stdout) == load(path)
 
 
+def test_no_name_in_a_snapshot_of_others_steers_the_terminal(directory: Path, tmp_path: Path) -> None:
+    document = build(directory, status=summarize([server()]), host_seconds=0)
+    text = json.dumps(document)
+    assert "a/model" in text
+    path = tmp_path / "theirs.json.gz"
+    path.write_bytes(gzip.compress(text.replace("a/model", "evil\\u001b[2J").encode()))
+    shown = run(directory, "--show", path)
+    assert shown.exit_code == 0
+    assert "evil" in shown.stdout
+    assert "\x1b" not in shown.stdout
+
+
 def test_the_command_refuses_what_exists_and_contradicting_options(directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.json.gz"
     path.write_text("mine")

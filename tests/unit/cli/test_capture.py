@@ -233,12 +233,51 @@ def test_what_is_no_agent_is_said(
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("report", [[], {}, {**REPORT, "gpus": [7]}, {**REPORT, "phases": [{"name": 1}, 2]}])
+def gpu(busy: float) -> dict[str, Any]:
+    return {**REPORT, "gpus": [{"name": "GPU 0", "busy_ratio": busy, "idle_ratio": 0.0}]}
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        *([], {}, {**REPORT, "gpus": [7]}, {**REPORT, "phases": [{"name": 1}, 2]}),
+        *(gpu(10**400), gpu(float("nan")), gpu(float("inf"))),
+    ],
+)
 def test_a_report_that_is_none_is_said(node: Elsewhere, token: Path, tmp_path: Path, report: Any) -> None:
     node.files["report.json"] = report
     result = run(tmp_path, "--target", node.node, "--token-file", token)
     assert result.exit_code == 1
     assert "not what an agent writes" in result.stderr
+
+
+@pytest.mark.parametrize("name", [file["name"] for file in FILES])
+def test_a_file_that_is_not_sent_is_said(node: Elsewhere, token: Path, tmp_path: Path, name: str) -> None:
+    node.looked = (200, node.capture(state="done", files=[file for file in FILES if file["name"] != name]))
+    result = run(tmp_path, "--target", node.node, "--token-file", token)
+    assert result.exit_code == 1
+    assert f"no {name}" in result.stderr
+
+
+def test_where_it_is_saved_is_said_on_one_line(node: Elsewhere, token: Path, tmp_path: Path) -> None:
+    result = run(tmp_path, "--target", node.node, "--token-file", token)
+    assert f"saved {tmp_path / 'out' / node.node.replace(':', '-') / ID}\n" in result.stderr
+
+
+def test_no_name_steers_the_terminal(nodes: tuple[Elsewhere, Elsewhere], token: Path, tmp_path: Path) -> None:
+    evil = "\x1b[2Jevil\x9b2J\u202e"
+    for one in nodes:
+        one.files["report.json"] = {
+            "trust": {"verdict": evil},
+            "gpus": [{"name": evil, "busy_ratio": 0.75, "idle_ratio": 0.25}],
+            "phases": [{"name": evil, "gpu": evil, "sync_gap_ratio": 0.125}],
+        }
+    nodes[0].looked = (200, nodes[0].capture(state="done", files=FILES, notes=[evil]))
+    targets = [word for node in nodes for word in ("--target", node.node)]
+    result = run(tmp_path, *targets, "--token-file", token)
+    assert result.exit_code == 0, result.output
+    assert "evil" in result.stdout
+    assert not any(letter in result.output for letter in "\x1b\x9b\u202e")
 
 
 @pytest.mark.parametrize("content", ["a\nb", "a b", "t\u00f6ken", "\u2603", "", "a\x00b"])
