@@ -56,7 +56,7 @@ class Program:
         self._name = model_name(model)
         self._description = description
         self._measured = False
-        self._described_bytes = parameter_bytes(model)
+        self._described_bytes = self._parameter_bytes(model)
 
     @classmethod
     def make(cls, probe: Probe, model: Any) -> Program | None:
@@ -106,7 +106,7 @@ class Program:
     def _describe_anew(self, model: Any) -> None:
         self._description = self._probe.guard.call("transformers.describe", describe, model)
         self._model, self._name, self._measured = weakref.ref(model), model_name(model), False
-        self._described_bytes = parameter_bytes(model)
+        self._described_bytes = self._parameter_bytes(model)
         if model.device.type != self.device_type:
             self.device_type = model.device.type
             self.clock = step_clock(model.device)
@@ -118,19 +118,23 @@ class Program:
             clock=self.clock.name,
         )
 
-    def measured(self, call: Generation, rows: int) -> None:
-        """Correct the facts, once a model, by what its cache and its weights really are after a forward."""
+    def _parameter_bytes(self, model: Any) -> int | None:
+        found: int | None = self._probe.guard.call("transformers.describe", parameter_bytes, model)
+        return found
+
+    def measured(self, call: Generation, cache: Any, rows: int) -> None:
+        """Correct the facts, once a model, by what its ``cache`` and weights really are after a forward."""
         if self._measured or self._description is None or self._model() is not call.model:
             return
         self._measured = True
         # compressed-tensors unpacks all weights in the first forward, for good.
-        unpacked = parameter_bytes(call.model) != self._described_bytes
+        unpacked = self._parameter_bytes(call.model) != self._described_bytes
         if unpacked:
             self._description = self._probe.guard.call("transformers.describe", describe, call.model)
             if self._description is None:
                 self.recorder.update_facts(model=None)
                 return
-        facts = measure_groups(self._description, call.cache, rows)
+        facts = measure_groups(self._description, cache, rows)
         if facts is not None or unpacked:
             self.recorder.update_facts(model=self._description.facts)
 

@@ -312,8 +312,8 @@ class Tracker:
             if call.candidates:
                 call.past -= max(call.candidates - max(new_tokens - 1, 0), 0)
         call.new_tokens = new_tokens
-        if call.cache is not None:
-            self._measure_cache(program, call, rows)
+        if call.cache is not None:  # a cache that cannot be read costs its size, not the step
+            self._probe.guard.call("transformers.cache", self._measure_cache, program, call, rows)
         stamps.payload = Step(
             call.number,
             call.step_time,
@@ -368,13 +368,13 @@ class Tracker:
 
     def _measure_cache(self, program: Program, call: Generation, rows: int) -> None:
         """Walk the cache at the first tokens of a request; from then on the number of tokens tells."""
-        call.kv_size = size = measure_cache(call.cache, call.past)
-        program.measured(call, rows)
-        call.kv_walks += 1
+        walks, cache = call.kv_walks, call.cache
+        call.kv_walks, call.cache = _CACHE_WALKS, None  # not again, should it fail
+        call.kv_size = size = measure_cache(cache, call.past)
+        program.measured(call, cache, rows)
         # Once more after the first decode step: only then do sliding layers drop what they can.
-        if not any(cap != float("inf") for _, cap in size.growth):
-            call.kv_walks = _CACHE_WALKS
-        call.cache = None
+        if any(cap != float("inf") for _, cap in size.growth):
+            call.kv_walks = walks + 1
 
     def _abandon(self, program: Program, call: Generation, active: bool) -> None:
         """Close the step of a call that failed inside it, or during which the probe was switched off."""

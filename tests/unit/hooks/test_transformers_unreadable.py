@@ -1,0 +1,70 @@
+"""What of a model or its cache cannot be read costs that, and no step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprobe.hooks import transformers as hooks
+from llmprobe.hooks import transformers_tracker
+from llmprobe.hooks.probe import Probe
+from llmprobe.record.journal_reader import JournalReader
+from llmprobe.settings import Settings
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOKENS = 20
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Iterator[Probe]:
+    made = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    hooks.install(made)
+    yield made
+    made.remove_patches()
+    made.disarm()
+
+
+def model() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def steps(probe: Probe, model: Any) -> int:
+    model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=TOKENS, eos_token_id=None)
+    assert probe.recorder is not None
+    reader = JournalReader(probe.recorder.writer.path, probe.recorder.writer)
+    try:
+        return len(reader.read().steps)
+    finally:
+        reader.close()
+
+
+@pytest.mark.swallows
+def test_a_cache_that_cannot_be_read(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(cache: Any, length: int) -> None:
+        raise AttributeError("of a later release")
+
+    monkeypatch.setattr(transformers_tracker, "measure_cache", refuse)
+    assert steps(probe, model()) == TOKENS
+    assert sum(probe.guard.errors.values()) == 1  # it is not tried at every step
+
+
+@pytest.mark.swallows
+def test_a_parameter_without_a_shape(probe: Probe) -> None:
+    made = model()
+    made.unused = torch.nn.LazyLinear(4)
+    assert steps(probe, made) == TOKENS
+    assert probe.recorder is not None
+    assert probe.recorder.facts["model"] is None
