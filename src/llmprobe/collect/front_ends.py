@@ -121,8 +121,9 @@ class FrontEnds:
             starving = min(load.waiting, sum(seen.tokenless for seen in told)) if load else 0
             just_began = 0 <= time.time() - began < _JUST_BEGAN_SECONDS
             recent = self._recent.setdefault((key, engine), Recent())
-            recent.update(now, known.counters, known.latency, just_began, starving)
             usage = load.kv_usage if load is not None and load.kv_usage == load.kv_usage else None
+            waited_for = usage if load is not None and load.waiting else None
+            recent.update(now, known.counters, known.latency, just_began, starving, waited_for)
             used = None
             if usage is not None and engine in capacity:
                 used = round(usage * capacity[engine])
@@ -171,6 +172,8 @@ def _view(
         first_token_queue_seconds=totals["sum_ns_first_token_queue"] / 1e9,
         recent_queue_seconds=recent.queue_seconds,
         starved_seconds=recent.starved_seconds if load is not None else None,
+        backlog_seconds=recent.backlog_seconds if load is not None else None,
+        kv_peak=recent.kv_peak,
         own_seconds=totals["own_ns_request"] / 1e9,
         errors=totals["errors"] if frontend else 0,
     )

@@ -281,6 +281,8 @@ def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> En
         full_steps_ratio=full_steps,
         max_num_seqs=limit,
         starved_seconds=engine.starved_seconds,
+        backlog_seconds=engine.backlog_seconds,
+        kv_peak=engine.kv_peak,
         front_end=front.fullest if front is not None and settled else None,
         output_lag_seconds=mean("output_lag"),
         prompt_tokens=round(engine.recent_counts.get("prompt_tokens", 0)),

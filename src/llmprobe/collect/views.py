@@ -180,6 +180,10 @@ class EngineView:
     recent_queue_seconds: float | None = None
     #: For how long requests without a token have been waiting while none had its first; 0 while none waits.
     starved_seconds: float | None = None
+    #: How long a request waits for its first token by Little's law, and the highest use of the KV cache while
+    #: requests waited: `llmprobe.collect.recent.Recent`.
+    backlog_seconds: float | None = None
+    kv_peak: float | None = None
     #: Of the front end's process that has least time left; None where nobody watches one of its own.
     front_end: HostSignals | None = None
 

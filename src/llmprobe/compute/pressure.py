@@ -19,6 +19,8 @@ class EngineLoad:
 
     Attributes:
         kv_usage: share of the KV cache in use, now.
+        kv_peak: the most of it in the last 10 s while requests waited. A full cache is emptied by what it
+            does: it preempts, and admits nobody.
         queue_seconds: mean time in the queue of requests that had their first token in the window, and
             told it. Requests that ended without one are not among them.
         first_token_seconds: mean TTFT of requests that had their first token in the window.
@@ -27,6 +29,8 @@ class EngineLoad:
         full_steps_ratio: share of prefill and mixed steps that filled `max_num_batched_tokens`.
         max_num_seqs: the scheduler's limit.
         starved_seconds: for how long requests have been waiting while none had its first token.
+        backlog_seconds: how long a request waits for its first token by Little's law, those that still wait
+            included.
         front_end: the thread of its front ends that has least time left.
         output_lag_seconds: mean time that outputs waited in a front end in the window, detokenizing included.
         prompt_tokens: of requests in the window, all together.
@@ -49,6 +53,8 @@ class EngineLoad:
     output_lag_seconds: float | None = None
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
+    backlog_seconds: float | None = None
+    kv_peak: float | None = None
 
     @property
     def recompute_seconds(self) -> float | None:
@@ -65,9 +71,12 @@ class EngineLoad:
 
     @property
     def waited_seconds(self) -> float | None:
-        """How long requests wait: those that had their first token, or those that still have none."""
-        known = [seconds for seconds in (self.queue_seconds, self.starved_seconds) if seconds is not None]
-        return max(known, default=None)
+        """How long requests wait: those that had their first token, or those that still have none.
+
+        The mean of the former falls short while a queue grows: whoever waits longest is not among them yet.
+        """
+        waits = (self.queue_seconds, self.starved_seconds, self.backlog_seconds)
+        return max((seconds for seconds in waits if seconds is not None), default=None)
 
     @property
     def requests_now(self) -> int:
@@ -136,10 +145,12 @@ def _badness(pressure: Pressure) -> tuple[bool, bool, float]:
 def _kv(load: EngineLoad, limits: Thresholds) -> Pressure | None:
     if load.kv_usage is None or load.waiting is None:
         return None
-    active = load.kv_usage >= limits.kv_usage_ratio and load.waiting > 0
-    text = f"KV cache {load.kv_usage:.0%} full with {load.waiting} requests waiting"
+    most = max(load.kv_usage, load.kv_peak or 0.0) if load.waiting > 0 else load.kv_usage
+    active = most >= limits.kv_usage_ratio and load.waiting > 0
+    full = f"{'up to ' if most > load.kv_usage else ''}{most:.0%} full"
+    text = f"KV cache {full} with {load.waiting} requests waiting"
     return Pressure(
-        "kv_cache", load.engine, active, active, load.kv_usage, limits.kv_usage_ratio, text, "kv_usage_ratio"
+        "kv_cache", load.engine, active, active, most, limits.kv_usage_ratio, text, "kv_usage_ratio"
     )
 
 

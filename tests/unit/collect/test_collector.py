@@ -386,6 +386,54 @@ def test_requests_starve_while_they_wait_and_none_has_a_first_token() -> None:
     assert look(9, 1, 8) == 1
 
 
+def test_a_queue_that_grows_counts_those_that_still_wait() -> None:
+    recent, counts = Recent(), np.zeros(layout.BUCKETS, np.uint64)
+
+    def look(second: int, waiting: int, first_tokens: int) -> float | None:
+        seen = counts.copy()
+        seen[0] = first_tokens
+        latency = {"time_to_first_token": HistogramView(seen, 0.0)}
+        recent.update(second * SECOND, {}, latency, waiting=waiting)
+        return recent.backlog_seconds
+
+    assert look(0, 20, 3) is None
+    assert look(1, 20, 3) is None  # no first token, no rate
+    assert look(2, 20, 4) == 40  # 20 waited for 2 s for 1 to be served
+    assert look(3, 20, 5) == 30
+    assert look(33, 0, 65) == 0  # nobody waits any more, and what was is past
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 20])
+def test_in_a_steady_queue_a_request_waits_for_the_number_before_it(waiting: int) -> None:
+    """Two are served a second, so each waits for half as many seconds as there are requests that wait."""
+    recent, counts = Recent(), np.zeros(layout.BUCKETS, np.uint64)
+    for second in range(90):
+        seen = counts.copy()
+        seen[0] = 2 * second
+        recent.update(second * SECOND, {}, {"time_to_first_token": HistogramView(seen, 0.0)}, waiting=waiting)
+    assert recent.backlog_seconds == waiting / 2
+
+
+def test_an_agent_that_was_held_up_makes_no_queue_of_one_look() -> None:
+    recent, counts = Recent(), np.zeros(layout.BUCKETS, np.uint64)
+    recent.update(0, {}, {"time_to_first_token": HistogramView(counts.copy(), 0.0)})
+    counts[0] = 10
+    recent.update(25 * SECOND, {}, {"time_to_first_token": HistogramView(counts, 0.0)}, waiting=2)
+    assert recent.backlog_seconds == 1  # 2 for at most 5 s
+
+
+def test_a_cache_that_was_full_a_moment_ago_is_remembered_for_ten_seconds() -> None:
+    recent = Recent()
+
+    def look(second: int, usage: float | None) -> float | None:
+        recent.update(second * SECOND, {}, {}, kv_waited_for=usage)
+        return recent.kv_peak
+
+    assert [look(0, None), look(1, 0.97), look(2, 0.85), look(10, 0.88)] == [None, 0.97, 0.97, 0.97]
+    assert look(11, 0.86) == 0.88
+    assert look(30, None) is None
+
+
 def test_counts_that_fall_are_no_latencies() -> None:
     recent = Recent()
     counts = np.zeros(layout.BUCKETS, np.uint64)

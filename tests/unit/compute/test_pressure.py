@@ -57,6 +57,9 @@ def test_an_unhurried_engine_is_under_no_pressure() -> None:
     [
         ({"kv_usage": 0.98}, set()),  # full, yet nobody waits
         ({"kv_usage": 0.98, "waiting": 5}, {"kv_cache"}),
+        ({"kv_usage": 0.87, "kv_peak": 0.97, "waiting": 5}, {"kv_cache"}),  # it has just made room
+        ({"kv_usage": 0.87, "kv_peak": 0.97}, set()),
+        ({"kv_usage": 0.87, "kv_peak": 0.89, "waiting": 5}, set()),
         ({"queue_seconds": 0.3, "first_token_seconds": 1.0}, {"queue"}),
         ({"queue_seconds": 0.1, "first_token_seconds": 1.0}, set()),
         ({"queue_seconds": 0.007, "first_token_seconds": 0.0127}, set()),  # the rest of the running step
