@@ -146,7 +146,8 @@ class _Case:
                 else f"the work of {self._seen.phase} steps is not modelled"
             )
             return self._unknown(cause, (why,))
-        if self._bubbles_possible and self._kernels is None and not self._near_a_roof():
+        unseen = self._bubbles_possible and self._kernels is None
+        if unseen and not self._near_a_roof() and not self._never_idle():
             return self._unknown("no_kernel_windows", (self._room_for_bubbles(),))
         return self._roofs()
 
@@ -193,6 +194,10 @@ class _Case:
             or (self._mfu_span or 0) >= mfu
             or (counters is not None and self._counter_roof(counters) is not None)
         )
+
+    def _never_idle(self) -> bool:
+        """Whether the counter of activity leaves no room for bubbles that would make a phase sync-bound."""
+        return self._idle is not None and self._idle <= self._moved.sync_gap_ratio / 2
 
     def _unknown(self, cause: str, missing: tuple[str, ...]) -> Verdict:
         shown = self._shown(self._signs)
@@ -287,6 +292,11 @@ class _Case:
         reason = f"busy, yet near neither roof: MBU {mbu:.2f}, MFU {mfu:.2f}"
         if self._seen.one_graph and self._kernels is None:
             reason += "; each step is one CUDA graph, so launches are not what it waits for"
+        elif self._kernels is None and self._counters is not None and self._never_idle():
+            reason += (
+                f"; the GPU had something to compute {self._counters.graphics_active_ratio:.0%} of the time, "
+                "so launches are not what it waits for"
+            )
         if not self._device_queue:
             reason += "; the framework's own work between operators is part of a CPU's busy time"
             if self._signs:

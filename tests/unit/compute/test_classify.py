@@ -73,8 +73,20 @@ CPU = {"clock": "host", "peaks": Peaks(50e9, 2e12, "bfloat16", "calibrated", "me
             "launch_bubbles",
         ),
         (
-            "eager, a counter that stays up",
-            seen(figures(mbu=0.26, mfu=0.001, span=9.13, gap=0.67), counters=active(0.9)),
+            "eager, a counter that leaves room for bubbles",
+            seen(figures(mbu=0.26, mfu=0.001, span=9.13, gap=0.67), counters=active(0.84)),
+            "unknown",
+            "no_kernel_windows",
+        ),
+        (
+            "odd shapes, a counter that leaves none",
+            seen(figures(mbu=0.01, mfu=0.14, span=9.4, gap=0.1), phase="prefill", counters=active(0.98)),
+            "inefficient_kernels",
+            None,
+        ),
+        (
+            "odd shapes, for half of the window",
+            seen(figures(mbu=0.01, mfu=0.14, span=4.7, gap=0.1), phase="prefill", counters=active(0.98)),
             "unknown",
             "no_kernel_windows",
         ),
