@@ -68,7 +68,7 @@ class Measuring:
                     until(functools.partial(_answered, short), _WARM_SECONDS)
             time.sleep(_BETWEEN_SECONDS)
             # One of the warm-up that comes up once the first scenario runs would be a third class there.
-            until(lambda: set(classes(watching.trace).values()) <= {*_NO_CLAIM}, _SETTLED_SECONDS)
+            until(lambda: set(classes(watching.trace).values()) <= {"idle"}, _SETTLED_SECONDS)
         self._before = classes(watching.trace)
 
     def run(self, scenario: Scenario, clients: Mapping[str, Client]) -> Outcome:
