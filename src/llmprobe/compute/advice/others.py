@@ -223,7 +223,7 @@ PRESSURE = (
         "pressure.front_end.crowded",
         "pressure",
         "front_end",
-        "The front end waits for a core: others use those that it may run on, or a CPU quota stops it.",
+        "The front end waits for a core, or a CPU quota stops it: give it more cores, or a higher quota.",
         "Cores given to the front end are missing elsewhere.",
         THREADS,
         "",

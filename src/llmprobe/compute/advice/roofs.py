@@ -259,7 +259,7 @@ OTHER = (
         "inefficient_kernels.cpu_crowded",
         "inefficient_kernels",
         None,
-        "The engine's threads wait for cores: on a CPU that is time in which the device does not compute.",
+        "The engine's threads wait for cores, in which time a CPU device does not compute: give them more.",
         "Cores given to the engine are missing elsewhere.",
         "top -H -p {pid}",
         "headroom",
