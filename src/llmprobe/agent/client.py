@@ -128,8 +128,9 @@ class LocalAgent(Agent):
     def _unreachable(self, error: Exception) -> AgentError:
         if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
             return AgentError(
-                f"no agent serves {self._directory}: start an engine with LLMPROBE=1, or run "
-                "`llmprobe agent`; if LLMPROBE_DIR is set for the engine, set it here too"
+                f"no agent serves {self._directory}: an engine with LLMPROBE=1 brings one up once its "
+                "model is loaded, `llmprobe agent` at once; if LLMPROBE_DIR is set for the engine, set it "
+                "here too"
             )
         return AgentError(f"{self.name} does not answer ({error}); see {self._directory / LOG_NAME}")
 
