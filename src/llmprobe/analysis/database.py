@@ -75,7 +75,8 @@ class Database:
             return []
         try:
             return self._as_text(table, fields, count)
-        except (ValueError, sqlite3.Error):  # not whole numbers throughout, or no rowid: row by row
+        # Not whole numbers throughout (numpy before 2.3 only warns of those), or no rowid: row by row.
+        except (ValueError, DeprecationWarning, sqlite3.Error):
             pass
         rows = self._connection.execute(f'SELECT {", ".join(fields)} FROM "{table}"')
         flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=count * len(fields))
@@ -93,9 +94,7 @@ class Database:
         columns = [np.empty(count, dtype=np.int64) for _ in fields]
         done, last = 0, -(1 << 63)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # a text with more than numbers: told by its size
+            warnings.simplefilter("error", DeprecationWarning)
             while done < count:
                 last, *texts = self._connection.execute(query, (last,)).fetchone()
                 if last is None:
