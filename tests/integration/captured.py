@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -132,19 +134,21 @@ class Wrapped:
         return found
 
 
-@pytest.fixture
-def wrapped(nsys: str, tmp_path: Path) -> Iterator[Callable[..., Wrapped]]:
+_NUMBERS = itertools.count()
+
+
+@contextlib.contextmanager
+def programs(nsys: str, place: Path) -> Iterator[Callable[..., Wrapped]]:
     """Starts programs under ``llmprobe run --nsys``, each with an agent of its own; nothing of them is left
-    afterwards.
+    afterwards but what lies in ``place``.
     """
     started: list[Wrapped] = []
 
     def start(
         *command: str, options: str = "--trace nvtx,osrt", program: str = nsys, **variables: str
     ) -> Wrapped:
-        number = len(started)
-        directory = Path(f"/dev/shm/llmprobe-test-captures-{os.getpid()}-{number}")
-        folder = tmp_path / f"node{number}"
+        directory = Path(f"/dev/shm/llmprobe-test-captures-{os.getpid()}-{next(_NUMBERS)}")
+        folder = place / f"node{len(started)}"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -193,6 +197,13 @@ def wrapped(nsys: str, tmp_path: Path) -> Iterator[Callable[..., Wrapped]]:
         shutil.rmtree(one.directory, ignore_errors=True)
 
 
+@pytest.fixture
+def wrapped(nsys: str, tmp_path: Path) -> Iterator[Callable[..., Wrapped]]:
+    """`programs` of one test."""
+    with programs(nsys, tmp_path) as start:
+        yield start
+
+
 @dataclass
 class Gate:
     """Holds a state: what belongs to it waits while the gate is closed, in a process that may be killed."""
@@ -218,11 +229,17 @@ class Gate:
 
 @dataclass
 class Gates:
-    """The real nsys and the real analysis, either of which can be held; ``start`` is `wrapped` with them."""
+    """The real nsys and the real analysis, either of which can be held; ``start`` starts a program with
+    them.
+    """
 
     importing: Gate
     analysing: Gate
     start: Callable[[], Wrapped]
+
+    def open(self) -> None:
+        for gate in (self.importing, self.analysing):
+            gate.open()
 
     def importers(self) -> list[psutil.Process]:
         """What imports, held or not."""
@@ -233,9 +250,10 @@ class Gates:
         return self.analysing.held("llmprobe.capture.work")
 
 
-@pytest.fixture
-def gates(nsys: str, tmp_path: Path, wrapped: Callable[..., Wrapped]) -> Iterator[Gates]:
-    folder = tmp_path / "gates"
+@contextlib.contextmanager
+def gated(nsys: str, place: Path) -> Iterator[Gates]:
+    """`Gates` of the programs in ``place``."""
+    folder = place / "gates"
     folder.mkdir()
     importing, analysing = Gate(folder / "importing"), Gate(folder / "analysing")
     program = folder / "nsys"
@@ -254,9 +272,17 @@ if "llmprobe.capture.work" in sys.orig_argv:
 """
     )
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    yield Gates(importing, analysing, lambda: wrapped(program=str(program), PYTHONPATH=path))
-    for gate in (importing, analysing):
-        gate.open()
+    with programs(nsys, place) as start:
+        gates = Gates(importing, analysing, lambda: start(program=str(program), PYTHONPATH=path))
+        yield gates
+        gates.open()
+
+
+@pytest.fixture
+def gates(nsys: str, tmp_path: Path) -> Iterator[Gates]:
+    """`gated` of one test."""
+    with gated(nsys, tmp_path) as found:
+        yield found
 
 
 def call(one: Wrapped, method: str, path: str, token: str | None, body: Any = None) -> tuple[int, bytes]:

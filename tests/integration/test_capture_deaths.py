@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from captured import Gates, Wrapped
+from captured import Gates, Wrapped, gated
 from waiting import PATIENCE_SECONDS, until
 
 from llmprobe.record.agent_launch import agent_info
@@ -17,6 +17,22 @@ pytestmark = pytest.mark.integration
 #: Holds all the time, and so comes true after those seconds.
 LATER = "steps_per_second > 0 for 8s"
 FILES = {"report.json", "report.txt", "capture.sqlite", "live.json", "capture.nsys-rep"}
+
+
+@pytest.fixture(scope="module")
+def survivor(nsys: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gates, Wrapped]]:
+    """A program that outlives all that dies of its captures, for tests one after another."""
+    with gated(nsys, tmp_path_factory.mktemp("survivor")) as gates:
+        yield gates, gates.start()
+
+
+@pytest.fixture
+def lasting(survivor: tuple[Gates, Wrapped]) -> Iterator[tuple[Gates, Wrapped]]:
+    """The same; it gets on after the test too."""
+    yield survivor
+    gates, one = survivor
+    gates.open()
+    gets_on(one)
 
 
 def gets_on(one: Wrapped) -> None:
@@ -63,8 +79,10 @@ def begin_and_hold(one: Wrapped, gates: Gates, state: str) -> str:
 
 
 @pytest.mark.parametrize("state", ["pending", "importing", "analysing"])
-def test_a_killed_agent_is_followed_by_one_that_takes_it_to_its_end(gates: Gates, state: str) -> None:
-    one = gates.start()
+def test_a_killed_agent_is_followed_by_one_that_takes_it_to_its_end(
+    lasting: tuple[Gates, Wrapped], state: str
+) -> None:
+    gates, one = lasting
     url = begin_and_hold(one, gates, state)
     before = one.ask("GET", url)[1]
     killed = one.kill_agent()
@@ -81,12 +99,16 @@ def test_a_killed_agent_is_followed_by_one_that_takes_it_to_its_end(gates: Gates
 
 
 @pytest.mark.parametrize("state", ["importing", "analysing"])
-def test_deleting_one_ends_what_works_on_it_and_leaves_nothing(gates: Gates, state: str) -> None:
-    one = gates.start()
+def test_deleting_one_ends_what_works_on_it_and_leaves_nothing(
+    lasting: tuple[Gates, Wrapped], state: str
+) -> None:
+    gates, one = lasting
+    before = set(one.captures.glob("*"))
     url = begin_and_hold(one, gates, state)
+    assert set(one.captures.iterdir()) > before
     assert one.ask("DELETE", url)[0] in (200, 202)
     until(lambda: one.ask("GET", url)[0] == 404, "end of it")
-    assert list(one.captures.iterdir()) == []
+    assert set(one.captures.iterdir()) == before
     until(lambda: not gates.importers() and not gates.analysers(), "end of what worked on it")
     gets_on(one)
     gates.importing.open()
@@ -125,8 +147,10 @@ def test_what_is_recorded_needs_no_nsys_that_still_records(gates: Gates, state: 
 
 
 @pytest.mark.parametrize("state", ["importing", "analysing"])
-def test_one_whose_import_or_analysis_is_killed_fails_and_the_next_is_done(gates: Gates, state: str) -> None:
-    one = gates.start()
+def test_one_whose_import_or_analysis_is_killed_fails_and_the_next_is_done(
+    lasting: tuple[Gates, Wrapped], state: str
+) -> None:
+    gates, one = lasting
     url = begin_and_hold(one, gates, state)
     for process in {"importing": gates.importers, "analysing": gates.analysers}[state]():
         process.kill()
@@ -136,8 +160,8 @@ def test_one_whose_import_or_analysis_is_killed_fails_and_the_next_is_done(gates
     another(one)
 
 
-def test_a_recording_goes_on_after_its_agent_was_killed(wrapped: Callable[..., Wrapped]) -> None:
-    one = wrapped()
+def test_a_recording_goes_on_after_its_agent_was_killed(lasting: tuple[Gates, Wrapped]) -> None:
+    _, one = lasting
     url = one.begin(seconds=4)
     one.recording(url)
     killed = one.kill_agent()
