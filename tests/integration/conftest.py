@@ -26,6 +26,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[_WANTED] = {name for names in used.values() for name in names if name in FIXTURES}
 
 
+@pytest.fixture(autouse=True, scope="session")
+def engines_that_share_a_machine() -> Iterator[None]:
+    """Engines multiply tiny models on one thread, on whichever core is free, and know the models' classes.
+
+    vLLM would bind every worker to the same core, beside the others of a run of all tests; torch's further
+    threads spin while they wait for each other. And what vLLM finds out about a model's class, in a process
+    of its own, it keeps below XDG_CACHE_HOME, which is another one where peaks are a test's own.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("VLLM_CACHE_ROOT", os.environ.get("VLLM_CACHE_ROOT") or str(cache / "vllm"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in float32, the dtype that every CPU multiplies natively."""
