@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-transformers test serving beside alone lint types unit integration bench docs clean
+.PHONY: help setup demo demo-transformers test serving beside-alone beside-captures alone captures lint types unit \
+	integration bench docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,6 +8,9 @@ BIN := .venv/bin
 ALONE := tests/integration/generate \
 	$(patsubst %,tests/integration/test_%.py,transformers_activation packaging demo vllm_offline vllm_model \
 	vllm_encoder scenario_harness)
+# Those that mostly wait: for agents, and for nsys.
+CAPTURES := $(patsubst %,tests/integration/test_%.py,agent captures capture_deaths capture_hangs capture_nodes \
+	nsys_range run_nsys operator_verbs)
 
 # Benchmarks, without those that need a GPU where there is none.
 ON_GPU := $(addprefix benchmarks/,accuracy.py gpu_scenarios.py traffic_ncu.py window_cost.py \
@@ -27,19 +31,26 @@ demo-transformers: setup ## The same for a Hugging Face program that calls gener
 	@$(BIN)/llmprobe demo --transformers
 
 test: ## Everything CI checks: set-up, lint, types, unit and integration tests
-	@$(PYTHON) scripts/setup.py --prometheus --nsys
-	@$(MAKE) --no-print-directory -k -j2 serving beside
+	@$(PYTHON) scripts/setup.py --prometheus
+	@$(MAKE) --no-print-directory -k -j3 serving beside-alone beside-captures
 
-# Two halves that take about as long.
+# Three parts that take about as long, for two cores: most of the time one of them waits.
 serving:
-	@$(BIN)/pytest tests/integration tests/gpu --durations=15 $(ALONE:%=--ignore=%)
+	@$(BIN)/pytest tests/integration tests/gpu --durations=15 $(patsubst %,--ignore=%,$(ALONE) $(CAPTURES))
 
-beside: # What it says waits until it has ended.
-	@$(MAKE) --no-print-directory -k lint types alone >.beside.log 2>&1; status=$$?; \
-		echo; cat .beside.log; rm -f .beside.log; exit $$status
+# What these say waits until they have ended.
+beside-alone: PARTS := alone
+beside-captures: PARTS := lint types unit captures
+beside-alone beside-captures:
+	@log=$$(mktemp); $(MAKE) --no-print-directory -k $(PARTS) >$$log 2>&1; status=$$?; \
+		echo; cat $$log; rm -f $$log; exit $$status
 
 alone:
-	@$(BIN)/pytest tests/unit $(ALONE) --durations=5
+	@$(BIN)/pytest $(ALONE) --durations=15
+
+captures:
+	@$(PYTHON) scripts/setup.py --nsys
+	@$(BIN)/pytest $(CAPTURES) --durations=15
 
 lint: ## ruff: rules and format
 	@$(BIN)/ruff check
