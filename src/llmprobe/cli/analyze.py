@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from llmprobe.cli.analyze_print import printing
 from llmprobe.cli.console import fail
 from llmprobe.cli.output import err, print_json
 
@@ -56,12 +55,11 @@ def analyze(
                 reports.append(analyzed(path, nsys=nsys))
         except AnalysisError as error:
             problems.append(str(error))
-    with printing():
-        if as_json and reports:
-            found = [report.to_json() for report in reports]
-            print_json(found[0] if len(paths) == 1 else found)
-        elif reports:
-            typer.echo("\n\n".join(report.to_text() for report in reports))
+    if as_json and reports:
+        found = [report.to_json() for report in reports]
+        print_json(found[0] if len(paths) == 1 else found)
+    elif reports:
+        typer.echo("\n\n".join(report.to_text() for report in reports))
     for problem in problems[:-1]:
         typer.echo(f"llmprobe: {problem}", err=True)
     if problems:

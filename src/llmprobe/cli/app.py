@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import llmprobe
+from llmprobe.cli.standard_output import any_output
 
 
 @dataclass(frozen=True)
@@ -107,4 +108,5 @@ def _root(
 
 def main() -> None:
     """The console script."""
-    app(prog_name="llmprobe")
+    with any_output():
+        app(prog_name="llmprobe")

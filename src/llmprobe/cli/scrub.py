@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from llmprobe.cli.analyze_print import printing
 from llmprobe.cli.console import fail
 from llmprobe.cli.output import err, print_json
 
@@ -53,9 +52,8 @@ def scrub(
             scrubbed(file, target, nsys=nsys)
     except ScrubError as error:
         fail(str(error))
-    with printing():
-        if as_json:
-            sizes = {"source_bytes": file.stat().st_size, "target_bytes": target.stat().st_size}
-            print_json({"source": printable(str(file)), "target": printable(str(target)), **sizes})
-        else:
-            typer.echo(printable(str(target)))
+    if as_json:
+        sizes = {"source_bytes": file.stat().st_size, "target_bytes": target.stat().st_size}
+        print_json({"source": printable(str(file)), "target": printable(str(target)), **sizes})
+    else:
+        typer.echo(printable(str(target)))
