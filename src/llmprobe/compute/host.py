@@ -52,16 +52,6 @@ class HostSignals:
         return next((thread for thread in self.threads if not thread.of_core), None)
 
     @property
-    def busiest_of_core(self) -> ThreadLoad | None:
-        """The thread that used most CPU time where steps are scheduled.
-
-        A worker in a process of its own polls for its next step: that it uses a whole core says nothing.
-        """
-        if not self.core_apart:
-            return self.busiest
-        return next((thread for thread in self.threads if thread.of_core), None)
-
-    @property
     def starved(self) -> ThreadLoad | None:
         """The thread that waited for a core most; None where that is not known."""
         return _starved(self.threads)

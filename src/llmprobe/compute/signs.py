@@ -49,7 +49,9 @@ def signs(host: HostSignals | None, limits: Thresholds, cause: str | None = None
         return ()
     between_steps = cause == "host_between_steps"
     inside = host.core_apart and cause not in ("host_between_steps", "sampling")
-    busiest = host.busiest_of_core if between_steps else host.busiest
+    # Apart, the worker polls for its next step and the core for the step's end (vLLM's `MessageQueue` spins
+    # between frequent messages): that one uses a whole core then says nothing of the time between steps.
+    busiest = None if between_steps and host.core_apart else host.busiest
     thread = busiest.name if busiest else ""
     starved = host.starved_of_worker if inside else host.starved
     waits = None if inside else host.run_queue_ratio
