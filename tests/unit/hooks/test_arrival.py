@@ -484,3 +484,30 @@ def test_a_token_that_waits_when_the_probe_gives_up_still_leaves_and_takes_our_c
     guard.inert = True
     asyncio.run(handed(messages("piece")))
     assert handed.func is send  # type: ignore[attr-defined]
+
+
+def test_a_response_under_way_when_the_probe_gives_up_is_ended_all_the_same() -> None:
+    """Else its functions would keep the connection until memory is swept."""
+    kept: list[Any] = []
+
+    class Connection:
+        async def send(self, message: Any) -> None:
+            pass
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        probe.guard.inert = True
+
+    async def serve() -> None:
+        connection = Connection()
+        kept.append(weakref.ref(connection))
+        await module.Starlette()({"type": "http"}, None, connection.send)
+
+    web = type("Starlette", (), {"__call__": lambda self, *given: application(*given)})
+    probe, module = SmallProbe(), SimpleNamespace(Starlette=web)
+    arrival.install(probe, module)  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        asyncio.run(serve())
+        assert kept[0]() is None
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -167,8 +168,12 @@ def test_a_child_writes_to_no_journal_of_its_parent_and_may_have_one_of_its_own(
     parents = probe.recorder
     assert parents is not None
     reader = JournalReader(parents.writer.path, parents.writer)
+    probe._arming.acquire()  # as another thread of the parent may have it just then
     child = os.fork()
-    if not child:
+    if child:
+        probe._arming.release()
+    else:
+        signal.alarm(60)
         status = 1
         try:
             parents.tokens(0, 1000)  # as a hook does that still knows it

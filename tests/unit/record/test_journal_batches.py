@@ -157,6 +157,29 @@ def test_a_quarter_second_of_a_loaded_front_end_takes_few_writes(
         recorder.close(remove=True)
 
 
+def test_cells_are_written_once_and_little_around_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = make(tmp_path, "cells")
+    writes: list[int] = []
+
+    def pwrite(fd: int, payload: Any, offset: int) -> int:
+        if layout.HISTOGRAMS_OFFSET <= offset < layout.RING_OFFSET:
+            writes.append(len(payload))
+        return os.pwrite(fd, payload, offset)
+
+    monkeypatch.setattr(journal, "_pwrite", pwrite)
+    try:
+        writer.observe(TTFT, 10**3)
+        writer.observe(TTFT, 10**12)
+        writer.flush_requests()
+        assert writes == [layout.CELL_PAIR] * 2  # nothing of what lies far between
+        writer.flush_requests()
+        assert len(writes) == 2
+    finally:
+        writer.close(remove=True)
+
+
 def test_requests_left_for_later_are_written_before_one_that_is_not(tmp_path: Path) -> None:
     recorder = Recorder.open(tmp_path, "frontend", {})
     reader = JournalReader(recorder.writer.path, recorder.writer)
