@@ -77,7 +77,7 @@ def gate(
     if junit is not None:
         _save(junit, _junit(compared, failing, warnings, broken))
     if json:
-        print_json(_document(compared, not failed and not broken, warnings, sides))
+        print_json(_document(compared, not failed and not broken, warnings, sides, broken))
     else:
         _print(compared, warnings)
     for run in broken:
@@ -200,7 +200,11 @@ def _range(metric: str, found: Comparison) -> str:
 
 
 def _document(
-    compared: dict[str, Comparison], passed: bool, warnings: list[str], sides: list[list[Run]]
+    compared: dict[str, Comparison],
+    passed: bool,
+    warnings: list[str],
+    sides: list[list[Run]],
+    broken: list[Run],
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
@@ -215,6 +219,7 @@ def _document(
             }
             for metric, found in compared.items()
         },
+        "failed": [_broken(run) for run in broken],
         "notes": _notes(compared),
         "warnings": warnings,
     }

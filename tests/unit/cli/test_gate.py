@@ -205,8 +205,11 @@ def test_a_new_run_whose_command_failed_does_not_pass(tmp_path: Path) -> None:
     suite = ElementTree.parse(junit).getroot()
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("2", "0", "1")
     assert suite.find("testcase/error") is not None
-    assert json.loads(gate(base, new, *limit, "--json").stdout)["passed"] is False
+    said = json.loads(gate(base, new, *limit, "--json").stdout)
+    assert (said["passed"], len(said["failed"])) == (False, 1)
+    assert str(new) in said["failed"][0]
     assert gate(base, new, *limit, "--allow-failed").exit_code == 0
+    assert json.loads(gate(base, new, *limit, "--allow-failed", "--json").stdout)["failed"] == []
     assert gate(new, base, *limit).exit_code == 0  # what it is compared with is only said
     worse = save(tmp_path / "worse.json", 0.03)
     worse.write_text(json.dumps({**json.loads(worse.read_text()), "exit_code": 1}))
