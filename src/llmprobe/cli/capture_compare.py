@@ -67,8 +67,8 @@ def side_by_side(found: Sequence[tuple[str, Mapping[str, Any] | None]]) -> Table
     names = {phase for _, one in found if one for gpu in one["gpus"] for phase in gpu["sync_gap_ratio"]}
     phases = [phase for phase in _PHASES if phase in names] + sorted(names - set(_PHASES))
     table = Table(box=None, pad_edge=False)
-    for column in ("node", "GPU"):
-        table.add_column(column)
+    table.add_column("node", no_wrap=True)  # cut, it would be no node's name, or two's
+    table.add_column("GPU")
     for column in ("busy", "idle", *(f"gap {phase}" for phase in phases)):
         table.add_column(column, justify="right")
     for column in ("capture", "live: bound by"):

@@ -264,6 +264,22 @@ def test_where_it_is_saved_is_said_on_one_line(node: Elsewhere, token: Path, tmp
     assert f"saved {tmp_path / 'out' / node.node.replace(':', '-') / ID}\n" in result.stderr
 
 
+def test_nodes_are_named_in_whole_where_the_table_is_narrow(
+    nodes: tuple[Elsewhere, Elsewhere], token: Path, tmp_path: Path
+) -> None:
+    name = "GPU 0 (NVIDIA H100 80GB HBM3)"
+    phases = [
+        {"name": phase, "gpu": name, "sync_gap_ratio": 0.125} for phase in ("prefill", "decode", "mixed")
+    ]
+    for one in nodes:
+        gpus = [{"name": name, "busy_ratio": 0.75, "idle_ratio": 0.25}]
+        one.files["report.json"] = {**REPORT, "gpus": gpus, "phases": phases}
+    targets = [word for node in nodes for word in ("--target", node.node)]
+    result = run(tmp_path, *targets, "--token-file", token)
+    table = result.stdout[result.stdout.index("node ") :].splitlines()
+    assert {node.node for node in nodes} <= {line.split(" ")[0] for line in table}
+
+
 def test_no_name_steers_the_terminal(nodes: tuple[Elsewhere, Elsewhere], token: Path, tmp_path: Path) -> None:
     evil = "\x1b[2Jevil\x9b2J\u202e"
     for one in nodes:
