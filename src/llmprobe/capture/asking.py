@@ -66,6 +66,7 @@ class AskingTool:
         steps: int | None,
         interrupted: Callable[[], bool],
         options: Options | None = None,
+        directory: Path | None = None,
     ) -> None:
         """
         Args:
@@ -74,6 +75,7 @@ class AskingTool:
             seconds: the longest that the recording may last.
             steps: after how many it ends before; each process counts its own.
             interrupted: ends a wait.
+            directory: the agent's shared directory, where asks are found of processes that are not (yet).
         """
         self._tool = tool
         self._id = capture_id
@@ -82,6 +84,7 @@ class AskingTool:
         self._seconds = seconds
         self._interrupted = interrupted
         self._options = options or Options()
+        self._directory = directory
         self._steps = steps
         self._known: tuple[Worker, ...] = ()
         self._seen: dict[Path, float] = {}
@@ -144,6 +147,9 @@ class AskingTool:
         for worker in self._known:
             with contextlib.suppress(OSError):
                 Paths.of(worker.journal).remove()
+        if not self._known and self._directory is not None:
+            # Asked by an agent before this one, which has not found the processes again.
+            _remove_asks(self._directory, lambda asked: asked == self._id)
 
     def forget(self) -> None:
         """Remove what is left."""
@@ -266,10 +272,16 @@ def sweep_asks(directory: Path, live: Collection[str]) -> None:
         directory: the agent's shared directory.
         live: the ids of captures that go on.
     """
+    _remove_asks(directory, lambda asked: asked not in live)
+
+
+def _remove_asks(directory: Path, unwanted: Callable[[str | None], bool]) -> None:
+    """Remove all asks of such captures, None for one that cannot be read, with what was answered."""
     with contextlib.suppress(OSError):
         for path in (directory / FOLDER).iterdir():
             if path.suffix == ".ask":
+                asked = None
                 with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                    if json.loads(path.read_bytes()[:_MOST_ASK_BYTES])["id"] in live:
-                        continue
-                Paths(path, path.with_suffix(".said"), path.with_suffix(".result")).remove()
+                    asked = str(json.loads(path.read_bytes()[:_MOST_ASK_BYTES])["id"])
+                if unwanted(asked):
+                    Paths(path, path.with_suffix(".said"), path.with_suffix(".result")).remove()

@@ -14,6 +14,7 @@ def kernels_tool(
     request: Request,
     capture_id: str,
     folder: Path,
+    directory: Path,
     workers: Callable[[], Sequence[Worker]],
     seconds: float,
     interrupted: Callable[[], bool],
@@ -27,4 +28,5 @@ def kernels_tool(
         seconds=seconds,
         steps=request.steps,
         interrupted=interrupted,
+        directory=directory,
     )

@@ -67,4 +67,4 @@ def make_tool(
     def chosen() -> list[Worker]:
         return [one for one in workers() if request.ranks is None or one.rank in request.ranks]
 
-    return make(request, capture.id, folder, chosen, seconds, interrupted)
+    return make(request, capture.id, folder, directory, chosen, seconds, interrupted)

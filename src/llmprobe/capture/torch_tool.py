@@ -14,6 +14,7 @@ def torch_tool(
     request: Request,
     capture_id: str,
     folder: Path,
+    directory: Path,
     workers: Callable[[], Sequence[Worker]],
     seconds: float,
     interrupted: Callable[[], bool],
@@ -28,4 +29,5 @@ def torch_tool(
         steps=request.steps,
         interrupted=interrupted,
         options=Options(request.torch_cpu, request.torch_stacks),
+        directory=directory,
     )

@@ -403,6 +403,42 @@ def test_an_agent_that_died_before_it_asked_fails_it(
     assert "was not asked" in (until(manager, capture, "failed").reason or "")
 
 
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_what_an_agent_before_had_asked_of_processes_that_are_not_found_again_is_called_off(
+    make: Callable[[], Manager],
+    engines: Callable[..., ScriptedEngine],
+    store: Store,
+    directory: Path,
+    server: PretendedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    engine = engines()
+    engine.does = "hang"
+    capture = Capture(store.new_id(), str(directory), "s", "g", ask(), times={"pending": time.time()})
+    store.create(capture.enter("recording", time.time()))
+    asking.AskingTool(
+        "kernels",
+        capture.id,
+        store.folder(capture.id),
+        lambda: [engine.worker],
+        seconds=30,
+        steps=None,
+        interrupted=lambda: False,
+    ).start(30, None)
+    while not engine.asks:
+        time.sleep(0.01)
+    server.processes.clear()
+    monkeypatch.setattr(asking, "_GONE_SECONDS", 60.0 if how == "cancelled" else 0.0)
+    manager = make()
+    manager.resume()
+    if how == "cancelled":
+        assert manager.delete(capture.id, wait_seconds=60.0)
+    else:
+        until(manager, capture, "failed")
+    assert engine.left == []
+
+
 def test_what_nobody_waits_for_any_more_is_swept(
     make: Callable[[], Manager], engines: Callable[..., ScriptedEngine], store: Store, directory: Path
 ) -> None:
