@@ -79,6 +79,13 @@ class EngineLoad:
         return max((seconds for seconds in waits if seconds is not None), default=None)
 
     @property
+    def kv_most(self) -> float | None:
+        """The most of the KV cache that was in use of late, if requests wait; else what is in use."""
+        if self.kv_usage is None or not self.waiting:
+            return self.kv_usage
+        return max(self.kv_usage, self.kv_peak or 0.0)
+
+    @property
     def requests_now(self) -> int:
         """How many run or wait, as far as is known."""
         return (self.running or 0) + (self.waiting or 0)
@@ -143,9 +150,9 @@ def _badness(pressure: Pressure) -> tuple[bool, bool, float]:
 
 
 def _kv(load: EngineLoad, limits: Thresholds) -> Pressure | None:
-    if load.kv_usage is None or load.waiting is None:
+    most = load.kv_most
+    if load.kv_usage is None or most is None or load.waiting is None:
         return None
-    most = max(load.kv_usage, load.kv_peak or 0.0) if load.waiting > 0 else load.kv_usage
     active = most >= limits.kv_usage_ratio and load.waiting > 0
     full = f"{'up to ' if most > load.kv_usage else ''}{most:.0%} full"
     text = f"KV cache {full} with {load.waiting} requests waiting"

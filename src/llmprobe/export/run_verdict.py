@@ -145,6 +145,7 @@ def _at_worst(load: EngineLoad, moment: EngineView | None) -> EngineLoad:
         running=moment.requests_running,
         waiting=moment.requests_waiting,
         kv_usage=moment.kv_usage,
+        kv_peak=moment.kv_peak,
         front_end=moment.front_end.fullest if moment.front_end is not None else None,
     )
 

@@ -445,6 +445,15 @@ def test_the_next_look_names_the_server_and_its_process() -> None:
     assert "top -H -p 4711" in [item.look for item in advise(busy, figures(), target(async_scheduling=True))]
 
 
+def test_a_cache_that_was_full_a_moment_ago_has_no_room_for_more_sequences() -> None:
+    """It is emptied by those that it makes wait, which say that it was full."""
+    for peak, finding in ((0.7, "pressure.queue.batch"), (0.99, "pressure.queue.more")):
+        under = load(kv_usage=0.7, kv_peak=peak, waiting=9, running=256, queue_seconds=0.09)
+        found = worst(pressures(under, Thresholds()))
+        advice = advise_pressure(found["queue"], under, target())
+        assert advice[0].finding == finding
+
+
 def test_the_next_look_knows_where_a_server_serves_its_metrics() -> None:
     under = load(kv_usage=0.99, waiting=9)
     (pressed,) = (found for found in pressures(under, Thresholds()) if found.kind == "kv_cache")

@@ -82,7 +82,7 @@ def advise_pressure(pressure: Pressure, load: EngineLoad, target: Target) -> tup
         "@framework": target.framework,
         "@clock": target.clock or None,
         "@waiting": load.waiting,
-        "@kv_usage": load.kv_usage,
+        "@kv_usage": load.kv_most,
         "@running_ratio": _of_limit(load.running, target.flags),
         "@front_end_wait": (load.front_end.run_queue_ratio or 0.0) if load.front_end else None,
     }
