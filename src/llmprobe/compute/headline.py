@@ -45,11 +45,13 @@ def headline(
     requests = _requests(loads)
     pressing = [item for item in pressure.values() if item.high and _costs_more(item, busy, loads)]
     if pressing and (busy or requests):
-        if any(item.kind == "queue" for item in pressing):  # a cache without room is why, whatever it costs
-            why = [
-                item for item in pressure.values() if item.high and item.kind in ("preemption", "kv_cache")
+        queue = next((item for item in pressing if item.kind == "queue"), None)
+        if queue is not None:  # a cache without room is why, whatever it costs
+            pressing += [
+                item
+                for item in pressure.values()
+                if item.high and _explains(item, queue, loads) and item not in pressing
             ]
-            pressing += [item for item in why if item not in pressing]
         parts = [item.text for item in sorted(pressing, key=_importance)]
         first = parts[0] + (f" ({', '.join(parts[1:])})" if parts[1:] else "")
         return f"SLOW: {first}. {_capital(said)}." if said else f"SLOW: {first}."
@@ -87,6 +89,15 @@ def _requests(loads: Mapping[int, EngineLoad]) -> str:
 def _importance(pressure: Pressure) -> int:
     """Queueing is what users feel; a full cache is why."""
     return {"queue": 0, "preemption": 1, "kv_cache": 2}.get(pressure.kind, 3)  # then the front end
+
+
+def _explains(item: Pressure, queue: Pressure, loads: Mapping[int, EngineLoad]) -> bool:
+    """Whether requests may queue for lack of room in the cache: in that of their own engine."""
+    if item.kind not in ("preemption", "kv_cache"):
+        return False
+    usage = loads[queue.engine].kv_most if queue.engine in loads else None
+    full = item.kind == "kv_cache" and usage is not None and usage >= item.threshold
+    return item.engine == queue.engine or full
 
 
 def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, EngineLoad]) -> bool:

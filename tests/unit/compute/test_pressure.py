@@ -336,6 +336,17 @@ def test_the_phase_that_takes_most_time_comes_first() -> None:
     assert "decode memory-bound" in text
 
 
+@pytest.mark.parametrize(
+    ("usage", "why"), [(0.3, ""), (0.95, " (KV cache 99% full with 5 requests waiting)")]
+)
+def test_a_full_cache_of_one_engine_is_no_reason_why_another_s_requests_queue(usage: float, why: str) -> None:
+    queued = {"queue_seconds": 1.0, "first_token_seconds": 1.25, "waiting": 4}
+    loads = {0: load(kv_usage=usage, **queued), 1: load(engine=1, kv_usage=0.99, waiting=5)}
+    found = worst(item for one in loads.values() for item in pressures(one, LIMITS))
+    assert (found["queue"].engine, found["kv_cache"].engine) == (0, 1)
+    assert headline({"decode": BUSY}, found, loads).startswith(f"SLOW: queueing is 80% of TTFT, 1.0 s{why}.")
+
+
 def test_what_is_high_is_active_too_whatever_the_thresholds() -> None:
     limits = Thresholds.from_mapping({"queue_share_ratio": 0.9, "queue_share_high_ratio": 0.1})
     queued = load(queue_seconds=1.0, first_token_seconds=2.0, waiting=3)
