@@ -330,8 +330,10 @@ class Manager:
             if self._clock() >= until:
                 return False
             time.sleep(0.02)
-        with contextlib.suppress(KeyError):  # it is gone, as it should be
-            self.store.remove(capture_id)
+        with self._lock:
+            with contextlib.suppress(KeyError):  # it is gone, as it should be
+                self.store.remove(capture_id)
+            self._runs.pop(capture_id, None)  # there still if neither its end could be written nor it removed
         return True
 
     def close(self) -> None:

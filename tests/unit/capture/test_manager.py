@@ -18,7 +18,7 @@ from llmprobe.capture.manager import Manager, Refused
 from llmprobe.capture.nsys import Nsys
 from llmprobe.capture.nsys_tool import NsysTool
 from llmprobe.capture.session import Capture, Request
-from llmprobe.capture.store import RAW, Store
+from llmprobe.capture.store import RAW, Store, StoreError
 
 from .managed import NEVER, ask, left, until
 from .scripted_engine import ScriptedEngine
@@ -256,6 +256,32 @@ def test_cancelling_stops_the_recording_and_removes_everything(
     assert manager.delete(capture.id, wait_seconds=30)
     assert nsys.state() == "Launched"
     assert not store.folder(capture.id).exists()
+    with pytest.raises(KeyError):
+        manager.get(capture.id)
+
+
+def test_one_that_was_removed_at_the_second_try_is_not_known_any_more(
+    manager: Manager, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that for a moment takes neither the capture's end nor its removal."""
+    capture = manager.request("g", "s", ask(NEVER))
+    remove, write, tries = store.remove, store.write, []
+
+    def remove_later(capture_id: str) -> None:
+        tries.append(capture_id)
+        if len(tries) == 1:
+            raise StoreError("read-only")
+        remove(capture_id)
+
+    def write_live(capture: Capture) -> None:
+        if not capture.live:
+            raise OSError(errno.EROFS, "read-only")
+        write(capture)
+
+    monkeypatch.setattr(store, "remove", remove_later)
+    monkeypatch.setattr(store, "write", write_live)
+    assert manager.delete(capture.id, wait_seconds=30)
+    assert len(tries) == 2
     with pytest.raises(KeyError):
         manager.get(capture.id)
 
