@@ -37,6 +37,7 @@ def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_a_death_in_a_window_is_told_and_how_to_open_them_again(tmp_path: Path, gpu: bool) -> None:
+    tmp_path /= "a b"  # what to do is for a shell
     program = (
         "import os, sys; from pathlib import Path; from llmprobe.record.latch import Latch\n"
         "latch = Latch(Path(sys.argv[1]), sys.argv[2]); latch.open_window(); os._exit(1)\n"
@@ -50,7 +51,7 @@ def test_a_death_in_a_window_is_told_and_how_to_open_them_again(tmp_path: Path, 
     try:
         found = check(tmp_path, gpu=gpu)
         assert found.state == "not ok"
-        assert found.fix.startswith(f"rm {files[0]} {files[1]}, ")
+        assert found.fix.startswith(f"rm '{files[0]}' '{files[1]}', ")
         assert "worker-3" not in found.fix
         for file in files:
             file.unlink()
@@ -93,3 +94,12 @@ def test_it_is_tried_in_a_process_of_its_own() -> None:
     said = windows._tried().strip()
     assert said.startswith(("version ", "error no libcupti is loaded")), said
     assert "LLMPROBE" not in os.environ or os.environ["LLMPROBE"] != "0"
+
+
+def test_one_that_does_not_end_is_said_without_its_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "_TRY", "import time; time.sleep(60)")
+    monkeypatch.setattr(windows, "_TRY_SECONDS", 0.1)
+    told = check(tmp_path, windows._tried())
+    assert told.found == "trying it did not end within 0.1 s"

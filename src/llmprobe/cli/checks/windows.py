@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ def kernel_windows(
         run: records for a moment, and says what came of it.
     """
     if deaths := deaths_in_windows(settings.directory / FOLDER):
-        files = " ".join(map(str, deaths))
+        files = shlex.join(map(str, deaths))
         return Check(
             _NAME,
             "not ok",
@@ -82,7 +83,9 @@ def _tried() -> str:
             timeout=_TRY_SECONDS,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:  # whose own words are the whole program
+        return f"error trying it did not end within {_TRY_SECONDS:g} s"
+    except OSError as error:
         return f"error {error}"
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [""]
