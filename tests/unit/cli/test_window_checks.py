@@ -38,6 +38,7 @@ def test_without_a_gpu_nothing_is_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gpu", [True, False])
 def test_a_death_in_a_window_is_told_and_how_to_open_them_again(tmp_path: Path, gpu: bool) -> None:
     tmp_path /= "a b"  # what to do is for a shell
+    tmp_path.mkdir()
     program = (
         "import os, sys; from pathlib import Path; from llmprobe.record.latch import Latch\n"
         "latch = Latch(Path(sys.argv[1]), sys.argv[2]); latch.open_window(); os._exit(1)\n"
