@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -29,11 +30,18 @@ class Verb:
         The module may define ``EPILOG``, shown below its help, and ``COMMAND``, the class that parses it.
         """
         module = importlib.import_module(f"llmprobe.cli.{self.module}")
-        epilog = getattr(module, "EPILOG", None)
+        function = getattr(module, name)
+        about = _flowing(inspect.getdoc(function) or "")
+        epilog = _flowing(getattr(module, "EPILOG", ""))
         app = typer.Typer(add_completion=False)
-        app.command(name, epilog=epilog, cls=getattr(module, "COMMAND", None))(getattr(module, name))
+        app.command(name, help=about, epilog=epilog, cls=getattr(module, "COMMAND", None))(function)
         # A single command alone would be taken for the program itself; its name is given when it runs.
         return typer.main.get_command(app)
+
+
+def _flowing(text: str) -> str:
+    """Paragraphs of one line each, which the terminal's width breaks: it would keep the source's breaks."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 VERBS = {

@@ -27,7 +27,11 @@ def scrub(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Where the copy goes; by default FILE.scrubbed beside it."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="Where the copy goes; by default beside it, as NAME.scrubbed.sqlite or .json.gz.",
+        ),
     ] = None,
     nsys: Annotated[
         Path | None, typer.Option(help="The nsys that reads .nsys-rep files; by default the one on PATH.")

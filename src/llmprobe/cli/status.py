@@ -11,6 +11,14 @@ from llmprobe.agent.client import AgentError, request
 from llmprobe.cli.console import fail, settings_or_fail
 from llmprobe.record.agent_launch import agent_info
 
+EPILOG = """Examples:
+
+llmprobe status
+
+llmprobe status --evidence
+
+llmprobe status --json | jq '.servers[].verdicts.decode.bottleneck'"""
+
 
 def status(
     evidence: Annotated[
@@ -19,7 +27,13 @@ def status(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what /api/status says.")] = False,
 ) -> None:
-    """Show what each server is bound by right now, headline first, and its figures."""
+    """Show what each server is bound by right now, headline first, and its figures.
+
+    Columns: "sure" is the confidence, 0 to 1; "for", how long the verdict has stood; "load", the share of the
+    last 10 s that the phase filled; "headroom", what a step takes beyond its floor, the least that it could
+    take on this device; "through", the operator that takes most of the floor. A gap with a ≥ may be larger:
+    bubbles inside a step are not in it.
+    """
     directory = settings_or_fail().directory
     try:
         code, answer = request(directory, "GET", "/api/status")

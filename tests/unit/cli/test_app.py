@@ -36,6 +36,14 @@ def test_help_shows_whatever_was_written_for_it(verb):
     assert [one.help for one in options if "[" in (getattr(one, "help", None) or "")] == []
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_flows_to_the_width_of_the_terminal(verb):
+    """Typer keeps line breaks of the source, so narrower terminals would break every line twice."""
+    command = VERBS[verb].load(verb)
+    paragraphs = f"{command.help}\n\n{command.epilog or ''}".split("\n\n")
+    assert [text for text in paragraphs if "\n" in text.strip()] == []
+
+
 def test_help_imports_neither_an_engine_nor_the_agent():
     code = (
         "import sys\nfrom llmprobe.cli.app import app\n"
