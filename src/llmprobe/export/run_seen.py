@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmprobe.collect.process import WINDOW_GOOD_SECONDS
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.accounting import IDLE_COMPONENTS
 from llmprobe.compute.evidence import CounterEvidence, KernelEvidence
@@ -163,6 +164,7 @@ class _Rank:
     in_graphs: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, list[float]] = field(default_factory=dict)  # steps, prompt tokens, decode tokens
     windows: dict[str, _Mean] = field(default_factory=dict)
+    prepared: dict[str, float] = field(default_factory=dict)  # times the share of gaps that windows saw busy
     counted: _Mean = field(default_factory=lambda: _Mean())
     shared_seconds: float = 0.0  # in which others used the GPU too
     host: HostSignals | None = None
@@ -189,6 +191,9 @@ class _Rank:
             kernels = rank.kernels.get(phase)
             if kernels is not None and kernels.age_seconds <= limits.kernel_age_seconds:
                 self.windows.setdefault(phase, _Mean()).add(kernels, spent)
+            if kernels is not None and kernels.age_seconds <= WINDOW_GOOD_SECONDS:  # as totals are split
+                busy = spent * (kernels.gap_busy_ratio or 0.0)
+                self.prepared[phase] = self.prepared.get(phase, 0.0) + busy
             self._count_tokens(phase, rank)
         if worked > 0:
             self._look_around(rank, total, now)
@@ -251,7 +256,7 @@ class _Rank:
                 phase: (prompt / steps, decode / steps)
                 for phase, (steps, prompt, decode) in self.tokens.items()
             },
-            prepared={phase: mean.total("gap_busy_ratio") / spent[phase] for phase, mean in windows.items()},
+            prepared={phase: self.prepared.get(phase, 0.0) / spent[phase] for phase in windows},
         )
 
 
@@ -277,10 +282,6 @@ class _Mean:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 total, known = self._sums.get(each.name, (0.0, 0.0))
                 self._sums[each.name] = total + weight * value, known + weight
-
-    def total(self, name: str) -> float:
-        """Of all looks, those in which it was not known as 0."""
-        return self._sums.get(name, (0.0, 0.0))[0]
 
     def of(self, name: str) -> float | None:
         total, known = self._sums.get(name, (0.0, 0.0))

@@ -17,6 +17,7 @@ from llmprobe.collect.collector import Collector
 from llmprobe.collect.views import RankView, ServerView
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
 from llmprobe.compute.host import ThreadLoad
+from llmprobe.compute.thresholds import Thresholds
 from llmprobe.export.report import report
 from llmprobe.export.run_seen import RunLooks
 from llmprobe.record.cupti_records import ACTIVITY, COPY, KERNEL, Window
@@ -146,18 +147,30 @@ def test_kernel_windows_of_the_run_are_evidence_after_it_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap_ms", "copied_ms", "reduced_ms", "bottleneck"),
-    [(40, 16, 0, "sync_bound"), (4, 0, 15, "memory_bound"), (10, 8, 12, "memory_bound")],
+    ("gap_ms", "copied_ms", "reduced_ms", "bottleneck", "seconds", "good_seconds"),
+    [
+        (40, 16, 0, "sync_bound", 30, 60),
+        (4, 0, 15, "memory_bound", 30, 60),
+        (10, 8, 12, "memory_bound", 30, 60),
+        (40, 16, 0, "sync_bound", 120, 3600),  # totals are split by windows of a minute all the same
+    ],
 )
 def test_what_kernel_windows_saw_is_taken_into_account_once(
-    tmp_path: Path, gap_ms: int, copied_ms: int, reduced_ms: int, bottleneck: str
+    tmp_path: Path,
+    gap_ms: int,
+    copied_ms: int,
+    reduced_ms: int,
+    bottleneck: str,
+    seconds: int,
+    good_seconds: int,
 ) -> None:
     """The totals of a run have been split by them already: its verdict is the live one of a steady load."""
     span_ms = 100 - gap_ms
     peaks = dataclasses.replace(PEAKS, bandwidth_bytes_per_second=901_100 / (span_ms / 1e3) / 0.6)
-    world = World(tmp_path, peaks=lambda facts: peaks)
+    limits = Thresholds.from_mapping({"kernel_age_seconds": good_seconds})
+    world = World(tmp_path, peaks=lambda facts: peaks, thresholds=limits)
     looks = RunLooks(clock=lambda: world.clock.now / 1e9)
-    for second in range(30):
+    for second in range(seconds):
         rows = []
         for step in range(10):
             e0, ms = world.at + step * 100_000_000 + gap_ms * 1_000_000, 1_000_000
@@ -167,7 +180,8 @@ def test_what_kernel_windows_saw_is_taken_into_account_once(
         names = ["_ZN4gemm6kernelEv", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "memcpy HtoD"]
         window = Window(world.at, world.at + SECOND, np.array(rows, ACTIVITY), names, 0)
         view = world.second(span_ms=span_ms, gap_ms=gap_ms)
-        write_window(window_path(world.server.worker.writer.path), Seen(second + 1, window))
+        if second < 30:
+            write_window(window_path(world.server.worker.writer.path), Seen(second + 1, window))
         looks.look([view])
     world.server.close()
     live, found = view.verdicts["decode"], of(view, looks=looks)["verdicts"]["decode"]
