@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -33,6 +33,7 @@ log = logging.getLogger("llmprobe.agent")
 
 _MOST_STEPS = 4096
 _STALE_SECONDS = 5.0
+_MOST_SHOWN = 64
 _ENDPOINTS = """\
 llmprobe {version} - what is your LLM server bound by?
 
@@ -204,7 +205,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        said = "; ".join(f"{_place(item['loc'])}: {item['msg']}" for item in error.errors())
+        said = "; ".join(f"{_place(item['loc'])}: {_wrong(item)}" for item in error.errors())
         return Problem(422, f"{said}.", "See GET /openapi.json for what is allowed.").response()
 
     @app.exception_handler(Exception)
@@ -213,6 +214,14 @@ def _add_error_handlers(app: FastAPI) -> None:
         return Problem(
             500, f"{type(error).__name__} in the agent.", "See agent.log in its directory."
         ).response()
+
+
+def _wrong(item: Mapping[str, Any]) -> str:
+    """What is wrong with a value, and the value itself where it is short enough to be one of ours."""
+    message, given = str(item["msg"]).removeprefix("Value error, "), item.get("input")
+    if isinstance(given, (str, int, float)) and len(shown := repr(given)) <= _MOST_SHOWN:
+        return f"{message}, not {shown}"
+    return message
 
 
 def _place(location: Sequence[str | int]) -> str:

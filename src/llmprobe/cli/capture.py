@@ -108,8 +108,8 @@ def capture(
         if one.capture.get("state") == "done":
             _fetch(one, output, raw)
     _show(followed, as_json)
-    if any(one.error for one in followed):
-        raise typer.Exit(1)
+    if failed := [one for one in followed if one.error]:
+        raise typer.Exit(2 if all(one.misused for one in failed) else 1)
 
 
 def _targets(named_ones: Sequence[str], token_file: Path | None) -> list[Target]:
@@ -132,7 +132,8 @@ def _begin(targets: list[Target], wanted: dict[str, Any]) -> list[Followed]:
         except AgentError as error:
             return Followed(target, {}, str(error))
         if status != 202:
-            return Followed(target, {}, _said(target, status, answer))
+            misused = status == HTTPStatus.UNPROCESSABLE_ENTITY
+            return Followed(target, {}, _said(target, status, answer), misused)
         if not is_capture(answer):
             return Followed(target, {}, str(target.agent.foreign("it says nothing of a capture")))
         return Followed(target, answer)

@@ -26,6 +26,8 @@ class Followed:
     target: Target
     capture: dict[str, Any]
     error: str | None = None
+    #: Whether what was asked for is wrong, whatever the server does.
+    misused: bool = False
     folder: Path | None = None
     report: Any = None
     text: str = ""

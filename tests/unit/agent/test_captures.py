@@ -129,6 +129,19 @@ def test_a_tool_that_cannot_is_409_with_what_the_process_says(
 
 
 @pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"tool": "foo"}, "body.tool: Input should be 'auto', 'nsys', 'torch' or 'kernels', not 'foo'."),
+        ({"seconds": -1.5}, "body.seconds: Input should be greater than 0, not -1.5."),
+        ({"seconds": 1.0, "steps": 2}, "body: seconds and steps exclude each other."),
+        ({"server": "x" * 1000}, "body.server: String should have at most 128 characters."),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_value(client: TestClient, body: dict[str, Any], said: str) -> None:
+    assert problem(client.post("/api/captures", json=body), 422)["detail"] == said
+
+
+@pytest.mark.parametrize(
     "body",
     [
         [],

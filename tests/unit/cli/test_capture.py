@@ -177,6 +177,18 @@ def test_one_that_fails_is_in_the_table_too(
     assert "75.0%" in result.stdout
 
 
+def test_what_no_agent_takes_is_wrong_usage(
+    nodes: tuple[Elsewhere, Elsewhere], token: Path, tmp_path: Path
+) -> None:
+    nodes[1].begun = (422, {"detail": "tool: no such tool, not 'foo'.", "next": "See there."})
+    result = run(tmp_path, "--target", nodes[1].node, "--token-file", token, "--tool", "foo")
+    assert result.exit_code == 2
+    assert "not 'foo'" in result.stderr
+    nodes[0].begun = (409, {"detail": "It is busy.", "next": "Wait."})
+    targets = [word for node in nodes for word in ("--target", node.node)]
+    assert run(tmp_path, *targets, "--token-file", token).exit_code == 1
+
+
 @pytest.mark.parametrize("evil", ["../escaped", "/tmp/x", "..", "", ID + "/..", ID.upper(), None, 7])
 def test_an_id_that_is_none_writes_nothing(node: Elsewhere, token: Path, tmp_path: Path, evil: Any) -> None:
     node.begun = (202, node.capture(id=evil))
