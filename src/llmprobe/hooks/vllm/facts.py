@@ -88,6 +88,7 @@ def flags(config: Any) -> dict[str, Any]:
         "enable_expert_parallel": getattr(parallel, "enable_expert_parallel", None),
         # Only `vllm serve` has a number of them to set.
         "api_server_count": getattr(parallel, "_api_process_count", None) if is_serve() else None,
+        "numa_bind": getattr(parallel, "numa_bind", None),
         "disable_custom_all_reduce": getattr(parallel, "disable_custom_all_reduce", None),
         "cudagraph_mode": getattr(getattr(compilation, "cudagraph_mode", None), "name", None),
         "max_cudagraph_capture_size": max(sizes) if sizes else None,
