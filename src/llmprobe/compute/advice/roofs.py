@@ -113,7 +113,9 @@ MEMORY = (
         "",
         (VLLM, When("@phase", "is", "decode"), When("speculative_method", "absent")),
         Change(
-            "speculative_config", '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}'
+            "speculative_config",
+            '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}',
+            told_by="speculative_method",
         ),
     ),
     Entry(
