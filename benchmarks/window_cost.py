@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.decode_graph import decode_graph
 from support.machine import machine_line
 from support.table import Results, command
 
 from llmprobe.record.cupti import Cupti
 
-_HIDDEN, _INTERMEDIATE, _LAYERS, _VOCABULARY = 4096, 12288, 36, 151936
 _REPLAYS, _SKIPPED = 60, 5
 
 
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
     options = parser.parse_args()
     machine = machine_line()
-    graph = _graph()
+    graph = decode_graph()
     rows = [_row("before CUPTI was used", graph) for _ in range(3)]
     cupti = Cupti()
     cupti.open()
@@ -52,41 +52,6 @@ def main() -> int:
         [f"{kernels} kernels a graph, {_REPLAYS} replays a row."],
     ).show(options.markdown)
     return 0
-
-
-def _graph() -> Any:
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.01
-
-    layers = [
-        (
-            matrix(6144, _HIDDEN),
-            matrix(_HIDDEN, _HIDDEN),
-            matrix(2 * _INTERMEDIATE, _HIDDEN),
-            matrix(_HIDDEN, _INTERMEDIATE),
-        )
-        for _ in range(_LAYERS)
-    ]
-    head, start = matrix(_VOCABULARY, _HIDDEN), matrix(1, _HIDDEN)
-    linear, norm = torch.nn.functional.linear, torch.nn.functional.rms_norm
-
-    def model() -> torch.Tensor:
-        x = start
-        for qkv, out, up, down in layers:
-            attended = linear(norm(x, (_HIDDEN,)), qkv)[:, :_HIDDEN].sigmoid()
-            x = x + linear(attended, out)
-            both = linear(norm(x, (_HIDDEN,)), up)
-            x = x + linear(torch.nn.functional.silu(both[:, :_INTERMEDIATE]) * both[:, _INTERMEDIATE:], down)
-        return linear(x, head)
-
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(3):
-            model()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model()
-    return graph
 
 
 def _row(name: str, graph: Any, replays: int = _REPLAYS) -> list[str]:
