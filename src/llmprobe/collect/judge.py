@@ -20,7 +20,7 @@ from llmprobe.compute.classify import classify
 from llmprobe.compute.evidence import CounterEvidence
 from llmprobe.compute.figures import PhaseFigures, figures_of
 from llmprobe.compute.graphs import launched_whole
-from llmprobe.compute.headline import headline, stalled
+from llmprobe.compute.headline import headline, in_its_order, stalled
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
 from llmprobe.compute.stall import RunningStep
@@ -200,7 +200,7 @@ class Judge:
         found: dict[str, tuple[Advice, ...]] = {
             phase: advise(verdict, figures.get(phase), target) for phase, verdict in view.verdicts.items()
         }
-        view.advice = {**found, **view.advice}
+        view.advice = in_its_order(view.headline, found, view.advice)
 
     def _count(self, key: str, verdicts: Mapping[str, Verdict], now_ns: int) -> None:
         before = self._looked.get(key)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from llmprobe.compute.pressure import EngineLoad, Pressure
 from llmprobe.compute.stall import Stall
 from llmprobe.compute.verdict import IDLE, UNKNOWN, Verdict
 
+_T = TypeVar("_T")
+_SLOW = "SLOW: "
 _WORDS = {
     "idle": "idle",
     "unknown": "can't tell",
@@ -54,7 +57,7 @@ def headline(
             ]
         parts = [item.text for item in sorted(pressing, key=_importance)]
         first = parts[0] + (f" ({', '.join(parts[1:])})" if parts[1:] else "")
-        return f"SLOW: {first}. {_capital(said)}." if said else f"SLOW: {first}."
+        return f"{_SLOW}{first}. {_capital(said)}." if said else f"{_SLOW}{first}."
     if busy:
         return f"{_capital(said)}."
     if not recorded:
@@ -63,6 +66,11 @@ def headline(
     if requests:
         return f"CAN'T TELL: {few}{requests}."
     return f"IDLE: {few}." if phases else "IDLE: no steps yet."
+
+
+def in_its_order(said: str, phases: Mapping[str, _T], pressing: Mapping[str, _T]) -> dict[str, _T]:
+    """What belongs to phases and to kinds of pressure, as the headline ``said`` ranks the two."""
+    return {**pressing, **phases} if said.startswith(_SLOW) else {**phases, **pressing}
 
 
 def stalled(rank: int, stall: Stall) -> str:

@@ -12,7 +12,7 @@ from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
 from llmprobe.compute.classify import classify
 from llmprobe.compute.figures import GAPS, PhaseFigures
-from llmprobe.compute.headline import headline
+from llmprobe.compute.headline import headline, in_its_order
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
 from llmprobe.compute.steady import WINDOW_SECONDS
@@ -76,15 +76,17 @@ def run_verdict(
         for phase, verdict in verdicts.items()
         if verdict.bottleneck != IDLE  # of too few steps nobody can say that they are healthy
     }
+    relief: dict[str, tuple[Advice, ...]] = {}
     for kind, pressing in pressure.items():
         if pressing.active and pressing.engine in loads:
             load = _at_worst(loads[pressing.engine], seen.moments.get(kind))
-            advice[kind] = advise_pressure(pressing, load, target)
+            relief[kind] = advise_pressure(pressing, load, target)
+    said = _no_verdict(verdicts, recorded) or headline(verdicts, pressure, loads, recorded=recorded)
     return {
-        "headline": _no_verdict(verdicts, recorded) or headline(verdicts, pressure, loads, recorded=recorded),
+        "headline": said,
         "verdicts": plain(verdicts),
         "pressure": plain(pressure),
-        "advice": plain(advice),
+        "advice": plain(in_its_order(said, advice, relief)),
     }
 
 

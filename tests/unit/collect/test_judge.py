@@ -201,6 +201,8 @@ def test_a_queue_takes_the_headline(world: World) -> None:
         "SLOW: queueing is 80% of TTFT, 1.6 s (KV cache 98% full with 40 requests waiting"
     )
     assert {"queue", "kv_cache"} <= set(view.advice)
+    first = list(view.advice)[: len(view.advice) - len(view.verdicts)]
+    assert not set(first) & set(view.verdicts), "what the headline names comes first"
 
 
 def test_a_lone_request_that_waits_for_the_running_step_is_in_no_queue(world: World) -> None:
