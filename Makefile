@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-transformers test serving beside-alone beside-captures alone captures lint types unit \
-	integration bench docs clean
+.PHONY: help setup demo demo-transformers test serving beside-alone beside-captures beside-unit alone captures \
+	lint types unit integration bench docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,17 +31,18 @@ demo-transformers: setup ## The same for a Hugging Face program that calls gener
 	@$(BIN)/llmprobe demo --transformers
 
 test: ## Everything CI checks: set-up, lint, types, unit and integration tests
-	@$(PYTHON) scripts/setup.py --prometheus
-	@$(MAKE) --no-print-directory -k -j3 serving beside-alone beside-captures
+	@$(PYTHON) scripts/setup.py --prometheus --nsys
+	@$(MAKE) --no-print-directory -k -j4 serving beside-alone beside-captures beside-unit
 
-# Three parts that take about as long, for two cores: most of the time one of them waits.
+# Four parts for two cores: the first two take longest, the third mostly waits.
 serving:
 	@$(BIN)/pytest tests/integration tests/gpu --durations=15 $(patsubst %,--ignore=%,$(ALONE) $(CAPTURES))
 
 # What these say waits until they have ended.
 beside-alone: PARTS := alone
-beside-captures: PARTS := lint types unit captures
-beside-alone beside-captures:
+beside-captures: PARTS := captures
+beside-unit: PARTS := lint types unit
+beside-alone beside-captures beside-unit:
 	@log=$$(mktemp); $(MAKE) --no-print-directory -k $(PARTS) >$$log 2>&1; status=$$?; \
 		echo; cat $$log; rm -f $$log; exit $$status
 
@@ -49,7 +50,6 @@ alone:
 	@$(BIN)/pytest $(ALONE) --durations=15
 
 captures:
-	@$(PYTHON) scripts/setup.py --nsys
 	@$(BIN)/pytest $(CAPTURES) --durations=15
 
 lint: ## ruff: rules and format
