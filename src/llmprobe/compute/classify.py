@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from llmprobe.compute import attributes
 from llmprobe.compute.confidence import CALIBRATED_FACTOR, HOST_CLOCK_LIMIT, Vote, confidence, margin
 from llmprobe.compute.counted_idle import bubble_seconds, idle_ratio
-from llmprobe.compute.evidence import CounterEvidence, Evidence, KernelEvidence, Source
+from llmprobe.compute.counter_roofs import CounterRoofs, of_phase
+from llmprobe.compute.evidence import Evidence, KernelEvidence, Source
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.signs import Sign, signs
 from llmprobe.compute.stall import RunningStep
@@ -105,7 +106,8 @@ class _Case:
         self._seen, self._figures, self._limits, self._moved = seen, figures, limits, moved
         self._old_kernels = seen.kernels is not None and seen.kernels.age_seconds > limits.kernel_age_seconds
         self._kernels: KernelEvidence | None = None if self._old_kernels else seen.kernels
-        self._counters = self._usable_counters()
+        self._counters = of_phase(seen.counters, figures.seconds, seen.window_seconds, limits)
+        self._counted_roofs = CounterRoofs(self._counters, limits, moved)
         # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
         self._device_queue = seen.clock != "host"
         self._bubbles_possible = self._device_queue and not seen.one_graph
@@ -182,7 +184,6 @@ class _Case:
 
     def _near_a_roof(self) -> bool:
         """Whether so much of the span is accounted for that bubbles cannot be what it consists of."""
-        counters = self._counters
         # What stands may make a roof easier to reach here, never harder: a phase that is found to be near
         # neither roof, yet without room for bubbles, would have room for them once that class stands.
         mbu, mfu = (
@@ -192,7 +193,7 @@ class _Case:
         return (
             (self._mbu_span or 0) >= mbu
             or (self._mfu_span or 0) >= mfu
-            or (counters is not None and self._counter_roof(counters) is not None)
+            or self._counted_roofs.reached is not None
         )
 
     def _never_idle(self) -> bool:
@@ -229,7 +230,7 @@ class _Case:
         if self._kernels is not None:
             votes.append(Vote("kernel windows", True))
         if self._counters is not None:
-            roof = self._counter_roof(self._counters)
+            roof = self._counted_roofs.reached
             idle = self._idle
             # Active while the clock says it waited: kernels that belong to no step, or a wrong clock. What
             # communicates is active too, and copies may be.
@@ -267,7 +268,7 @@ class _Case:
         figures, moved, limits = self._figures, self._moved, self._limits
         mbu, mfu = self._mbu or 0.0, self._mfu or 0.0
         memory, compute = (figures.components.get(f"floor_{roof}", 0.0) for roof in ("memory", "compute"))
-        counted = self._counter_roof(self._counters) if self._counters else None
+        counted = self._counted_roofs.reached
         ridge = self._seen.peaks.ridge_flops_per_byte if self._seen.peaks else 0.0
         distance = figures.intensity / ridge if figures.intensity and ridge else 0.0
         close = distance > 0 and max(distance, 1 / distance) <= moved.balanced_intensity_ratio
@@ -287,8 +288,8 @@ class _Case:
             (COMPUTE, "MFU", mfu, limits.compute_mfu_ratio),
         ):
             if roof in (modelled, counted):
-                far = margin(value, limit) if roof == modelled else self._counter_margin(roof)
-                reason = f"{name} {value:.2f} of busy time{self._said_by_counter(roof)}"
+                far = margin(value, limit) if roof == modelled else self._counted_roofs.margin(roof)
+                reason = f"{name} {value:.2f} of busy time{self._counted_roofs.said(roof)}"
                 return self._judged(roof, None, self._votes(roof, roof == modelled), far, reason)
         nearer, limit = (
             (mbu, limits.memory_mbu_ratio) if memory >= compute else (mfu, limits.compute_mfu_ratio)
@@ -319,45 +320,13 @@ class _Case:
         if self._kernels is not None:
             votes.append(Vote("kernel windows", True))
         if counters is not None:
-            roof = self._counter_roof(counters)
+            roof = self._counted_roofs.reached
             contrary = bottleneck == MEMORY and counters.dram_active_ratio < limits.dram_idle_ratio
             if roof == bottleneck or (roof is None and bottleneck == INEFFICIENT):
                 votes.append(Vote("hardware counters", True))
             elif contrary or (roof is not None and bottleneck != BALANCED):
                 votes.append(Vote("hardware counters", False))
         return votes
-
-    def _counter_roof(self, counters: CounterEvidence) -> str | None:
-        """The roof that counters see reached; the one nearer to its threshold if both are."""
-        dram = counters.dram_active_ratio / self._moved.dram_active_ratio
-        tensor = counters.tensor_active_ratio / self._moved.tensor_active_ratio
-        if max(dram, tensor) < 1:
-            return None
-        return MEMORY if dram >= tensor else COMPUTE
-
-    def _counter_margin(self, roof: str) -> float:
-        counters, limits = self._counters, self._limits
-        if counters is None:
-            return 0.0
-        if roof == MEMORY:
-            return margin(counters.dram_active_ratio, limits.dram_active_ratio)
-        return margin(counters.tensor_active_ratio, limits.tensor_active_ratio)
-
-    def _said_by_counter(self, roof: str) -> str:
-        counters = self._counters
-        if counters is None:
-            return ""
-        if roof == MEMORY:
-            return f", DRAM counter {counters.dram_active_ratio:.2f}"
-        return f", tensor counter {counters.tensor_active_ratio:.2f}"
-
-    def _usable_counters(self) -> CounterEvidence | None:
-        """Counters average over a whole GPU and window: they speak for a phase only if it fills both."""
-        counters, window = self._seen.counters, self._seen.window_seconds
-        if counters is None or counters.shared or window <= 0:
-            return None
-        share = self._figures.seconds / window
-        return counters if share >= self._limits.counter_phase_share_ratio else None
 
     # The verdict put together
 

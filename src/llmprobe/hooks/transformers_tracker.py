@@ -13,11 +13,11 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.transformers_cache import cache_among, cache_length, cache_of, measure_cache
 from llmprobe.hooks.transformers_generation import DRAFT, NESTED, REQUEST, Generation
 from llmprobe.hooks.transformers_program import Program
+from llmprobe.hooks.transformers_requests import first_tokens, record_requests, tell_load
 from llmprobe.hooks.transformers_steps import Step, write_steps
 from llmprobe.record.clock import HOST_STEPS_KEPT
 from llmprobe.record.layout import PHASES, Clock, Phase
 from llmprobe.record.nvtx import FORWARD, SAMPLE, Ranges, ranges
-from llmprobe.record.recorder import Recorder
 
 _now = time.monotonic_ns
 _PREFILL, _DECODE, _DRAFT = int(Phase.PREFILL), int(Phase.DECODE), int(Phase.DRAFT)
@@ -76,7 +76,7 @@ class Tracker:
             try:
                 if len(program.running) == 1:
                     program.recorder.pending(call.started, call.requests)
-                self._load(program)
+                tell_load(program)
             except Exception:
                 del program.running[id(call)]
                 raise
@@ -112,51 +112,13 @@ class Tracker:
             call.cache = None
             self._write(program, [call], wait=True)  # what was measured before the probe was off counts
             if call.kind == REQUEST and active:
-                self._record_requests(program, call, result, failed, entered)
+                record_requests(program, call, result, failed, entered)
         finally:
             if call.kind == REQUEST:
                 with program.lock:
                     if not program.running:
                         program.recorder.pending(entered, 0)
-                    self._load(program)
-
-    def _record_requests(
-        self, program: Program, call: Generation, result: Any, failed: bool, ended: int
-    ) -> None:
-        recorder, times = program.recorder, call.token_times
-        no_gaps: dict[int, int] = {}
-        if call.live:
-            sums = longest = [len(times)] * call.requests
-            late, generated = no_gaps, 0  # written as they came
-        elif failed:
-            sums = longest = [0] * call.requests  # the caller got none
-            late, generated = no_gaps, 0
-        else:
-            sums, longest = call.returned_tokens(result)
-            late, generated = call.late_gaps(longest), sum(sums)
-            if call.eos and program.device_type != "cpu":
-                program.note("rows of a batch that end early are counted with their padding")
-        call.own_request_ns += _now() - ended
-        recorder.tokens(0, generated, inter_token_ns=late, own_ns=call.own_request_ns)
-        ttft = times[0] - call.started if times else -1
-        for prompt, total, last in zip(call.prompts, sums, longest, strict=False):
-            tpot = -1
-            if times and 1 < last <= len(times):
-                tpot = (times[last - 1] - times[0]) // (last - 1)
-            recorder.request(
-                ended,
-                ended - call.started,
-                ttft_ns=ttft,
-                tpot_ns=tpot,
-                prompt_tokens=prompt,
-                generated_tokens=total,
-                cached_tokens=min(call.cached, prompt),
-                aborted=failed,
-            )
-
-    def _load(self, program: Program) -> None:
-        requests = sum(call.requests for call in list(program.running.values()))
-        program.recorder.load(requests, 0, unfinished=requests)
+                    tell_load(program)
 
     def _program_for(self, model: Any) -> Program | None:
         program, recorder = self._program, self._probe.recorder
@@ -349,22 +311,13 @@ class Tracker:
             if new_tokens > 1:
                 times.extend((now,) * (new_tokens - 1))
             if call.tokens_written == 0 and call.kind == REQUEST:
-                self._first_tokens(program.recorder, call, new_tokens, now)
+                first_tokens(program.recorder, call, new_tokens, now)
         if going_on and call.unprepared:
             call.keep = 1
             self._open(call, call.rows, 1 if call.token_times else max(call.prompts), now)
             call.provisional = call.stamps is not None
         else:
             call.own_ns += _now() - now
-
-    def _first_tokens(self, recorder: Recorder, call: Generation, new_tokens: int, now: int) -> None:
-        recorder.tokens(
-            sum(call.prompts),
-            new_tokens * call.requests if call.live else 0,
-            cached=sum(min(call.cached, prompt) for prompt in call.prompts),
-            first_token_ns=(now - call.started,) * call.requests,
-        )
-        call.tokens_written = new_tokens
 
     def _measure_cache(self, program: Program, call: Generation, rows: int) -> None:
         """Walk the cache at the first tokens of a request; from then on the number of tokens tells."""
