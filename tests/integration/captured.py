@@ -48,6 +48,8 @@ class Wrapped:
     directory: Path
     captures: Path
     output: Path
+    #: Of nsys's session, once `session` was asked for it: the note that names it goes with the program.
+    name: str = ""
 
     @property
     def agent(self) -> LocalAgent:
@@ -110,7 +112,9 @@ class Wrapped:
 
     def session(self) -> dict[str, Any]:
         (note,) = (self.directory / "nsys").glob("*.json")
-        return dict(json.loads(note.read_text()))
+        found = dict(json.loads(note.read_text()))
+        self.name = str(found["name"])
+        return found
 
     def events(self) -> list[dict[str, Any]]:
         """What the agent has saved of them."""
@@ -124,8 +128,9 @@ class Wrapped:
 
     def nsys_processes(self) -> list[psutil.Process]:
         """nsys's own processes of this program, but not the program."""
-        session = self.session() if list((self.directory / "nsys").glob("*.json")) else None
-        mark = str(session["name"]) if session else "llmprobe-nsys-"
+        if not self.name and list((self.directory / "nsys").glob("*.json")):
+            self.session()
+        mark = self.name or "llmprobe-nsys-"
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             line = process.info["cmdline"] or []

@@ -58,6 +58,7 @@ sys.exit({expected})
 """
     one = wrapped(sys.executable, "-c", program)
     target = one.target
+    assert one.nsys_processes()  # now; afterwards none of these
     time.sleep(0.3)  # the wrapper looks for the program twenty times a second
     one.process.send_signal(number)
     assert one.process.wait(PATIENCE_SECONDS) == expected
