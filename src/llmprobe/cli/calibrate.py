@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -32,7 +32,6 @@ def calibrate(
     # Each of these takes a second to import or to look.
     from llmprobe.cli.measure_peaks import measure_cpu, measure_gpus
 
-    _warn_if_busy()
     with err.status("loading torch") as status:
 
         def progress(what: str, number: int, total: int) -> None:
@@ -40,10 +39,12 @@ def calibrate(
             if not err.is_terminal:
                 err.print(f"measuring {what} ({number + 1} of {total})")
 
-        measured = [
-            measure_cpu(_cpu_name(), seconds, threads, progress),
-            *measure_gpus(seconds, progress),
-        ]
+        others = _Others()
+        cpu = measure_cpu(_cpu_name(), seconds, threads, progress)
+        cpu = replace(cpu, others_ratio=others.ratio())
+        measured = [cpu, *measure_gpus(seconds, progress)]
+    if cpu.caveat:
+        err.print(f"warning: {cpu.caveat}", style="yellow", soft_wrap=True)
     try:
         path = save_peaks(measured)
     except OSError as error:
@@ -79,15 +80,28 @@ def _table(measured: list[Calibration]) -> Table:
     return table
 
 
-def _warn_if_busy() -> None:
-    import psutil
+class _Others:
+    """How much of the processor other programs use, from here on."""
 
-    busy = psutil.cpu_percent(interval=0.3)
-    if busy > 20:
-        err.print(
-            f"warning: other programs use {busy:.0f} % of the processor; the figures will be too low",
-            style="yellow",
-        )
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def ratio(self) -> float:
+        """Of the time of all its cores; what they use is not ours to measure with."""
+        (used, own, all_of_it), (used_before, own_before, all_before) = self._now(), self._before
+        total = all_of_it - all_before
+        others = (used - used_before) - (own - own_before)
+        return min(max(others / total, 0.0), 1.0) if total > 0 else 0.0
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds that all programs used, that this one used, and that there were, since some time."""
+        import psutil
+
+        machine, mine = psutil.cpu_times(), psutil.Process().cpu_times()
+        unused = machine.idle + getattr(machine, "iowait", 0.0)
+        # Guests' time is in that of their hosts.
+        counted = sum(getattr(machine, name) for name in machine._fields if not name.startswith("guest"))
+        return counted - unused, mine.user + mine.system, counted
 
 
 def _cpu_name() -> str:

@@ -173,8 +173,8 @@ def _print_process(process: dict[str, Any], now_ns: int) -> None:
         soft_wrap=True,
     )
     if process["records_from_ns"] is not None:
-        lost = f", {process['records_lost']} lost" if process["records_lost"] else ""
-        out.print(f"  records of the last {(now_ns - process['records_from_ns']) / 1e9:.0f} s{lost}")
+        older = f", {process['records_lost']} older ones are overwritten" if process["records_lost"] else ""
+        out.print(f"  records of the last {(now_ns - process['records_from_ns']) / 1e9:.0f} s{older}")
     progress = process["progress"]
     if progress is not None and progress["begun"] > progress["ended"]:
         step = f"step {progress['begun']} ({_phase(progress['phase'])}, {progress['tokens']} tokens)"

@@ -350,6 +350,7 @@ class Collector:
         missing = what_is_missing(ranks, engines, self._telemetry)
         notes = sorted({note for process in processes for note in process.facts.get("notes", ())})
         notes += [f"rank {rank.rank}: {note}" for rank in ranks if rank.gpu for note in rank.gpu.notes]
+        notes += sorted({rank.peaks.caveat for rank in ranks if rank.peaks and rank.peaks.caveat})
         notes += self._notes
         loads = [process.load for process in processes if process.load is not None]
         return ServerView(

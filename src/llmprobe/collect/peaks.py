@@ -23,6 +23,8 @@ CPU_DTYPES = ("float32", "bfloat16", "float16")
 GPU_DTYPES = ("bfloat16", "float16", "float32", "fp8", "int8")
 #: NVML's bandwidth beyond this factor of the published one means something else than we think.
 _PLAUSIBLE_RATIO = 1.3
+#: From this share of a processor's time on, others made a measurement of it too low to be relied on.
+BUSY_RATIO = 0.2
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Calibration:
     """What was measured on one device.
 
     ``device`` is its key (`cpu_key`, or a GPU's UUID); ``flops_per_second`` is by dtype; ``threads`` is the
-    number of CPU threads that worked, None for a GPU; ``when`` is in Unix seconds.
+    number of CPU threads that worked, None for a GPU; ``when`` is in Unix seconds; ``others_ratio`` is the
+    share of a processor's time that other programs used meanwhile, None for a GPU or if it is not known.
     """
 
     device: str
@@ -40,6 +43,17 @@ class Calibration:
     when: float
     threads: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    others_ratio: float | None = None
+
+    @property
+    def caveat(self) -> str:
+        """Why the rates are too low; empty where the processor was quiet enough."""
+        if self.others_ratio is None or self.others_ratio < BUSY_RATIO:
+            return ""
+        return (
+            f"peaks were measured while other programs used {self.others_ratio:.0%} of the processor, so "
+            "MBU, MFU and floors may read too high: run `llmprobe calibrate` again once it is quiet"
+        )
 
     def peaks(self, dtype: str, source: str) -> Peaks | None:
         """As peaks for one dtype; None if its products were not measured.
@@ -58,7 +72,7 @@ class Calibration:
         detail = f"measured on {self.name}{threads} by `llmprobe calibrate` on {day}"
         if slower:
             rate, detail = converted, f"{detail}, in float32: it has no {kind}"
-        return Peaks(self.bandwidth_bytes_per_second, rate, kind, source, detail)
+        return Peaks(self.bandwidth_bytes_per_second, rate, kind, source, detail, self.caveat)
 
 
 def cpu_key(name: str, cpus: int, threads: int) -> str:
@@ -191,7 +205,7 @@ def _device_and_dtype(facts: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]
 
 
 def _calibration(entry: Mapping[str, Any]) -> Calibration:
-    threads = entry.get("threads")
+    threads, others = entry.get("threads"), entry.get("others_ratio")
     return Calibration(
         device=str(entry["device"]),
         name=str(entry["name"]),
@@ -200,4 +214,5 @@ def _calibration(entry: Mapping[str, Any]) -> Calibration:
         when=float(entry["when"]),
         threads=None if threads is None else int(threads),
         versions={str(name): str(version) for name, version in entry.get("versions", {}).items()},
+        others_ratio=None if others is None else float(others),
     )

@@ -18,7 +18,8 @@ class Peaks:
     """Roofs of one device for one dtype.
 
     ``source`` is ``nominal`` (published), ``attainable`` (measured on this device) or ``calibrated``
-    (measured where nothing is published); ``detail`` says which page or which run.
+    (measured where nothing is published); ``detail`` says which page or which run, ``caveat`` why they may be
+    wrong, as a sentence's beginning; empty where nothing is known to be.
     """
 
     bandwidth_bytes_per_second: float
@@ -26,6 +27,7 @@ class Peaks:
     dtype: str
     source: str
     detail: str
+    caveat: str = ""
 
     @property
     def ridge_flops_per_byte(self) -> float:

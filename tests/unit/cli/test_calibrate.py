@@ -7,10 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from llmprobe.cli import measure_peaks
+from llmprobe.cli.calibrate import _Others
 from llmprobe.cli.output import scaled
 
 
@@ -35,6 +38,23 @@ def test_measures_keeps_and_prints(tmp_path):
     assert 1e8 < cpu["bandwidth_bytes_per_second"] < 1e13
     assert 1e8 < cpu["flops_per_second"]["float32"] < 1e14
     assert cpu["versions"]
+    assert 0 <= cpu["others_ratio"] <= 1
+
+
+def test_what_others_use_of_the_processor_is_told_from_what_it_uses_itself():
+    machine = psutil.cpu_times()
+    others, began = _Others(), time.monotonic()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 1: pass"], check=True)
+    own = time.process_time() + 1
+    while time.process_time() < own:
+        pass
+    ratio, now = others.ratio(), psutil.cpu_times()
+    core_seconds = (time.monotonic() - began) * psutil.cpu_count()
+    used = (now.user + now.system + now.nice) - (machine.user + machine.system + machine.nice)
+    assert ratio * core_seconds > 0.8  # the other program's second
+    assert (
+        ratio * core_seconds < used - 0.7 + 0.1 * core_seconds
+    )  # and not its own; interrupts are others' too
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_way_out(tmp_path):

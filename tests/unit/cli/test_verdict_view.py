@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from typing import Any
@@ -60,6 +61,14 @@ def test_advice_says_change_gain_reason_risk_and_the_next_look() -> None:
         "Weights are read once a step for however many requests. Risk: TPOT of single requests rises." in text
     )
     assert "next look: llmprobe status" in text
+
+
+def test_advice_that_changes_no_setting_says_its_gain_too() -> None:
+    plain = dataclasses.replace(
+        ADVICE, change="", reason="Others want its cores.", gain="at most 4.88 ms of a step"
+    )
+    text = "\n".join(shown(width=200, advice={"decode": (plain,)}))
+    assert "decode: Others want its cores. To gain: at most 4.88 ms of a step." in text
 
 
 def test_the_same_change_is_advised_once() -> None:

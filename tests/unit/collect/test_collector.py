@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -252,6 +253,13 @@ def test_a_model_and_peaks_that_come_late_are_used(tmp_path: Path, clock: Clock,
     view = only(found)
     assert "mbu_ratio" not in view.missing
     assert view.ranks[0].peaks == PEAKS
+
+
+def test_peaks_that_may_be_wrong_are_told_once(tmp_path: Path, clock: Clock, server: Server) -> None:
+    doubtful = dataclasses.replace(PEAKS, caveat="peaks were measured while others ran")
+    writers = {r.writer.path: r.writer for r in (server.worker, *server.fronts)}
+    found = Collector(tmp_path, clock=clock, peaks=lambda facts: doubtful, own_writers=lambda: writers)
+    assert only(found).notes == [doubtful.caveat]
 
 
 def test_the_past_of_a_server_found_late_is_not_recent(tmp_path: Path, clock: Clock, server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,6 +42,20 @@ def test_what_is_saved_is_loaded(path):
     saved = [cpu(1), Calibration("GPU-1", "H100", 3e12, {"bfloat16": 7e14}, 1.7e9, None, {"torch": "2.13"})]
     save_peaks(saved, path)
     assert load_peaks(path) == {calibration.device: calibration for calibration in saved}
+
+
+@pytest.mark.parametrize(
+    ("others", "said"), [(None, False), (0.0, False), (0.19, False), (0.2, True), (0.98, True)]
+)
+def test_what_was_measured_on_a_busy_processor_says_so(path, others, said):
+    save_peaks([dataclasses.replace(cpu(1), others_ratio=others)], path)
+    (loaded,) = load_peaks(path).values()
+    assert loaded.others_ratio == others
+    caveat = loaded.peaks("float32", "calibrated").caveat
+    assert bool(caveat) is said
+    if said:
+        assert f"{others:.0%} of the processor" in caveat
+        assert "llmprobe calibrate" in caveat
 
 
 def test_measuring_again_replaces_only_that_device(path):

@@ -470,8 +470,11 @@ def test_the_next_look_knows_where_a_server_serves_its_metrics() -> None:
 def test_after_a_run_nobody_is_sent_to_a_process_that_ended() -> None:
     busy = verdict("sync_bound", "host_between_steps", signs=("thread_busy", "run_queue"))
     ended = Target("vllm-8000", "vllm", {**VLLM_FLAGS, "async_scheduling": False}, 4711, running=False)
-    looks = [item.look for item in advise(busy, figures(), ended)]
-    assert set(looks) == {"llmprobe run --nsys -- COMMAND"}
+    looks = {item.finding: item.look for item in advise(busy, figures(), ended)}
+    # A capture is what nsys is for; to see who else wants a core takes no more than another run.
+    assert looks["sync_bound.async_scheduling"] == "llmprobe run --nsys -- COMMAND"
+    assert looks["sync_bound.crowded"] == "llmprobe run -- COMMAND"
+    assert set(looks.values()) == {"llmprobe run --nsys -- COMMAND", "llmprobe run -- COMMAND"}
     under = load(kv_usage=0.99, waiting=9, running=16, front_end=thread(1.0))
     found = worst(pressures(under, Thresholds()))
     ended = dataclasses.replace(ended, flags={**VLLM_FLAGS, "kv_cache_dtype": "fp8", "api_server_count": 1})

@@ -156,9 +156,9 @@ def _advice(
 
 def _look(look: str, target: Target) -> str:
     if not target.running:
-        if "{server}" in look or "{pid}" in look:
+        if "{server}" in look:
             return _RECORD
-        if "{metrics}" in look or look in OF_NOW:
+        if "{pid}" in look or "{metrics}" in look or look in OF_NOW:
             return _AGAIN
     served = _SERVED.fullmatch(target.server)
     return look.format(
