@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import typer
@@ -15,17 +16,21 @@ EPILOG = """Examples:
 
 llmprobe status
 
-llmprobe status --evidence
+llmprobe status vllm-8000 --evidence
 
 llmprobe status --json | jq '.servers[].verdicts.decode.bottleneck'"""
 
 
 def status(
+    servers: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[server]...", help="The `server` label of those to show. Default: all."),
+    ] = None,
     evidence: Annotated[
         bool,
         typer.Option("--evidence", help="Show all evidence on each phase: value, threshold, source, age."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what /api/status says.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what /api/status says of them.")] = False,
 ) -> None:
     """Show what each server is bound by right now, headline first, and its figures.
 
@@ -41,6 +46,11 @@ def status(
         fail(str(error))
     if code >= 400:
         fail(f"the agent answered {code}: {answer}")
+    if servers:
+        known = sorted({server["server"] for server in answer["servers"]})
+        if unknown := sorted({*servers} - {*known}):
+            fail(f"no server {unknown[0]!r}; running: {', '.join(known) or 'none'}")
+        answer["servers"] = [server for server in answer["servers"] if server["server"] in servers]
     if as_json:
         typer.echo(json.dumps(answer))
         return
@@ -54,7 +64,7 @@ def status(
     if not answer["servers"]:
         out.print("No server is running with LLMPROBE=1.")
     out.print(_agent_line(agent_info(directory)))
-    for line in _capture_lines(answer["agent"].get("captures") or {}):
+    for line in _capture_lines(answer["agent"].get("captures") or {}, servers):
         out.print(line)
 
 
@@ -64,10 +74,15 @@ def _agent_line(info: dict[str, Any] | None) -> str:
     return f"Metrics: http://{info['address']}:{info['port']}/metrics"
 
 
-def _capture_lines(captures: dict[str, Any]) -> list[str]:
-    """Which servers can be captured right now, and which cannot by the nsys that they run under."""
+def _capture_lines(captures: dict[str, Any], only: Collection[str] | None = None) -> list[str]:
+    """Which servers can be captured right now, and which cannot by the nsys that they run under.
+
+    ``only``: of these; all where it names none.
+    """
     lines = []
     for server, tools in sorted((captures.get("tools") or {}).items()):
+        if only and server not in only:
+            continue
         session = (captures.get("nsys") or {}).get(server)
         able = [_tool(tool, session) for tool, why_not in tools.items() if why_not is None]
         if able:

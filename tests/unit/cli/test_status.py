@@ -75,6 +75,24 @@ def test_each_headline_names_its_server_where_there_are_several(
     assert status(monkeypatch, tmp_path, one={}).startswith("Decode memory-bound")
 
 
+def test_of_several_servers_one_can_be_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = status(monkeypatch, tmp_path, "two", one={}, two={})
+    assert text.startswith("Decode memory-bound")  # the only one, so its name is not before it
+    assert "two  " in text
+    assert "one  " not in text
+    (shown,) = json.loads(status(monkeypatch, tmp_path, "two", "--json", one={}, two={}))["servers"]
+    assert shown["server"] == "two"
+    done = CliRunner().invoke(app, ["status", "three"])
+    assert done.exit_code == 1
+    assert "no server 'three'; running: one, two" in done.output
+
+
+def test_captures_are_told_of_the_servers_that_are_shown() -> None:
+    captures = {"tools": {"one": {"torch": None}, "two": {"torch": None}}}
+    assert [line.split(":")[0] for line in _capture_lines(captures, ["two"])] == ["Captures of two"]
+    assert len(_capture_lines(captures)) == 2
+
+
 def test_the_deciding_evidence_is_shown_and_all_of_it_on_demand(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
