@@ -142,7 +142,11 @@ def test_operators_watch_servers_live_and_take_a_snapshot_also_when_the_agent_is
         terminal = Terminal([*COMMAND, "top", "--interval", "0.5"], environment)
         terminal.wait_for(">fed-a")
         terminal.press(b"\r")
-        terminal.wait_for("pretended/llama-1b")
+        terminal.wait_for("enter back")
+        terminal.press(b"\x1b[6~" * 9)  # more may be known of it than 24 lines hold
+        terminal.wait_for("prefill")  # of the table of phases, near its end
+        terminal.press(b"\x1b[5~" * 9)
+        terminal.wait_for("Decode")
         terminal.press(b"\x1b")
         terminal.wait_for("q quit")
         terminal.press(b"q")

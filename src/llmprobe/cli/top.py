@@ -23,6 +23,7 @@ from llmprobe.agent.client import AgentError, request
 from llmprobe.cli import top_view
 from llmprobe.cli.console import fail, settings_or_fail
 from llmprobe.cli.output import out, print_json
+from llmprobe.cli.paged import Paged
 
 SCHEMA_VERSION = 1
 
@@ -35,7 +36,8 @@ llmprobe top --sort gap --interval 2
 llmprobe top --once --json
 
 Keys: q quits, s sorts by the next column, r turns the order round, up and down (k and j) choose a row, enter
-shows its server in detail and goes back. Without a terminal it prints once, plainly."""
+shows its server in detail and goes back; there up, down, page up and page down move. Without a terminal it
+prints once, plainly."""
 
 _KEYS = {
     b"q": "quit",
@@ -51,7 +53,11 @@ _KEYS = {
     b"j": "down",
     b"\x1b[B": "down",
     b"\x1bOB": "down",
+    b"\x1b[5~": "page up",
+    b"\x1b[6~": "page down",
+    b" ": "page down",
 }
+_MOVES = {"up": -1, "down": 1, "page up": -1, "page down": 1}
 #: A key as a terminal sends it; and the beginning of one whose rest a slow line may send later.
 _KEY = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO.|.", re.DOTALL)
 _UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|O)?$")
@@ -121,6 +127,8 @@ class _Top:
             None  # server and phase, so that it stays when rows move
         )
         self._details = False
+        self._page: Paged | None = None  # the details as last shown
+        self._line = 0
 
     def run(self) -> None:
         """Until ``q`` or Ctrl-C."""
@@ -169,9 +177,12 @@ class _Top:
         elif key == "reverse":
             self._reverse = not self._reverse
         elif key == "details":
-            self._details = not self._details and bool(found)
+            self._details, self._line = not self._details and bool(found), 0
         elif key == "back":
             self._details = False
+        elif self._details and self._page is not None and key in _MOVES:
+            line = self._line + _MOVES[key] * (self._page.room if "page" in key else 1)
+            self._line = max(min(line, self._page.most), 0)
         elif key in ("up", "down") and found:
             at = self._at(found) + (1 if key == "down" else -1)
             row = found[max(0, min(at, len(found) - 1))]
@@ -198,7 +209,9 @@ class _Top:
 
             (server, *_) = (one for one in self._status["servers"] if one["server"] == found[at].server)
             verdict = verdict_view(server, most_advice=2, named=True, evidence=True)
-            return Group(verdict, server_panel(server))
+            content = Group(verdict, server_panel(server))
+            self._page = Paged(content, self._line, out.height, "q quit  enter back")
+            return self._page
         return top_view.screen(
             found,
             (out.width, out.height),

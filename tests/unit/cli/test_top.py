@@ -180,6 +180,46 @@ def test_escape_leaves_the_details() -> None:
     assert not view._details
 
 
+@pytest.mark.parametrize("height", [4, 10, 23])
+def test_all_of_the_details_can_be_reached(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top, "out", Console(width=80, height=height, file=io.StringIO()))
+    seen = status()
+    seen["servers"][0] = summarize([server("busy")])["servers"][0]
+    view = Driven(seen)
+    view._press("details")
+
+    def page() -> list[str]:
+        return [line.rstrip() for line in shown(view._screen(with_keys=True), 80, height)]
+
+    whole = [line.rstrip() for line in shown(view._page.content if view._screen(True) else "", 80, 999)]
+    first = page()
+    assert first[:-1] == whole[: height - 1]
+    assert first[-1] == f"q quit  enter back  ↑↓ lines 1 to {height - 1} of {len(whole)}"
+    seen_lines = first[:-1]
+    while not page()[-1].endswith(f" to {len(whole)} of {len(whole)}"):
+        view._press("down")
+        seen_lines.append(page()[-2])
+    assert seen_lines == whole
+    for _ in range(len(whole)):
+        view._press("page up")
+    assert page() == first
+    for _ in range(len(whole)):
+        view._press("page down")
+    assert page()[-2] == whole[-1]
+    assert not pressed(view, b"\x1b[5~\x1b[6~k")  # a page up and down again, and one line up
+    assert page()[-2] == whole[-2]
+
+
+def test_details_that_fit_have_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top, "out", Console(width=80, height=200, file=io.StringIO()))
+    view = Driven(status())
+    view._press("details")
+    lines = shown(view._screen(with_keys=True), 80, 200)
+    assert lines[-1] == "q quit  enter back"
+    view._press("page down")
+    assert shown(view._screen(with_keys=True), 80, 200) == lines
+
+
 def test_details_begin_with_the_verdict_and_all_its_evidence() -> None:
     seen = status()
     seen["servers"][0] = summarize([server("busy")])["servers"][0]
