@@ -98,7 +98,7 @@ def test_nor_does_one_that_comes_bit_by_bit_go_on_for_ever(
     one = callers.connect(HEALTH + b"\r\n")
     assert healthy(one)
     one.settimeout(0.01)
-    with pytest.raises((ConnectionResetError, BrokenPipeError)):  # noqa: PT012: until it is ended
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):  # once it is ended
         while True:
             one.sendall(b"X")
             try:
