@@ -12,10 +12,12 @@ ALONE := tests/integration/generate \
 CAPTURES := $(patsubst %,tests/integration/test_%.py,agent captures capture_deaths capture_hangs capture_nodes \
 	nsys_range run_nsys operator_verbs)
 
-# Benchmarks, without those that need a GPU where there is none.
-ON_GPU := $(addprefix benchmarks/,accuracy.py gpu_scenarios.py traffic_ncu.py window_cost.py \
-	windows_endurance.py)
-BENCHMARKS = $(filter-out $(if $(wildcard /dev/nvidiactl),,$(ON_GPU)),$(wildcard benchmarks/*.py))
+# Benchmarks, without those that need a GPU where there is none, or nsys.
+ON_GPU := $(addprefix benchmarks/,accuracy.py counter_gaps.py event_cost.py gpu_scenarios.py traffic_ncu.py \
+	window_cost.py windows_endurance.py)
+BY_NSYS := benchmarks/nsys_memory.py
+BENCHMARKS = $(filter-out $(if $(wildcard /dev/nvidiactl),,$(ON_GPU)) $(if $(shell command -v nsys),,$(BY_NSYS)),\
+	$(wildcard benchmarks/*.py))
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \

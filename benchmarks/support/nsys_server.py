@@ -36,7 +36,11 @@ class NsysServer:
             flags: further ones of ``vllm serve``.
             env: variables of the server beside those of this process.
             graphs: one of `GRAPHS`.
+
+        Raises NsysFailed where there is no nsys.
         """
+        if shutil.which("nsys") is None:
+            raise NsysFailed("there is no nsys on the PATH")
         self.name = name
         self._session = f"accuracy-{secrets.token_hex(4)}"
         self.folder = Path(tempfile.mkdtemp(prefix="llmprobe-accuracy-"))

@@ -146,7 +146,7 @@ def test_operators_watch_servers_live_and_take_a_snapshot_also_when_the_agent_is
         terminal.press(b"\x1b[6~" * 9)  # more may be known of it than 24 lines hold
         terminal.wait_for("prefill")  # of the table of phases, near its end
         terminal.press(b"\x1b[5~" * 9)
-        terminal.wait_for("Decode")
+        terminal.wait_for("fed-a")  # the headline is its first line
         terminal.press(b"\x1b")
         terminal.wait_for("q quit")
         terminal.press(b"q")
