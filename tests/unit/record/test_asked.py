@@ -91,7 +91,11 @@ def captures(recorder: Recorder, failures: list[Exception]) -> Iterator[AskedCap
     made = AskedCaptures(recorder, profiler=lambda: None, failed=lambda where, error: failures.append(error))
     yield made
     made.close()
-    wait(lambda: not any(thread.name == "llmprobe-capture" for thread in threading.enumerate()))
+    wait(lambda: not capturing())
+
+
+def capturing() -> bool:
+    return any(thread.name == "llmprobe-capture" for thread in threading.enumerate())
 
 
 def wait(ready: Callable[[], Any]) -> Any:
@@ -313,6 +317,7 @@ def test_what_can_capture_is_said_anew_when_a_profiler_begins_or_ends(
         captures.look()
         assert said(paths, "failed").reason == "a torch profiler runs in this process"
         assert trace.calls == []
+    wait(lambda: not capturing())  # a moment after the answer; nothing is said until then
     captures.look()
     assert recorder.facts["captures"]["torch"] is None
 
