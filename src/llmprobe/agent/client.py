@@ -16,6 +16,8 @@ from llmprobe.agent.listen import short_socket_path
 from llmprobe.record.agent_launch import LOG_NAME
 
 _MOST_ANSWER_BYTES = 64 << 20
+#: Of a disk that files of an agent, which may be anything, are fetched to.
+_STAYS_FREE_BYTES = 256 << 20
 
 
 class AgentError(Exception):
@@ -82,10 +84,10 @@ class Agent(ABC):
         return AgentError(f"what answers as {self.name} is no llmprobe agent ({why})")
 
     def download(self, path: str, target: Path, *, timeout: float = 60.0) -> None:
-        """Fetch a file into ``target``, which must not be there yet. Mode 0600.
+        """Fetch a file into ``target``, which must not be there yet: as a whole or not at all. Mode 0600.
 
         Raises:
-            AgentError: it could not be had.
+            AgentError: it could not be had, or there is no room for it.
             OSError: ``target`` cannot be written.
         """
         connection = self._connect(timeout)
@@ -94,15 +96,31 @@ class Agent(ABC):
             response = connection.getresponse()
             if response.status != http.HTTPStatus.OK:
                 raise AgentError(f"{self.name} answered {response.status} for {path}")
-            fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                shutil.copyfileobj(response, file, 1 << 20)
-                if str(file.tell()) != response.headers.get("content-length"):
-                    raise AgentError(f"{self.name} broke off while sending {path}")
+            self._save(response, path, target)
         except (ConnectionError, http.client.HTTPException, TimeoutError, UnicodeError) as error:
             raise self._unreachable(error) from None
         finally:
             connection.close()
+
+    def _save(self, response: http.client.HTTPResponse, path: str, target: Path) -> None:
+        size = response.length
+        if size is None:  # it could send for ever
+            raise self.foreign(f"it does not say how long {path} is")
+        free = shutil.disk_usage(target.parent).free
+        if size > free - _STAYS_FREE_BYTES:
+            raise AgentError(
+                f"{path} of {self.name} has {size >> 20} MiB; {target.parent} has {free >> 20} MiB free, "
+                f"of which {_STAYS_FREE_BYTES >> 20} MiB stay free"
+            )
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                shutil.copyfileobj(response, file, 1 << 20)
+                if file.tell() != size:
+                    raise AgentError(f"{self.name} broke off while sending {path}")
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
 
     @abstractmethod
     def _connect(self, timeout: float) -> http.client.HTTPConnection:

@@ -22,6 +22,7 @@ from llmprobe.cli.output import err, out, print_json
 
 _POST_SECONDS = 30.0
 _FETCH_SECONDS = 300.0
+_MOST_REPORT_BYTES = 64 << 20
 
 EPILOG = """Examples:
 
@@ -98,15 +99,14 @@ def capture(
         **({"torch_cpu": True} if torch_cpu else {}),
         **({"torch_stacks": True} if torch_stacks else {}),
     }
-    followed = _begin(targets, wanted)
     try:
-        follow(followed)
+        followed = _begin(targets, wanted)
+        _follow(followed)
+        for one in followed:
+            if one.capture.get("state") == "done":
+                _fetch(one, output, raw)
     except KeyboardInterrupt:
-        _cancel(followed)
         fail("cancelled", code=130)
-    for one in followed:
-        if one.capture.get("state") == "done":
-            _fetch(one, output, raw)
     _show(followed, as_json)
     if failed := [one for one in followed if one.error]:
         raise typer.Exit(2 if all(one.misused for one in failed) else 1)
@@ -139,7 +139,13 @@ def _begin(targets: list[Target], wanted: dict[str, Any]) -> list[Followed]:
         return Followed(target, answer)
 
     with ThreadPoolExecutor(len(targets)) as pool:
-        return list(pool.map(begin, targets))
+        asked = [pool.submit(begin, target) for target in targets]
+        try:
+            return [one.result() for one in asked]
+        except KeyboardInterrupt:
+            # What has been asked for begins all the same; its id, by which to cancel it, is in the answer.
+            _cancel([one.result() for one in asked])
+            raise
 
 
 def _said(target: Target, status: int, answer: Any) -> str:
@@ -152,6 +158,14 @@ def _said(target: Target, status: int, answer: Any) -> str:
     if isinstance(answer, dict) and "detail" in answer:
         return f"{answer['detail']} {answer.get('next', '')}".strip()
     return f"{target.agent.name} answered {status}"
+
+
+def _follow(followed: list[Followed]) -> None:
+    try:
+        follow(followed)
+    except KeyboardInterrupt:
+        _cancel(followed)
+        raise
 
 
 def _cancel(followed: list[Followed]) -> None:
@@ -202,9 +216,13 @@ def _read_json(path: Path) -> Any:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(_MOST_REPORT_BYTES + 1)
     except FileNotFoundError:
         raise ValueError(f"the agent has sent no {path.name}") from None
+    if len(content) > _MOST_REPORT_BYTES:
+        raise ValueError(f"{path.name} is larger than {_MOST_REPORT_BYTES >> 20} MiB: no report is")
+    return content
 
 
 def _show(followed: list[Followed], as_json: bool) -> None:

@@ -70,6 +70,8 @@ class Steady:
             return Steady(replace(whole, held_seconds=now - since), since)
         doubted = now if self.doubted_since is None else self.doubted_since
         held = now - self.since
+        if same_class and whole.cause == "step_running":  # more than was known: nothing to wait for
+            return Steady(replace(whole, held_seconds=held), self.since, rival, rival_since)
         if same_class:  # of another cause, for now: the figures of a moment ago stand
             return Steady(replace(shown, held_seconds=held), self.since, rival, rival_since)
         if shown.bottleneck == UNKNOWN:
@@ -85,11 +87,16 @@ class Steady:
         # Idle and unknown claim nothing that a mixture of loads could make up.
         key = whole.bottleneck, whole.cause
         if whole.bottleneck not in (IDLE, UNKNOWN) and short.bottleneck != whole.bottleneck:
-            if short.bottleneck == IDLE and key == self.rival:
-                # A pause of a light load says nothing against it, nor for it: the time does not count.
+            if _says_nothing(short) and key == self.rival:
+                # A pause of a light load, or a step longer than the short window, says nothing against it, nor
+                # for it: the time does not count.
                 return key, self.rival_since + (now - self.looked)
             return None, now
         return key, self.rival_since if key == self.rival else now
+
+
+def _says_nothing(short: Verdict) -> bool:
+    return short.bottleneck == IDLE or short.cause == "step_running"
 
 
 def _unsure(whole: Verdict, why: str, held: float) -> Verdict:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +19,7 @@ from typer.testing import CliRunner
 
 from llmprobe.cli.app import app
 
+PATIENCE_SECONDS = 30.0
 ID = "20261123-101501-ab12cd"
 REPORT = {
     "trust": {"verdict": "trusted", "reasons": []},
@@ -42,13 +47,24 @@ class Elsewhere:
         self.kind = "application/json"
         self.tokens: set[str | None] = set()
         self.asked: list[str] = []
+        self.cancelled: list[str] = []
+        #: What is said of the length of report.txt, where it is not true; None: nothing.
+        self.length: str | None = "true"
+        #: A POST is taken at once, and answered once this is set.
+        self.answering = threading.Event()
+        self.answering.set()
         there = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 there.tokens.add(self.headers["Authorization"])
+                there.answering.wait(PATIENCE_SECONDS)
                 self.answer(*there.begun)
+
+            def do_DELETE(self) -> None:
+                there.cancelled.append(self.path)
+                self.answer(200, {})
 
             def do_GET(self) -> None:
                 there.asked.append(self.path)
@@ -62,7 +78,9 @@ class Elsewhere:
                 data = body.encode() if isinstance(body, str) else data
                 self.send_response(status)
                 self.send_header("Content-Type", there.kind)
-                self.send_header("Content-Length", str(len(data)))
+                false = there.length if self.path.endswith("/report.txt") else "true"
+                if false is not None:
+                    self.send_header("Content-Length", str(len(data)) if false == "true" else false)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -269,6 +287,59 @@ def test_a_file_that_is_not_sent_is_said(node: Elsewhere, token: Path, tmp_path:
     result = run(tmp_path, "--target", node.node, "--token-file", token)
     assert result.exit_code == 1
     assert f"no {name}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        (None, "does not say how long"),
+        ("-1", "does not say how long"),
+        ("x", "does not say how long"),
+        ("100", "broke off"),
+        (str(1 << 60), "stay free"),
+    ],
+)
+def test_a_file_comes_as_a_whole_or_not_at_all(
+    node: Elsewhere, token: Path, tmp_path: Path, length: str | None, said: str
+) -> None:
+    node.length = length
+    result = run(tmp_path, "--target", node.node, "--token-file", token)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not any(name.endswith("report.txt") for name in written(tmp_path))
+
+
+def test_a_report_of_no_end_is_not_read_into_memory(
+    node: Elsewhere, token: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprobe.cli.capture._MOST_REPORT_BYTES", 3)
+    result = run(tmp_path, "--target", node.node, "--token-file", token)
+    assert result.exit_code == 1
+    assert "report.json is larger" in result.stderr
+
+
+def test_what_was_asked_for_while_it_is_interrupted_is_cancelled(
+    nodes: tuple[Elsewhere, Elsewhere], token: Path, tmp_path: Path
+) -> None:
+    for one in nodes:
+        one.answering.clear()
+    targets = ("--target", nodes[0].node, "--target", nodes[1].node)
+    command = [sys.executable, "-c", "from llmprobe.cli.app import main; main()", "capture", *targets]
+    command += ["--token-file", str(token)]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not all(one.tokens for one in nodes):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        for one in nodes:
+            one.answering.set()
+        said = process.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert process.returncode == 130, said
+    assert said == "llmprobe: cancelled\n"
+    assert [one.cancelled for one in nodes] == [[f"/api/captures/{ID}"]] * 2
 
 
 def test_where_it_is_saved_is_said_on_one_line(node: Elsewhere, token: Path, tmp_path: Path) -> None:

@@ -163,3 +163,28 @@ def test_a_light_load_with_pauses_gets_its_class(period: int, offset: int) -> No
         for second in range(40)
     ]
     assert run(Steady(), looks)[-1][1] == "memory_bound"
+
+
+@given(st.floats(2.0, WINDOW_SECONDS - 1), st.floats(0.0, 10.0))
+def test_steps_longer_than_the_short_window_get_their_class(step_seconds: float, offset: float) -> None:
+    """The last three seconds hold the end of a step at times only: else one runs, and says nothing yet."""
+    running = verdict("unknown", "step_running")
+    looks = [
+        (
+            float(second),
+            verdict("compute_bound"),
+            verdict("compute_bound") if (second + offset) % step_seconds < SHORT_SECONDS else running,
+        )
+        for second in range(60)
+    ]
+    shown = run(Steady(), looks)
+    assert shown[-1][1] == "compute_bound"
+    assert len({name for _, name in shown[30:]}) == 1
+
+
+def test_where_no_step_ends_in_the_window_it_is_said_so_at_once() -> None:
+    running = verdict("unknown", "step_running", reason="0 steps in 10 s, and one has been running for 12 s")
+    state = Steady().observe(0, running, running)
+    state = state.observe(1, running, running)
+    assert state.shown is not None
+    assert state.shown.reason == running.reason
