@@ -32,7 +32,7 @@ from support.gpu_models import make_configuration
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load
 from support.machine import machine_line
-from support.nsys_server import GRAPHS, NsysServer, nsys_version
+from support.nsys_server import GRAPHS, NsysFailed, NsysServer, nsys_version
 from support.nsys_truth import read_truth
 from support.serving import NAME
 from support.step_agreement import NoMatch, agreement
@@ -97,7 +97,10 @@ def main() -> int:
         machine = (options.recordings / _MACHINE).read_text().strip()
         _again(names, options.recordings, runs, failed)
         return _finish(runs, failed, machine, options)
-    machine = f"{machine_line()}; nsys {nsys_version()}"
+    try:
+        machine = f"{machine_line()}; nsys {nsys_version()}"
+    except NsysFailed as error:
+        sys.exit(str(error))
     if options.data:
         (options.data / _MACHINE).write_text(machine + "\n")
     with tempfile.TemporaryDirectory(prefix="llmprobe-accuracy-models-") as folder:

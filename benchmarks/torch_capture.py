@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.machine import machine_line
 
 from llmprobe.record import torch_trace
 from llmprobe.record.torch_trace import TorchTrace
@@ -135,6 +136,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(rows))
         return int(any("failed" in row for row in rows))
+    print(f"{machine_line()}\n")
     print(
         "| interpreter lock | events | longest pause: start | recording | stop | save | stop and save took |"
     )
