@@ -101,6 +101,7 @@ class Run:
         self._folder = store.folder(capture.id)
         self._seen_at = time.monotonic()
         self._kept_at = 0.0
+        self._begun: float | None = None  # when the tool had begun to record, if it did so for us
         self._tool: Tool = make_tool(
             capture,
             self._folder,
@@ -150,12 +151,15 @@ class Run:
         self._keep_live("before")
         self._enter("recording")
         self._tool.start(self._longest(), request.steps)
+        self._begun = self._clock()  # it may take a while to begin, in which it records nothing
 
     def _record(self) -> None:
         self._tool.resume()
         request, seconds = self.capture.request, self._longest()
-        # Cut, because where only the wall clock knows it may have been set.
-        begun = self._clock() - min(self._since("recording"), seconds)
+        begun = self._begun
+        if begun is None:  # an agent before this one began it
+            # Cut, because where only the wall clock knows it may have been set.
+            begun = self._clock() - min(self._since("recording"), seconds)
         self._keep(self.capture.at(0.0))
         first = self._look()
         while not self._tool.ended():
@@ -331,7 +335,8 @@ class Run:
             self._quietly(self._tool.abandon)
         if state == "failed" and self.capture.state != "pending" and (hung := self._hang(wait=True)):
             reason = f"{reason}. {hung}"
-        self._quietly(self._tool.forget)
+        if self.capture.state != "pending":  # what is there then is another capture's
+            self._quietly(self._tool.forget)
         self._store.tidy(self.capture.id, files=False)
         ended = self.capture.enter(state, self._wall(), reason=reason)
         try:

@@ -339,6 +339,24 @@ def test_a_recording_that_cannot_be_ended_is_left_to_whoever_runs_the_server(
     assert nsys.state() == "Collection"
     assert nsys.session.dead_man(directory).exists()
 
+    refused = until(manager, manager.request("g", "s", ask()), "failed")
+    assert "records" in (refused.reason or "")
+    assert nsys.session.dead_man(directory).exists()
+
+
+def test_a_queued_one_that_is_cancelled_leaves_the_end_of_the_one_that_runs(
+    manager: Manager, nsys: ScriptedNsys, directory: Path
+) -> None:
+    runs = manager.request("g", "s", ask(seconds=60.0))
+    until(manager, runs, "recording")
+    while manager.get(runs.id).progress is None:
+        time.sleep(0.01)
+    waits = manager.request("g", "s", ask(seconds=60.0), queue=True)
+    assert manager.delete(waits.id)
+    assert nsys.session.dead_man(directory).exists()
+    assert manager.delete(runs.id, wait_seconds=30)
+    assert not nsys.session.dead_man(directory).exists()
+
 
 def test_nothing_from_a_request_is_on_a_command_line(manager: Manager, nsys: ScriptedNsys) -> None:
     label = "--output=/etc/passwd; $(touch /tmp/x) `id`"

@@ -16,6 +16,7 @@ from llmprobe.capture import run
 from llmprobe.capture.boot import boot_id
 from llmprobe.capture.condition import Live
 from llmprobe.capture.manager import Manager
+from llmprobe.capture.nsys import Nsys
 from llmprobe.capture.session import Capture
 from llmprobe.capture.store import RAW, Store
 
@@ -115,6 +116,31 @@ def test_whoever_sets_the_clock_makes_no_recording_longer_or_shorter(
         thread.join()
     clocks = one.capture.clocks
     assert clocks["importing"] - clocks["recording"] >= 0.5
+
+
+def test_the_time_that_nsys_takes_to_begin_is_not_taken_from_the_recording(
+    store: Store,
+    directory: Path,
+    nsys: ScriptedNsys,
+    server: PretendedServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capture = dataclasses.replace(kept_in(store, directory), request=ask(seconds=0.5))
+    ahead = [0.0]
+    start = Nsys.start
+
+    def slow(self: Nsys, folder: Path) -> None:
+        start(self, folder)
+        ahead[0] = 3600.0
+
+    monkeypatch.setattr(Nsys, "start", slow)
+    one = run.Run(
+        capture, store, directory, server, max_seconds=60, clock=lambda: time.monotonic() + ahead[0]
+    )
+    one.go()
+    assert "cannot be analysed" in (one.capture.reason or "")
+    clocks = one.capture.clocks
+    assert clocks["importing"] - clocks["recording"] >= 3600.5
 
 
 @pytest.mark.parametrize("set_by", [-3600.0, 3600.0])
