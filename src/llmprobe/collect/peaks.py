@@ -81,11 +81,16 @@ def cpu_key(name: str, cpus: int, threads: int) -> str:
 
 
 def peaks_path(environ: Mapping[str, str] | None = None) -> Path:
-    """The file with the measured rates."""
+    """The file with the measured rates. Raises OSError where a user has no home: containers may run as any."""
     environ = os.environ if environ is None else environ
     base = environ.get("XDG_CACHE_HOME", "")
-    cache = Path(base) if base.startswith("/") else Path(environ.get("HOME") or "~").expanduser() / ".cache"
-    return cache / "llmprobe" / "peaks.json"
+    if base.startswith("/"):
+        return Path(base) / "llmprobe" / "peaks.json"
+    try:
+        home = Path(environ.get("HOME") or "~").expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from None
+    return home / ".cache" / "llmprobe" / "peaks.json"
 
 
 def load_peaks(path: Path | None = None) -> dict[str, Calibration]:

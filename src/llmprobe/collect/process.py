@@ -195,9 +195,10 @@ class Rank:
             self._said = said
             self.model, self.model_problem = _model(self.process.facts)
         # Asked again: published peaks are refined once NVML has told of the GPU.
-        self.peaks = self._peaks_of(self.process.facts)
-        # Somebody may measure the device while it is watched; that is in a file.
-        if changed or (self.attainable is None and self._refreshed % _ATTAINABLE_EVERY == 0):
+        before, self.peaks = self.peaks, self._peaks_of(self.process.facts)
+        # Somebody may measure the device while it is watched, also once more; that is in a file. Roofs of two
+        # measurements would not go together.
+        if changed or self.peaks != before or self._refreshed % _ATTAINABLE_EVERY == 0:
             self.attainable = self._attainable_of(self.process.facts)
         self._refreshed += 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from llmprobe.collect.peaks import (
     save_peaks,
     why_no_peaks,
 )
+from llmprobe.collect.process import Rank
 
 CPUS = os.cpu_count() or 1
 H100 = {"device": {"type": "cuda", "name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-1"}}
@@ -111,6 +113,29 @@ def test_another_processor_or_dtype_has_none(path):
     assert peaks_for(facts({"type": "cpu", "name": "Some CPU"}, "bfloat16"), path) is None
 
 
+def test_a_device_that_is_measured_once_more_has_both_of_its_roofs_anew(path):
+    """A first measurement on a busy processor was half of what it can do, and calibrate asks for another."""
+    worker = facts({"type": "cpu", "name": "Some CPU", "threads": 2})
+    process = SimpleNamespace(path=path.with_name("x.journal"), facts=worker)
+    save_peaks([cpu(2, 1e11)], path)
+    rank = Rank(process, lambda said: peaks_for(said, path), lambda said: attainable_for(said, path))
+    assert rank.attainable.flops_per_second == 1e11
+    save_peaks([cpu(2, 2e11)], path)
+    rank.refresh()
+    assert (rank.peaks.flops_per_second, rank.attainable.flops_per_second) == (2e11, 2e11)
+
+
+def test_what_a_gpu_attains_is_asked_for_again_while_its_published_peaks_stay(path):
+    worker = {**H100, "model": {"compute_dtype": "bfloat16"}}
+    process = SimpleNamespace(path=path.with_name("x.journal"), facts=worker)
+    rank = Rank(process, lambda said: peaks_for(said, path), lambda said: attainable_for(said, path))
+    for rate in (3.0e12, 3.1e12):
+        save_peaks([Calibration("GPU-1", "H100", rate, {"bfloat16": 7.9e14}, 1.7e9)], path)
+        for _ in range(8):
+            rank.refresh()
+        assert rank.attainable.bandwidth_bytes_per_second == rate
+
+
 def test_a_gpu_with_published_peaks_keeps_them_after_it_was_measured(path):
     worker = {**H100, "model": {"compute_dtype": "bfloat16"}}
     save_peaks([Calibration("GPU-1", "H100", 3.0e12, {"bfloat16": 7.9e14}, 1.7e9)], path)
@@ -138,6 +163,18 @@ def test_the_cache_is_the_users():
     assert str(peaks_path({"HOME": "/h"})) == "/h/.cache/llmprobe/peaks.json"
     # The specification says that a relative path is to be ignored.
     assert str(peaks_path({"XDG_CACHE_HOME": "c", "HOME": "/h"})) == "/h/.cache/llmprobe/peaks.json"
+
+
+def test_a_user_without_a_home_has_measured_nothing_yet(monkeypatch):
+    """As a container's that runs as any user: whoever looks for peaks, the agent first of all, goes on."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_001)
+    assert load_peaks() == {}
+    assert peaks_for({**H100, "model": {"compute_dtype": "bfloat16"}}).source == "nominal"
+    assert attainable_for({**H100, "model": {"compute_dtype": "bfloat16"}}) is None
+    with pytest.raises(OSError, match="home"):
+        save_peaks([cpu(1)])
 
 
 def test_a_type_that_a_processor_lacks_is_no_roof_below_float32():
