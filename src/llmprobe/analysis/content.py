@@ -77,6 +77,7 @@ class GapRow:
     after: str
     unlaunched_seconds: float | None  #: of it, until the work that ended it was launched
     phase: str | None  #: of the step that ended it
+    in_step: bool | None  #: whether what ran before it belongs to the same step
 
 
 @dataclass(frozen=True)

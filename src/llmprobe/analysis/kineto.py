@@ -155,10 +155,11 @@ class _Reader:
             )
             return
         if category == _DEVICE_MARKS:
-            if name.startswith(OWN_PREFIX):
+            device = _whole(args.get("device"), UNKNOWN)
+            # Kineto repeats a range of the host for each stream, under the same name and without a device.
+            if name.startswith(OWN_PREFIX) and device != UNKNOWN:
                 label = self._names.add(name[len(OWN_PREFIX) :])
-                tokens = _whole(args.get("tokens"), UNKNOWN)
-                self._steps.add(begin, end, label, _whole(args.get("device"), 0), tokens)
+                self._steps.add(begin, end, label, device, _whole(args.get("tokens"), UNKNOWN))
             return
         thread = self._thread(event)
         if category in _CALL_CATEGORIES:
@@ -178,6 +179,8 @@ class _Reader:
         if step is None:
             return
         prompts, prompt_tokens, decodes, decode_tokens = (int(group[:15]) for group in step.groups())
+        if not prompts and not decodes:  # nothing was scheduled: no step
+            return
         label = "mixed" if prompts and decodes else "prefill" if prompts else "decode"
         self._engine.add(begin, end, self._names.add(label), thread, prompt_tokens + decode_tokens)
 

@@ -19,6 +19,8 @@ from llmprobe.compute.steps import Bools
 MOST_THREADS = 4096
 #: The ranges that are steps; any other range of ours is a part of one.
 PHASES = ("prefill", "decode", "mixed", "draft", "dummy", "encode")
+#: The part of a step in which the model's kernels are launched.
+FORWARD = "forward"
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,24 @@ def phase_times(trace: Trace, occupations: list[Occupation]) -> list[PhaseTimes]
     return sorted(found, key=lambda times: (times.device, times.part, -times.span_ns, -times.host_ns))
 
 
-def steps_of(trace: Trace, activities: Activities) -> list[str | None]:
-    """The phase of the step to which each activity belongs; None where that is not known."""
+def steps_of(trace: Trace, activities: Activities) -> tuple[Ints, list[str | None]]:
+    """The step to which each activity belongs, a number of its own or `UNKNOWN`, and that step's phase."""
     ranges = _ranges(trace)
     steps = ranges.where(_phase_names(trace)[ranges.name])
-    rows = _owners(trace, steps, activities).tolist()
-    return [None if row == UNKNOWN else trace.names[int(steps.name[row])] for row in rows]
+    rows = _owners(trace, steps, activities)
+    return rows, [None if row == UNKNOWN else trace.names[int(steps.name[row])] for row in rows.tolist()]
+
+
+def in_one_forward(trace: Trace, before: Activities, after: Activities) -> Bools:
+    """Whether row ``i`` of both belongs to the same forward pass.
+
+    Where no part is marked ``forward``, steps are taken for it: vLLM's own ranges cover no more.
+    """
+    ranges = _ranges(trace)
+    forward = np.array([name == FORWARD for name in trace.names] or [False])[ranges.name]
+    chosen = ranges.where(forward if forward.any() else _phase_names(trace)[ranges.name])
+    rows = _owners(trace, chosen, before)
+    return np.asarray((rows != UNKNOWN) & (rows == _owners(trace, chosen, after)))
 
 
 def _ranges(trace: Trace) -> Spans:
@@ -171,7 +185,7 @@ def _times(
                 phase=trace.names[int(name)],
                 part=part,
                 steps=int(mine.sum()),
-                tokens=_tokens(some.value),
+                tokens=_tokens(some.value, part),
                 span_ns=span_ns,
                 busy_ns=busy_ns,
                 stall_ns=span_ns - busy_ns + exposed_ns,
@@ -192,7 +206,7 @@ def _host_times(trace: Trace, ranges: Spans, phase_name: Ints, part: str) -> lis
                 phase=trace.names[int(name)],
                 part=part,
                 steps=len(some),
-                tokens=_tokens(some.value),
+                tokens=_tokens(some.value, part),
                 span_ns=0,
                 busy_ns=0,
                 stall_ns=0,
@@ -203,8 +217,10 @@ def _host_times(trace: Trace, ranges: Spans, phase_name: Ints, part: str) -> lis
     return found
 
 
-def _tokens(values: Ints) -> int:
-    return int(values.sum(dtype=np.float64)) if len(values) and (values >= 0).all() else UNKNOWN
+def _tokens(values: Ints, part: str) -> int:
+    """A part without tokens of its own says 0, as NVTX ranges cannot say nothing."""
+    told = values > 0 if part else values >= 0
+    return int(values.sum(dtype=np.float64)) if len(values) and told.all() else UNKNOWN
 
 
 def _idle_before(occupation: Occupation, begin: Ints, end: Ints) -> Ints:

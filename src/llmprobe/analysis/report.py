@@ -156,8 +156,10 @@ def _gaps(trace: Trace, gpus: list[Occupation]) -> list[GapRow]:
     for one in gpus:
         gaps = one.gaps
         longest = np.argsort(-gaps.length_ns, kind="stable")[:LONGEST_GAPS]
-        phases = steps_of(trace, one.activities.where(gaps.after[longest]))
-        for at, phase in zip(longest.tolist(), phases, strict=True):
+        steps, phases = steps_of(trace, one.activities.where(gaps.after[longest]))
+        before, _ = steps_of(trace, one.activities.where(gaps.before[longest]))
+        inside = (steps == before).tolist()
+        for at, phase, in_step in zip(longest.tolist(), phases, inside, strict=True):
             names = [trace.names[int(one.activities.name[row[at]])] for row in (gaps.before, gaps.after)]
             late = int(gaps.launched_late[at])
             rows.append(
@@ -169,6 +171,7 @@ def _gaps(trace: Trace, gpus: list[Occupation]) -> list[GapRow]:
                     after=names[1],
                     unlaunched_seconds=None if late == UNKNOWN else late / 1e9,
                     phase=phase,
+                    in_step=None if phase is None else in_step,
                 )
             )
     return sorted(rows, key=lambda row: -row.seconds)[:LONGEST_GAPS]

@@ -131,7 +131,7 @@ def _gaps(report: Content) -> list[str]:
         if gap.unlaunched_seconds is not None:
             waited = gap.unlaunched_seconds
             late = f", not launched for {duration(waited)}" if waited else ", launched in time"
-        where = f" before {gap.phase}" if gap.phase else ""
+        where = f" {'in' if gap.in_step else 'before'} {gap.phase}" if gap.phase else ""
         lines.append(
             f"{duration(gap.seconds):>10}  at {gap.begin_seconds:.6f} s on {gap.gpu.split(' (')[0]}"
             f"{where}{late}"

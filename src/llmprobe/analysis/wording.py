@@ -20,12 +20,9 @@ _INNERMOST = re.compile(r"<[^<>]*>|\([^()]*\)")
 def duration(seconds: float) -> str:
     """``1.23 ms``."""
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if seconds * factor >= 1:
-            return (
-                f"{seconds * factor:.3g} {unit}"
-                if seconds * factor < 1000
-                else f"{seconds * factor:.0f} {unit}"
-            )
+        amount = seconds * factor
+        if amount >= 0.9995:  # what rounds to 1000 of a unit is 1 of the next: never 1e+03
+            return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:.0f} {unit}"
     return f"{seconds * 1e9:.0f} ns"
 
 

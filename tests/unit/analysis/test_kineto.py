@@ -83,6 +83,25 @@ def test_where_both_mark_our_own_ranges_count(tmp_path: Path) -> None:
     assert [row.name for row in analyze(file.write(tmp_path / "a.json")).phases] == ["prefill"]
 
 
+def test_what_kineto_repeats_of_a_range_for_each_stream_is_no_step(tmp_path: Path) -> None:
+    file = decoding(3, "llmprobe:decode")
+    expected = analyze(file.write(tmp_path / "a.json")).phases
+    for event in [event for event in file.events if event["cat"] == "user_annotation"]:
+        for stream in (7, 20):
+            copy = {"cat": "gpu_user_annotation", "pid": 0, "tid": stream, "ts": event["ts"] + 200.0}
+            file.events.append({**event, **copy, "dur": 250.0, "args": {"External id": 4}})
+    assert analyze(file.write(tmp_path / "b.json")).phases == expected
+
+
+def test_a_round_of_vllm_in_which_nothing_was_scheduled_is_no_step(tmp_path: Path) -> None:
+    file = decoding(3)
+    for number in range(5):
+        file.mark("execute_context_0(0)_generation_0(0)", 5000.0 + number * 50, 20.0)
+        file.kernel("k", 5010.0 + number * 50, 5.0, 5005.0 + number * 50)
+    (row,) = analyze(file.write(tmp_path / "a.json")).phases
+    assert (row.name, row.steps, row.tokens) == ("decode", 3, 6)
+
+
 def test_nanoseconds_of_a_clock_that_runs_for_months_are_kept(tmp_path: Path) -> None:
     file = KinetoFile(base=4572473136056.528)
     file.kernel("k", 0.0, 1.001, None)

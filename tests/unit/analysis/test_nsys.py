@@ -46,6 +46,16 @@ def test_a_server_that_decodes_is_told_by_phase(tmp_path: Path) -> None:
     assert sum(row.share for row in report.kernels) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("recording", ["decode", "eager", "prefill"])
+def test_parts_that_tell_no_tokens_have_none_not_zero(tmp_path: Path, recording: str) -> None:
+    """A range of NVTX has a payload always: ours say 0 for the parts of a step."""
+    path = tmp_path / "a.sqlite"
+    path.write_bytes(lzma.decompress((DATA / f"vllm_h100_{recording}.sqlite.xz").read_bytes()))
+    phases = analyze(path).phases
+    assert {row.tokens for row in phases if row.part} == {None}
+    assert all(row.tokens for row in phases if not row.part)
+
+
 def test_kernels_under_a_graph_share_its_launch(tmp_path: Path) -> None:
     file = NsysFile(tmp_path / "a.sqlite")
     file.domain()

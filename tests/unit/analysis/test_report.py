@@ -65,6 +65,28 @@ def test_the_longest_gap_comes_first_with_what_ended_it(tmp_path: Path) -> None:
     assert gap.seconds == pytest.approx(494e-6)
     assert gap.begin_seconds == pytest.approx(5e-6)
     assert gap.unlaunched_seconds == pytest.approx(394e-6)
+    assert gap.in_step is True
+
+
+def test_a_gap_inside_a_step_is_not_said_to_lie_before_it(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    for step in range(2):
+        file.range("decode", step * 100_000, step * 100_000 + 50_000)
+        for kernel in range(2):
+            begin = step * 100_000 + 10_000 + kernel * (30_000 + step * 2_000)
+            file.kernel(f"k{step}{kernel}", begin, begin + 1_000, launched=begin - 1_000)
+    file.kernel("alone", 190_000, 191_000, launched=189_000)
+    report = analyze(file.close())
+    assert [(gap.before, gap.after, gap.phase, gap.in_step) for gap in report.gaps] == [
+        ("k01", "k10", "decode", False),
+        ("k11", "alone", None, None),
+        ("k10", "k11", "decode", True),
+        ("k00", "k01", "decode", True),
+    ]
+    said = [line for line in report.to_text().splitlines() if " on GPU 0" in line]
+    assert ["in decode" in line for line in said] == [False, False, True, True]
+    assert ["before decode" in line for line in said] == [True, False, False, False]
 
 
 def build(path: Path, kernel_ns: int, gap_ns: int, lead_ns: int, count: int = 2000) -> Report:
@@ -91,6 +113,34 @@ def test_the_finding_follows_from_the_gaps(
 ) -> None:
     report = build(tmp_path / "a.sqlite", kernel_ns, gap_ns, lead_ns, count=400)
     assert [one.name for one in report.findings] == ([finding] if finding else [])
+
+
+def test_a_real_server_without_cuda_graphs_is_told_to_use_them(tmp_path: Path) -> None:
+    """The host launches its kernels so slowly that many gaps are long; six of seven lie in the forward."""
+    path = tmp_path / "a.sqlite"
+    path.write_bytes(lzma.decompress((DATA / "nsys" / "vllm_h100_eager.sqlite.xz").read_bytes()))
+    (finding,) = analyze(path).findings
+    assert finding.name == "launch_bubbles"
+    assert "inside a forward pass" in finding.text
+    assert "CUDA graphs" in finding.next_step
+
+
+@pytest.mark.parametrize(("inside", "finding"), [(True, "launch_bubbles"), (False, "host_bound")])
+@pytest.mark.parametrize("marked", ["forward", "decode"])
+def test_long_gaps_inside_a_forward_pass_are_those_that_graphs_close(
+    tmp_path: Path, inside: bool, finding: str, marked: str
+) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    for number in range(60):
+        host = number * 1_000_000
+        file.range("decode", host, host + 800_000)
+        if marked == "forward":
+            file.range("forward", host + 1_000, host + 799_000)
+        for kernel in range(4):
+            begin = host + 20_000 + kernel * (200_000 if inside else 3_000)
+            file.kernel("nvjet", begin, begin + 3_000, launched=begin - 4_000)
+    assert [one.name for one in analyze(file.close()).findings] == [finding]
 
 
 def test_exposed_communication_is_found(tmp_path: Path) -> None:
@@ -138,6 +188,17 @@ def test_lengths_are_shown_in_their_unit() -> None:
         "4.56 µs",
         "7 ns",
         "0 ns",
+    ]
+
+
+def test_lengths_that_round_to_the_next_unit_are_shown_in_it() -> None:
+    assert [duration(seconds) for seconds in (0.99951, 0.99949, 0.0009996, 999.7e-9, 999.7, 1234.5)] == [
+        "1 s",
+        "999 ms",
+        "1 ms",
+        "1 µs",
+        "1000 s",
+        "1234 s",
     ]
 
 
