@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.vllm import arrival
+from llmprobe.hooks.vllm import arrival, frontend
 from llmprobe.hooks.vllm.arrival import HttpRequest
 from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.iterations import NOT_MADE, Iterations, Noted
@@ -183,6 +183,31 @@ def test_a_front_end_that_is_replaced_leaves_what_it_noted_to_the_next(
     recorder.publish()
     assert (counted(reader), reader.counters()["requests"]) == ((1, 1), 1)
     assert reader.counters()["sum_ns_time_to_first_token"] == 5_000_000
+
+
+def test_an_engine_has_one_journal_however_often_its_server_is_scaled(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what a journal that nobody writes any more has pending, work would be waited for until the end."""
+    config: Any = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
+    monkeypatch.setattr(frontend.facts, "process_facts", lambda *given: {"role": "frontend"})
+    monkeypatch.setattr(frontend.facts, "flags", lambda config: {"data_parallel_size": 3})
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    front = FrontEnd(probe, config, [0, 1])
+    processor: Any = SimpleNamespace(request_states={"a": object()})
+    front.arrived(processor, SimpleNamespace(request_id="a", arrival_time=time.time()), True)
+    front.sent(None, SimpleNamespace(request_id="a"), (1).to_bytes(2, "little"))
+    before = list(probe.recorders())
+    front = FrontEnd(probe, config, [0, 1, 2], before=front)
+    assert len(probe.recorders()) == 3 and probe.recorders()[:2] == before
+    assert before[1].facts["flags"] == {"data_parallel_size": 3}
+    processor.request_states.clear()
+    front.outputs(processor, [SimpleNamespace(request_id="a")])
+    front.look(True)
+    reader = JournalReader(before[1].writer.path, before[1].writer)
+    assert [int(told["unfinished"]) for told in reader.read().pending] == [1, 0]
+    reader.close()
+    probe.disarm()
 
 
 @pytest.mark.swallows

@@ -46,10 +46,9 @@ class FrontEnd:
         """
         self._probe = probe
         self._first_tokens = FirstTokens()
-        if before is not None and before._probe is probe:
-            self._iterations: Iterations = before._iterations
-        else:  # after `llmprobe.disable` it is another's, whose journals are closed and errors not read
-            self._iterations = Iterations(probe.guard.failed)
+        if before is not None and not before._goes_on(probe):
+            before = None
+        self._iterations = before._iterations if before is not None else Iterations(probe.guard.failed)
         self._heard = True  # as of the last `look`
         #: When outputs were made and handed to their streams of which nobody has said yet which engine's.
         self._made: tuple[float | None, int] = NOT_MADE
@@ -57,9 +56,26 @@ class FrontEnd:
         #: Engines whose core may have another machine's clock.
         self._elsewhere = {engine for engine in engines if not facts.engine_is_here(config, engine)}
         self._unfinished = Unfinished(told=told, settled=self._settled, clock=lambda: _now())
+        if before is not None:
+            self._unfinished.take_over(before._unfinished)
         self._engines = self._unfinished.engines
-        for engine in engines:
-            self._engines[engine] = Engine(engine, self._open(config, engine))
+        for index in engines:
+            engine = self._engines.get(index)
+            if engine is None:
+                self._engines[index] = Engine(index, self._open(config, index))
+            elif engine.recorder is None:
+                engine.recorder = self._open(config, index)
+            else:  # its journal goes on
+                engine.recorder.update_facts(flags=facts.flags(config))
+
+    def _goes_on(self, probe: Probe) -> bool:
+        """Whether another one may go on with what this one has.
+
+        After `llmprobe.disable` it is another probe's, whose journals are closed and errors not read; in a
+        forked child its journals are the parent's.
+        """
+        recorders = [engine.recorder for engine in self._engines.values() if engine.recorder is not None]
+        return self._probe is probe and not any(recorder.closed for recorder in recorders)
 
     def _open(self, config: Any, engine: int) -> Recorder | None:
         probe = self._probe

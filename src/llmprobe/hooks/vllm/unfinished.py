@@ -85,6 +85,13 @@ class Unfinished:
         self._arrived_ns = 0
         self._looked: tuple[int, int] | None = None
 
+    def take_over(self, other: Unfinished) -> None:
+        """Go on with the engines and requests of another one, which is not asked any more."""
+        self.processor, self._client = other.processor, other._client
+        self.engines, self.at = other.engines, other.at
+        self._on_their_way, self._anywhere = other._on_their_way, other._anywhere
+        self._arrived_ns = other._arrived_ns
+
     def __len__(self) -> int:
         return len(self.at)
 
