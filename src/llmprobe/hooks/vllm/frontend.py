@@ -48,7 +48,7 @@ class FrontEnd:
         self._first_tokens = FirstTokens()
         if before is not None and not before._goes_on(probe):
             before = None
-        self._iterations = before._iterations if before is not None else Iterations(probe.guard.failed)
+        self._iterations: Iterations = before._iterations if before else Iterations(probe.guard.failed)
         self._heard = True  # as of the last `look`
         #: When outputs were made and handed to their streams of which nobody has said yet which engine's.
         self._made: tuple[float | None, int] = NOT_MADE
