@@ -13,19 +13,19 @@ from typing import Any
 
 from llmprobe.collect.peaks import measurable
 from llmprobe.collect.process import Rank
+from llmprobe.collect.verdict_window import VerdictWindow
 from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure, advise_stall
 from llmprobe.compute.attribution import attribute
 from llmprobe.compute.classify import classify
 from llmprobe.compute.evidence import CounterEvidence
-from llmprobe.compute.figures import PhaseFigures, figures_of
+from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.graphs import launched_whole
 from llmprobe.compute.headline import headline, in_its_order, stalled
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
 from llmprobe.compute.stall import RunningStep
 from llmprobe.compute.steady import SHORT_SECONDS, WINDOW_SECONDS, Steady
-from llmprobe.compute.sums import PhaseSums
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import Observation, Verdict
 from llmprobe.record import layout
@@ -104,19 +104,20 @@ class Judge:
         largest: dict[str, PhaseFigures] = {}
         known = bool(view.engines)
         for shown, rank in ranks:
-            since = _since(rank, now_ns, _WINDOW_NS)
-            long_seconds, steps = (now_ns - since) / 1e9, rank.steps(since, now_ns)
-            long = _figures(rank, steps, long_seconds, known, operators=True)
-            lately = functools.cache(functools.partial(_lately, rank, now_ns, known))
+            long = VerdictWindow(rank, now_ns, _WINDOW_NS)
+            lately = functools.cache(functools.partial(VerdictWindow, rank, now_ns, _SHORT_NS))
             observed: dict[str, tuple[float, Observation]] = {}
-            shown.attribution = attribute(steps, shown.kernels)
+            shown.attribution = attribute(long.steps, shown.kernels)
             for phase in phases:
                 state = self._states.get((key, phase), Steady())
-                tokens = functools.partial(rank.tokens, since, now_ns, (layout.PHASES.index(phase),))
+                long_seconds, found = long.seconds(phase), long.figures(phase, known, operators=True)
+                tokens = functools.partial(
+                    rank.tokens, long.since(phase), now_ns, (layout.PHASES.index(phase),)
+                )
                 seen = Observation(
                     phase,
                     long_seconds,
-                    long.get(phase),
+                    found,
                     shown.clock,
                     rank.peaks,
                     rank.attainable,
@@ -128,7 +129,6 @@ class Judge:
                     no_peaks=shown.no_peaks,
                     running=_running(shown, phase),
                 )
-                found = long.get(phase)
                 weight = found.seconds if found else 0.0
                 if seen.running is not None:
                     weight += seen.running.pending_seconds
@@ -136,7 +136,7 @@ class Judge:
                 observed[phase] = weight, seen
                 if found and (phase not in largest or found.seconds > largest[phase].seconds):
                     largest[phase] = found
-            short.append(functools.partial(self._lately, key, shown, observed, lately))
+            short.append(functools.partial(self._lately, key, shown, observed, lately, known))
         for phase in layout.PHASES:
             if phase in phases:
                 state = self._states.get((key, phase), Steady())
@@ -154,14 +154,17 @@ class Judge:
         key: str,
         shown: RankView,
         observed: Mapping[str, tuple[float, Observation]],
-        figures: Callable[[], tuple[float, dict[str, PhaseFigures]]],
+        window: Callable[[], VerdictWindow],
+        known_gaps: bool,
         phase: str,
     ) -> tuple[float, Verdict]:
         """The weight of a rank, and the verdict on its last seconds."""
         weight, seen = observed[phase]
-        seconds, found = figures()
         lately = dataclasses.replace(
-            seen, window_seconds=seconds, figures=found.get(phase), counters=shown.counters_lately
+            seen,
+            window_seconds=window().seconds(phase),
+            figures=window().figures(phase, known_gaps),
+            counters=shown.counters_lately,
         )
         standing = self._states.get((key, phase), Steady()).standing
         return weight, classify(lately, self._limits, standing, self._limits.idle_steps * _SHORT_STEPS)
@@ -236,27 +239,6 @@ def _counters_within(rank: RankView, seconds: float) -> CounterEvidence | None:
 def _stands(state: Steady, found: Verdict) -> bool:
     shown = state.shown
     return shown is not None and (shown.bottleneck, shown.cause) == (found.bottleneck, found.cause)
-
-
-def _since(rank: Rank, now_ns: int, window_ns: int) -> int:
-    """Where a window begins that ends now: time in which nobody looked is no window."""
-    return min(max(now_ns - window_ns, rank.first_ns or 0), now_ns - 1)
-
-
-def _figures(
-    rank: Rank, steps: Mapping[int, PhaseSums], seconds: float, known_gaps: bool, operators: bool = False
-) -> dict[str, PhaseFigures]:
-    figures = figures_of(steps, window_seconds=seconds, peaks=rank.peaks, operators=operators)
-    if not known_gaps:
-        figures = {phase: dataclasses.replace(found, sync_gap_ratio=None) for phase, found in figures.items()}
-    return figures
-
-
-def _lately(rank: Rank, now_ns: int, known_gaps: bool) -> tuple[float, dict[str, PhaseFigures]]:
-    """Length in seconds of the shorter window, and its figures."""
-    since = _since(rank, now_ns, _SHORT_NS)
-    seconds = (now_ns - since) / 1e9
-    return seconds, _figures(rank, rank.steps(since, now_ns), seconds, known_gaps)
 
 
 def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> EngineLoad:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from llmprobe.compute.steps import Floats, Ints
@@ -9,6 +11,14 @@ from llmprobe.compute.sums import COLUMNS, INDEX, PhaseSums, prefill_share
 
 _LEAST_ROWS = 256
 _NO_SHARE = np.zeros(len(COLUMNS))
+
+
+class LastStep(NamedTuple):
+    """The newest of them; ``end_ns`` is CLOCK_MONOTONIC, ``tokens`` are query tokens."""
+
+    end_ns: int
+    span_seconds: float
+    tokens: float
 
 
 class KeptSteps:
@@ -68,6 +78,14 @@ class KeptSteps:
         first, last = self._range(since_ns, until_ns)
         of = self._totals[first : last + 1, [INDEX["prompt_tokens"], INDEX["decode_tokens"]]].sum(axis=1)
         return np.diff(of)
+
+    def last(self) -> LastStep | None:
+        """The newest step; None if none is kept."""
+        if self._first == self._last:
+            return None
+        at = self._last - 1
+        end_ns = int(self._ends[at])
+        return LastStep(end_ns, float(self._spans[at]), float(self.tokens(end_ns - 1, end_ns)[-1]))
 
     def _range(self, since_ns: int, until_ns: int) -> tuple[int, int]:
         ends = self._ends[self._first : self._last]

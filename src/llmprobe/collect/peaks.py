@@ -81,7 +81,7 @@ def cpu_key(name: str, cpus: int, threads: int) -> str:
 
 
 def peaks_path(environ: Mapping[str, str] | None = None) -> Path:
-    """The file with the measured rates. Raises OSError where a user has no home: containers may run as any."""
+    """The file with the measured rates. Raises OSError where a user has no home (in containers)."""
     environ = os.environ if environ is None else environ
     base = environ.get("XDG_CACHE_HOME", "")
     if base.startswith("/"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmprobe.collect.kept import KeptSteps
+from llmprobe.collect.kept import KeptSteps, LastStep
 from llmprobe.collect.views import HistogramView
 from llmprobe.collect.windows import Windows
 from llmprobe.compute import accounting, intervals, traffic
@@ -35,6 +35,7 @@ RECENT_STEPS = 4096
 #: Kernel windows older than this are not applied to new steps: by then the load may be another.
 WINDOW_GOOD_SECONDS = 60.0
 _ATTAINABLE_EVERY = 8  # looks at the facts
+_LIKE_THE_LAST = 2.0
 _NOTHING_YET = object()
 _BOUNDS = layout.bucket_bounds_seconds()
 #: Requests whose arrival is in the journal only later: idle time younger than this is not yet booked.
@@ -225,6 +226,22 @@ class Rank:
     def newest(self) -> np.void | None:
         """The newest step record; None before the first."""
         return self._recent[-1][-1] if self._recent else None
+
+    def like_the_last(self, now_ns: int) -> tuple[int, LastStep] | None:
+        """The phase of the step that runs, by its index, and the step of that phase that ended last.
+
+        None where there is none, or where they cannot be taken to be alike: the one that runs has taken more
+        than `_LIKE_THE_LAST` times as long, in proportion to its tokens if it has more of them.
+        """
+        since, progress = self.running_since(), self.process.progress
+        if since is None or progress is None or progress.phase not in self._kept or not self.process.alive:
+            return None
+        last = self._kept[progress.phase].last()
+        if last is None:
+            return None
+        more = max(progress.tokens / max(last.tokens, 1.0), 1.0)
+        alike = (now_ns - since) / 1e9 <= _LIKE_THE_LAST * last.span_seconds * more
+        return (progress.phase, last) if alike else None
 
     def steps(self, since_ns: int, until_ns: int) -> dict[int, PhaseSums]:
         """Steps that ended in that time, by the index of their phase; good until the next `fold`."""
