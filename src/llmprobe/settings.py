@@ -175,7 +175,7 @@ def _read(env: Mapping[str, str], name: str, default: str, parse: Callable[[str]
     value = env.get(name) or default
     try:
         return parse(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise SettingsError(name, value, allowed) from None
 
 
@@ -196,7 +196,10 @@ def _optional_path(value: str) -> Path | None:
 
 
 def _absolute(value: str) -> Path:
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:  # the home of a user that there is not
+        raise ValueError(value) from None
     if not path.is_absolute():
         raise ValueError(value)
     return path

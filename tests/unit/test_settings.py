@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmprobe.hooks.naming import is_serve, server_name
+from llmprobe.hooks.naming import is_serve, program_name, server_name
 from llmprobe.settings import KernelWindows, Settings, SettingsError, parse_size
 
 WRONG = {
@@ -32,6 +32,15 @@ def test_a_wrong_value_is_one_line_with_variable_value_and_what_is_allowed(varia
     assert message.startswith(f"{variable}={value!r} is not allowed: ")
     assert "\n" not in message
     assert len(caught.value.allowed) > 5
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("LLMPROBE_DIR", "~nobody-of-that-name/probe"), ("LLMPROBE_CAPTURE_MAX_BYTES", "9" * 400)],
+)
+def test_what_fails_otherwise_than_by_its_form_is_said_likewise(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"{variable}="):
+        Settings.from_env({"LLMPROBE": "1", variable: value})
 
 
 def test_every_variable_has_its_wrong_value_here() -> None:
@@ -86,6 +95,19 @@ def test_kernel_windows_and_ipv6() -> None:
 )
 def test_a_server_is_named_after_its_port_and_a_program_after_itself(argv: list[str], name: str) -> None:
     assert server_name(Settings.from_env({}), argv) == name
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["/usr/bin/transformers", "serve", "--port", "9000"], "transformers"),
+        (["/home/user/api_server.py"], "api_server"),
+        (["-c", "serve"], "python"),
+    ],
+)
+def test_a_program_without_vllm_is_called_as_it_is_called(argv: list[str], name: str) -> None:
+    assert program_name(Settings.from_env({}), argv) == name
+    assert program_name(Settings.from_env({"LLMPROBE_SERVER": "mine"}), argv) == "mine"
 
 
 def test_only_vllm_serve_has_a_number_of_api_servers_to_set() -> None:

@@ -12,14 +12,20 @@ GROUP_VARIABLE = "LLMPROBE_GROUP"
 
 
 def server_name(settings: Settings, argv: list[str] | None = None) -> str:
-    """The ``server`` label: what `Settings.server` says, else ``vllm-<port>``, else the program's name."""
+    """The ``server`` label where vLLM runs: as set, else ``vllm-<port>``, else the name of the program."""
+    argv = sys.argv if argv is None else argv
+    program = program_name(settings, argv)
+    if not settings.server and (is_serve(argv) or "api_server" in program):
+        return f"vllm-{_option(argv, 'port', '8000')}"
+    return program
+
+
+def program_name(settings: Settings, argv: list[str] | None = None) -> str:
+    """The ``server`` label of a program without vLLM, whose words on the command line are its own."""
     if settings.server:
         return settings.server
     argv = sys.argv if argv is None else argv
-    program = Path(argv[0]).stem if argv and argv[0] not in ("", "-c", "-m") else "python"
-    if is_serve(argv) or "api_server" in program:
-        return f"vllm-{_option(argv, 'port', '8000')}"
-    return program
+    return Path(argv[0]).stem if argv and argv[0] not in ("", "-c", "-m") else "python"
 
 
 def is_serve(argv: list[str] | None = None) -> bool:

@@ -33,8 +33,8 @@ class Weights:
     tied: bool = False
     #: Experts of one layer, as found in the modules; 0 if there are none.
     experts: int = 0
-    #: Parameters of matrix products by what these compute in; None: the model's own type.
-    dtypes: Counter[str | None] = field(default_factory=Counter)
+    #: Parameters of matrix products by kind and what these compute in; None: the model's own type.
+    dtypes: Counter[tuple[str, str | None]] = field(default_factory=Counter)
     #: What of it could not be read.
     unmodelled: list[str] = field(default_factory=list)
 
@@ -43,10 +43,16 @@ class Weights:
         """Every distinct storage once."""
         return sum(self.bytes.values())
 
-    @property
-    def matmul_dtype(self) -> str | None:
-        """What most products compute in; None if it is the model's own type."""
-        return max(self.dtypes, key=lambda dtype: self.dtypes[dtype], default=None)
+    def matmul_dtype(self, experts_used: float = 1.0) -> str | None:
+        """What most products of a token compute in; None if it is the model's own type.
+
+        Args:
+            experts_used: the part of the experts that a token goes to.
+        """
+        found: dict[str | None, float] = {}
+        for (kind, dtype), params in self.dtypes.items():
+            found[dtype] = found.get(dtype, 0.0) + params * (experts_used if kind == "experts" else 1.0)
+        return max(found, key=lambda dtype: found[dtype], default=None)
 
 
 def weights(model: Any, kind_of: Callable[[str, Any], str], device_type: str) -> Weights:
@@ -70,7 +76,7 @@ def weights(model: Any, kind_of: Callable[[str, Any], str], device_type: str) ->
             found.experts = max(found.experts, _experts_of(name, own))
         if kind in ("linear", "experts"):
             if used:
-                found.dtypes[_matmul_dtype(module, own)] += used
+                found.dtypes[kind, _matmul_dtype(module, own)] += used
             _look_for_gaps(found, kind, module, own, used)
         for _, parameter in own:
             for tensor in plain(parameter):

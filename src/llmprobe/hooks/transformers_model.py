@@ -133,9 +133,11 @@ def describe(model: Any) -> ModelDescription:
     if any(parameter.device.type != model.device.type for parameter in model.parameters()):
         unmodelled.append("offload: weights that are moved in for each use")
     groups, layer_groups = _kv_groups(model, text, unmodelled)
+    experts = operators.get("experts")
+    experts_used = experts["top_k"] / experts["count"] if experts is not None else 1.0
     facts = {
         "weights_bytes": found.total_bytes,
-        "compute_dtype": found.matmul_dtype or dtype_name(model.dtype),
+        "compute_dtype": found.matmul_dtype(experts_used) or dtype_name(model.dtype),
         "operators": operators,
         "embedding_bytes": found.embedding_bytes,
         "tied": found.tied,

@@ -6,7 +6,7 @@ import threading
 import weakref
 from typing import Any
 
-from llmprobe.hooks.naming import server_name
+from llmprobe.hooks.naming import program_name
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.torch_model import device_facts
 from llmprobe.hooks.transformers_cache import measure_groups
@@ -66,7 +66,7 @@ class Program:
         description = probe.guard.call("transformers.describe", describe, model)
 
         def facts() -> dict[str, Any]:
-            said = program_facts(probe.settings, server_name(probe.settings), model, clock.name)
+            said = program_facts(probe.settings, program_name(probe.settings), model, clock.name)
             return {**said, "model": description.facts if description is not None else None}
 
         recorder = probe.arm("program", facts)

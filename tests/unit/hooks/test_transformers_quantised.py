@@ -132,6 +132,30 @@ def test_flops_are_held_against_the_type_that_most_products_compute_in(quantised
     assert found["unmodelled"] == []
 
 
+@pytest.mark.parametrize(("top_k", "dtype"), [(1, "bfloat16"), (4, "float8_e4m3fn")])
+def test_experts_weigh_as_much_as_a_token_uses_of_them(top_k: int, dtype: str) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=top_k,
+    )
+    model = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
+    for name, parameter in list(model.named_parameters()):
+        if ".experts." in name:
+            owner, _, own = name.rpartition(".")
+            eight_bits = torch.nn.Parameter(parameter.to(torch.float8_e4m3fn), requires_grad=False)
+            setattr(model.get_submodule(owner), own, eight_bits)
+    facts = describe(model).facts
+    attention = LAYERS * 3 * 32 * 32
+    assert facts["operators"]["experts"]["params"] == LAYERS * EXPERTS * 3 * 32 * 16 > 2 * attention
+    assert facts["compute_dtype"] == dtype
+
+
 def test_numbers_that_are_only_stored_in_eight_bits_compute_in_the_models_type() -> None:
     class EetqLinear(torch.nn.Module):  # type: ignore[misc]
         """As ``transformers.integrations.eetq``: int8 weights, half activations."""

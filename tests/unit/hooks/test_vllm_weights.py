@@ -136,6 +136,14 @@ def test_experts_of_a_shard_count_what_it_has_and_what_there_are(gated: bool, ma
     assert found["matmul_dtype"] == "float8_e4m3fn"
 
 
+def test_experts_weigh_as_much_as_a_token_uses_of_them() -> None:
+    """Two of eight, of which this rank has four: 96 of 384 parameters, beside 128 in the model's type."""
+    found = measure(Model(proj=Linear(16, 8), experts=RoutedExperts(torch.float8_e4m3fn)), True)
+    assert found["operators"]["experts"]["params"] == 384
+    assert found["operators"]["linear"]["params"] == 128
+    assert found["matmul_dtype"] is None
+
+
 class Wrapped:
     """As ``triton_kernels.tensor.Tensor``: data in the order of a kernel, no tensor itself."""
 

@@ -57,7 +57,7 @@ def weights(model: Any, has_head: bool, tied_by_config: bool, device_type: str) 
 
     Returns:
         ``weights_bytes``, ``operators``, ``embedding_bytes``, ``tied``, ``matmul_dtype`` (what most products
-        compute in, None if it is the model's own) and ``unmodelled``.
+        of a token compute in, None if it is the model's own) and ``unmodelled``.
     """
     modules = list(dict.fromkeys(model.modules()))
     names = {module: name for name, module in model.named_modules()}
@@ -71,7 +71,7 @@ def weights(model: Any, has_head: bool, tied_by_config: bool, device_type: str) 
     storages = Storages()
     params = dict.fromkeys(KINDS, 0)
     assumed = dict.fromkeys(KINDS, 0)
-    dtypes: dict[str | None, int] = {}
+    dtypes: dict[str | None, float] = {}
     embeddings: list[tuple[int, int, Any]] = []  # parameters, bytes, module
     experts: list[tuple[int, int]] = []
     unseen: dict[str, None] = {}  # a model has many layers of one class
@@ -98,11 +98,13 @@ def weights(model: Any, has_head: bool, tied_by_config: bool, device_type: str) 
         params["linear" if kind == "unread" else kind] += used
         if kind == "embedding":
             embeddings.append((_matmul_params("head", module), stored, module))
+        routing = _routing(module) if kind == "experts" else None
+        if routing:
+            experts.append(routing)
         if kind in ("linear", "experts") and used:
             dtype = _matmul_dtype(module)
-            dtypes[dtype] = dtypes.get(dtype, 0) + used
-        if kind == "experts" and (found := _routing(module)):
-            experts.append(found)
+            count, top_k = routing or (1, 1)
+            dtypes[dtype] = dtypes.get(dtype, 0) + used * top_k / count  # what a token goes through
     found_bytes = {kind: size + assumed[kind] for kind, size in storages.bytes().items()}
     total = sum(found_bytes.values())
     # Models may look up more than tokens: positions, or a row for every layer. The head is tied to tokens.
