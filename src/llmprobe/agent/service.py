@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -33,6 +34,8 @@ log = logging.getLogger("llmprobe.agent")
 
 _MOST_STEPS = 4096
 _STALE_SECONDS = 5.0
+#: Engines look for a switch every quarter second, and see only the newest.
+_FOLLOWED_SECONDS = 1.0
 _MOST_SHOWN = 64
 _ENDPOINTS = """\
 llmprobe {version} - what is your LLM server bound by?
@@ -79,6 +82,8 @@ class State:
     captures: Manager | None = None
     #: What changed.
     events: EventLog = field(default_factory=EventLog)
+    #: Writes the switch, one call at a time.
+    switch: Switching = field(default_factory=lambda: Switching())
 
     def status(self) -> dict[str, Any]:
         """What ``GET /api/status`` answers."""
@@ -87,6 +92,33 @@ class State:
         if self.captures is not None:
             agent["captures"] = captures.overview(self.captures, views, self.directory)
         return {**summarize(views), "time": time.time(), "agent": agent}
+
+
+class Switching:
+    """Writes the switch for engines, and gives them the time to see one before the next takes its place."""
+
+    def __init__(self, pause: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        self._pause = pause
+        self._turn = asyncio.Lock()
+        self._servers: set[str] | None = set()
+        self._written = 0.0
+
+    async def write(
+        self, directory: Path, armed: bool, servers: list[str] | None, journals: list[Path] | None
+    ) -> dict[str, Any]:
+        """As `llmprobe.agent.files.switch`. Raises OSError."""
+        async with self._turn:
+            wait = self._written + _FOLLOWED_SECONDS - time.monotonic()
+            if wait > 0 and not self._replaced_by(servers):
+                await self._pause(wait)
+            control = files.switch(directory, armed, servers, journals)
+            self._servers = None if servers is None else set(servers)
+            self._written = time.monotonic()
+            return control
+
+    def _replaced_by(self, servers: list[str] | None) -> bool:
+        """Whether a switch for these is meant for everyone whom the one before was meant for."""
+        return servers is None or (self._servers is not None and self._servers <= set(servers))
 
 
 class Switch(BaseModel):
@@ -181,14 +213,13 @@ def _add_switch(app: FastAPI, state: State) -> None:
             else [journal for name in switch.servers for journal in journals[name]]
         )
         try:
-            control = files.switch(state.directory, switch.armed, switch.servers, chosen)
+            control = await state.switch.write(state.directory, switch.armed, switch.servers, chosen)
         except OSError as error:
             raise Problem(
                 507, f"The switch cannot be written: {error.strerror}.", f"Make room in {state.directory}."
             ) from None
-        log.info(
-            "probes switched %s for %s", "on" if switch.armed else "off", control["servers"] or "all servers"
-        )
+        whom = "all servers" if control["servers"] is None else control["servers"]
+        log.info("probes switched %s for %s", "on" if switch.armed else "off", whom)
         return {"schema_version": SCHEMA_VERSION, **control}
 
 

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from llmprobe.agent.door import Door, door_for
 from llmprobe.agent.files import Token
 from llmprobe.agent.problems import Problem
-from llmprobe.agent.service import State, create_app
+from llmprobe.agent.service import State, Switching, create_app
 
 from .served import collected
 
@@ -111,6 +111,22 @@ def test_the_switch_is_written_for_engines(
     assert rank.journal is not None
     assert (answer.json()["servers"], answer.json()["journals"]) == (["prog"], [rank.journal.name])
     assert client.get("/api/status").json()["agent"]["switch"]["armed"] is True
+
+
+def test_a_switch_is_not_taken_away_before_engines_see_it(
+    client: TestClient, state: State, token: Token, tmp_path: Path
+) -> None:
+    stood: list[bool] = []
+
+    async def pause(seconds: float) -> None:
+        assert 0 < seconds <= 1
+        stood.append(json.loads((tmp_path / "control.json").read_text())["armed"])
+
+    state.switch = Switching(pause)
+    for armed, servers in ((False, ["prog"]), (True, ["prog"]), (False, None), (True, ["prog"]), (False, [])):
+        answer = client.post("/api/probe", json={"armed": armed, "servers": servers}, headers=auth(token))
+        assert answer.status_code == 200
+    assert stood == [False, True]
 
 
 def test_the_switch_needs_the_token(client: TestClient, tmp_path: Path) -> None:
