@@ -262,8 +262,8 @@ class Rank:
         """Account for the steps taken, and for the time since the last one if nothing is to do.
 
         Args:
-            pending: when requests were unfinished; None where nobody tells: idle time is then
-                ``unattributed``, because it cannot be split into waiting for the host and no work.
+            pending: when requests were unfinished; None where nobody tells: idle time, which cannot be split
+                into waiting for the host and no work, is then ``unattributed`` in no phase.
         """
         self.windows.look(now_ns, lambda: self.recent(RECENT_STEPS))
         if self._waiting:
@@ -304,9 +304,10 @@ class Rank:
             rows, {phase: seen for phase, seen in kernels.items() if seen.age_seconds <= WINDOW_GOOD_SECONDS}
         )
         if pending is None:
-            index = accounting.COMPONENTS.index
-            rows.components[:, index("unattributed")] += rows.components[:, index("no_work")]
+            index, idle = accounting.COMPONENTS.index, np.zeros(len(accounting.COMPONENTS))
+            idle[index("unattributed")] = rows.components[:, index("no_work")].sum()
             rows.components[:, index("no_work")] = 0.0
+            self._add("none", idle)  # no step's: of its phase it would be slow kernels
         if self.first_ns is None:
             self.first_ns = int(steps["e0"][0])
         self.cursor_ns = rows.cursor_ns

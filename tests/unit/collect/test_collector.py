@@ -88,10 +88,18 @@ def test_without_a_front_end_idle_time_is_unattributed_and_said_so(tmp_path: Pat
     found = collector(tmp_path, clock, server)
     server.step(clock.now, clock.now + SECOND)
     server.step(clock.now + 3 * SECOND, clock.now + 4 * SECOND)
+    clock.now += 4 * SECOND
     view = only(found)
-    assert "none" not in view.ranks[0].device_time or not view.ranks[0].device_time["none"]["no_work"]
+    time = view.ranks[0].device_time
+    assert time["none"]["no_work"] == 0
+    assert time["none"]["unattributed"] == pytest.approx(2)
     assert total(view) == pytest.approx(4)
     assert "no_work" in view.missing
+    # It is no step's: neither what a step went into, nor what a run's utilisation is over.
+    assert view.ranks[0].attribution["decode"].total_seconds == pytest.approx(2)
+    decode = report([view])["servers"][0]["ranks"][0]["phases"]["decode"]
+    assert decode["seconds"] == pytest.approx(2)
+    assert decode["mbu_busy"] == pytest.approx(view.ranks[0].figures["decode"].mbu_busy)
     server.close()
 
 
