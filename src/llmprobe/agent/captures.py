@@ -285,7 +285,7 @@ def _add_files(app: FastAPI, manager: Manager) -> None:
         if is_raw(name) and by_session(request):
             raise Problem(
                 403,
-                f"{name} {_warning(name)}: a page's cookie does not open it.",
+                f"{name} {_warning(name)}: the cookie of a session does not open it.",
                 "Send the token itself.",
             )
         return _file(manager, capture_id, name)

@@ -2,9 +2,9 @@
 
 The loopback interface is no user boundary, and a web page that a user visits can reach it too. So the
 Host header must name us (a page on another site that rebinds its name to 127.0.0.1 cannot fake that), a
-request from a page must come from our own, also one that only reads (it need not read the answer to take a
-place among the listeners), and switches and captures need the token, or the cookie that our
-own page was given for it. On the Unix socket the file system has already checked the user.
+request from a page must come from one of our own address, also if it only reads (it need not read the answer
+to take a place among the listeners), and switches and captures need the token, or the cookie that such a
+page was given for it. On the Unix socket the file system has already checked the user.
 """
 
 from __future__ import annotations
@@ -86,13 +86,16 @@ class Door:
         if origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower():
             return None
         return Problem(
-            403, f"Origin {origin!r} is another site.", "Call the agent from its own page or a program."
+            403,
+            f"Origin {origin!r} is another site.",
+            "Call the agent from a program, such as curl or `llmprobe status`.",
         )
 
     def _check_site(self, method: str, path: str, headers: Mapping[str, str]) -> Problem | None:
         """A browser tells from what site a request comes also where it sends no ``Origin``.
 
-        A link may lead from another site to a page of ours in a tab of its own, which that site cannot read.
+        A link may lead from another site to what we show outside of the API, in a tab of its own, which that
+        site cannot read.
         """
         site = headers.get("sec-fetch-site", "").lower()
         if site not in ("cross-site", "same-site"):
@@ -103,7 +106,7 @@ class Door:
         return Problem(
             403,
             f"A page of another site asks for {path} (Sec-Fetch-Site: {site}).",
-            "Call the agent from its own page or a program.",
+            "Call the agent from a program, such as curl or `llmprobe status`.",
         )
 
     def _has_token(self, headers: Mapping[str, str]) -> bool:

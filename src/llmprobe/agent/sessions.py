@@ -62,7 +62,7 @@ class Sessions:
         return max(one.until for one in found) - self._clock() if found else None
 
     def admits(self, method: str, headers: Mapping[str, str]) -> bool:
-        """Whether a request comes from our own page and names an open session.
+        """Whether a request comes from a page of our own address and names an open session.
 
         A browser tells where a request comes from in ``Sec-Fetch-Site``, or, over plain HTTP beyond loopback,
         in ``Origin`` where the request could change anything; that ``Origin`` is ours was checked before.
