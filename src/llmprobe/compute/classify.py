@@ -307,7 +307,7 @@ class _Case:
             if self._signs:
                 reason += f"; {self._signs[0].text}"
         votes = self._votes(INEFFICIENT, True)
-        return self._judged(INEFFICIENT, None, votes, margin(nearer, limit), reason)
+        return self._judged(INEFFICIENT, None, votes, margin(nearer, limit, below=True), reason)
 
     def _votes(self, bottleneck: str, modelled: bool) -> list[Vote]:
         peaks, counters, limits = self._seen.peaks, self._counters, self._limits

@@ -6,7 +6,8 @@ Each kind of evidence is a witness with a weight ``w``, the chance that it alone
                  · Π over witnesses that object of (1 - w) · (1 + margin) / 2
 
 that is a noisy-or (Pearl 1988) of witnesses for, discounted by witnesses against, and halved where the
-deciding figure lies right at its threshold. ``margin`` is 1 from half the threshold's value away. A device
+deciding figure lies right at its threshold, or short of it where hysteresis lets a class stand all the same.
+``margin`` is 1 from half the threshold's value away. A device
 clock on the host cannot tell kernels from the framework between them, so there confidence ends at
 `HOST_CLOCK_LIMIT`. The weights are a judgement, not a calibration.
 """
@@ -61,8 +62,9 @@ def confidence(votes: Iterable[Vote], margin: float, limit: float = 1.0) -> floa
     return min((1 - unsettled) * doubt * (1 + margin) / 2, limit)
 
 
-def margin(value: float, threshold: float) -> float:
-    """How far ``value`` lies from ``threshold``, on whichever side: 0 at it, 1 from half of it away."""
+def margin(value: float, threshold: float, *, below: bool = False) -> float:
+    """How far ``value`` lies above ``threshold`` (or ``below``): 0 at it, 1 from half of it away."""
     if threshold <= 0:
         return 1.0
-    return min(abs(value / threshold - 1) / _FULL_MARGIN, 1.0)
+    far = value / threshold - 1
+    return min(max(-far if below else far, 0.0) / _FULL_MARGIN, 1.0)

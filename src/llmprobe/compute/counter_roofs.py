@@ -52,7 +52,7 @@ class CounterRoofs:
         return MEMORY if dram >= tensor else COMPUTE
 
     def margin(self, roof: str) -> float:
-        """How far the counter of that roof is from its threshold, as `llmprobe.compute.confidence.margin`."""
+        """How far the counter of that roof lies above its own, as `llmprobe.compute.confidence.margin`."""
         if self.counters is None:
             return 0.0
         if roof == MEMORY:

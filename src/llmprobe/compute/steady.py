@@ -88,8 +88,8 @@ class Steady:
         key = whole.bottleneck, whole.cause
         if whole.bottleneck not in (IDLE, UNKNOWN) and short.bottleneck != whole.bottleneck:
             if _says_nothing(short) and key == self.rival:
-                # A pause of a light load, or a step longer than the short window, says nothing against it, nor
-                # for it: the time does not count.
+                # A pause of a light load, or a step longer than the short window, says nothing against it,
+                # nor for it: the time does not count.
                 return key, self.rival_since + (now - self.looked)
             return None, now
         return key, self.rival_since if key == self.rival else now

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmprobe.compute.classify import classify
 from llmprobe.compute.confidence import WEIGHTS, Vote, confidence, margin
 from llmprobe.compute.servers import combine
+from llmprobe.compute.thresholds import Thresholds
+from llmprobe.compute.verdict import Observation
 
-from .verdicts import verdict
+from .verdicts import figures, kernels, seen, verdict
 
 votes = st.lists(st.builds(Vote, st.sampled_from(list(WEIGHTS)), st.booleans(), st.floats(0, 1)), max_size=5)
 
@@ -26,8 +31,32 @@ def test_two_witnesses_leave_what_neither_settles() -> None:
 
 def test_margin_is_nothing_at_the_threshold_and_full_half_of_it_away() -> None:
     assert margin(0.5, 0.5) == 0
-    assert margin(0.75, 0.5) == margin(0.25, 0.5) == margin(5, 0.5) == 1
-    assert margin(0.6, 0.5) == pytest.approx(0.4)
+    assert margin(0.75, 0.5) == margin(0.25, 0.5, below=True) == margin(5, 0.5) == 1
+    assert margin(0.6, 0.5) == margin(0.4, 0.5, below=True) == pytest.approx(0.4)
+    assert margin(0.4, 0.5) == margin(0.6, 0.5, below=True) == 0
+
+
+def _memory(mbu: float) -> Observation:
+    return seen(figures(mbu=mbu), kernels=kernels())
+
+
+@pytest.mark.parametrize(
+    ("standing", "window", "worst", "best"),
+    [
+        ("memory_bound", _memory, 0.451, 0.9),
+        ("compute_bound", lambda mfu: seen(figures(mbu=0.1, mfu=mfu), kernels=kernels()), 0.361, 0.9),
+        ("inefficient_kernels", _memory, 0.54, 0.1),
+        ("sync_bound", lambda gap: seen(figures(span=10 * (1 - gap), gap=10 * gap)), 0.181, 0.9),
+    ],
+)
+def test_a_class_is_no_surer_where_only_hysteresis_holds_it(
+    standing: str, window: Callable[[float], Observation], worst: float, best: float
+) -> None:
+    values = [worst + (best - worst) * part / 50 for part in range(51)]
+    found = [classify(window(value), Thresholds(), standing) for value in values]
+    assert {each.bottleneck for each in found} == {standing}
+    sure = [each.confidence for each in found]
+    assert sure == sorted(sure)
 
 
 @settings(deadline=None)
