@@ -149,9 +149,11 @@ def save(document: dict[str, Any], path: Path) -> int:
         with os.fdopen(fd, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, compresslevel=6) as file:
             file.write(json.dumps(document, separators=(",", ":"), allow_nan=False).encode())
         return path.stat().st_size
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too
         with contextlib.suppress(OSError):
             path.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise SnapshotError(f"cannot write {path}: {error.strerror}; name another with --output") from None
 
 

@@ -119,6 +119,19 @@ def test_a_disk_that_takes_no_more_leaves_no_part_behind(directory: Path, tmp_pa
     assert not path.exists()
 
 
+def test_one_that_is_broken_off_leaves_no_part_behind(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any, **options: Any) -> str:
+        raise KeyboardInterrupt
+
+    document = build(directory, host_seconds=0)
+    monkeypatch.setattr(snapshot.json, "dumps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(document, tmp_path / "one.json.gz")
+    assert not (tmp_path / "one.json.gz").exists()
+
+
 def test_a_missing_folder_is_named(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match=r"none/s\.json\.gz"):
         save(made(directory), tmp_path / "none" / "s.json.gz")
