@@ -45,16 +45,34 @@ def find(
     found = []
     for occupation in occupations:
         found += _about_gpu(trace, occupation, phases)
-    ratios = [one.busy_ns / 1e9 / one.seconds for one in occupations if one.seconds]
-    if len(ratios) > 1 and max(ratios) - min(ratios) > _UNEVEN_RATIO:
-        found.append(
+    found += _uneven([one for one in occupations if one.seconds])
+    return sorted(found, key=lambda finding: -finding.gain_ratio)
+
+
+def _uneven(occupations: list[Occupation]) -> list[Finding]:
+    busy = [one.busy_ns / 1e9 / one.seconds for one in occupations]
+    if busy and max(busy) - min(busy) > _UNEVEN_RATIO:
+        return [
             Finding(
                 "uneven_gpus",
-                f"the GPUs are busy unevenly: {min(ratios):.0%} to {max(ratios):.0%}",
+                f"the GPUs are busy unevenly: {min(busy):.0%} to {max(busy):.0%}",
                 "compare their longest gaps: the least busy GPU waits for something that the others do not",
             )
-        )
-    return sorted(found, key=lambda finding: -finding.gain_ratio)
+        ]
+    # One that waits for another inside a collective is as busy as that.
+    alone = [length_ns(one.exposed_communication) / 1e9 / one.seconds for one in occupations]
+    computing = [ratio - waits for ratio, waits in zip(busy, alone, strict=True)]
+    if busy and max(computing) - min(computing) > _UNEVEN_RATIO:
+        return [
+            Finding(
+                "uneven_gpus",
+                f"the GPUs compute unevenly, {min(computing):.0%} to {max(computing):.0%} of the time: those "
+                "that compute less wait for the others in their communication",
+                "see what the GPU that computes most does: it has more to do, or is slower (clocks, others on it)",
+                max(computing) - sum(computing) / len(computing),
+            )
+        ]
+    return []
 
 
 def _about_gpu(trace: Trace, occupation: Occupation, phases: list[PhaseTimes]) -> list[Finding]:

@@ -170,6 +170,24 @@ def test_gpus_that_are_busy_unevenly_are_told(tmp_path: Path) -> None:
     assert "GPU 1" in report.to_text()
 
 
+@pytest.mark.parametrize(("slower_ns", "found"), [(0, False), (150_000, True)])
+def test_a_gpu_that_waits_for_another_in_collectives_is_told(
+    tmp_path: Path, slower_ns: int, found: bool
+) -> None:
+    """Both are as busy: what the one computes, the other waits for in its all-reduce."""
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number in range(100):
+        begin = number * 1_000_000
+        for device, computes in ((0, 600_000 + slower_ns), (1, 600_000)):
+            file.kernel("nvjet", begin, begin + computes, launched=begin, device=device)
+            reduced = begin + 900_000
+            file.kernel("ncclDevKernel_AllReduce", begin + computes, reduced, launched=begin, device=device)
+    uneven = [one for one in analyze(file.close()).findings if one.name == "uneven_gpus"]
+    assert bool(uneven) is found
+    if uneven:
+        assert "compute unevenly, 60% to 75%" in uneven[0].text
+
+
 def test_the_text_fits_a_terminal(tmp_path: Path) -> None:
     whole = NsysFile(tmp_path / "b.sqlite")
     whole.graph(5_000, 500_000, 1_000)
