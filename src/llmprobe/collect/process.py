@@ -181,6 +181,8 @@ class Rank:
         self.device_time: dict[str, dict[str, float]] = {}
         self.bytes: dict[str, dict[str, float]] = {}
         self.flops: dict[str, float] = {}
+        #: Cumulative, of the steps that `bytes` and `flops` are of: phase → seconds with gaps, busy seconds.
+        self.work_seconds: dict[str, list[float]] = {}
         #: Cumulative: phase → operator → seconds of floor by memory, by compute.
         self.operator_floors: dict[str, dict[str, list[float]]] = {}
         self.windows = Windows(process.path)
@@ -338,6 +340,9 @@ class Rank:
         if self.model is None:
             return
         self.flops[label] = self.flops.get(label, 0.0) + float(sums[INDEX["flops"]])
+        seconds = self.work_seconds.setdefault(label, [0.0, 0.0])
+        seconds[0] += float(sums[INDEX["known_seconds"]])
+        seconds[1] += float(sums[INDEX["known_busy"]])
         if self.peaks is None:
             return
         of_phase = self.operator_floors.setdefault(label, {})
@@ -365,6 +370,7 @@ class Rank:
             "device_time": self.device_time,
             "bytes": self.bytes,
             "flops": self.flops,
+            "work_seconds": self.work_seconds,
             "operator_floors": self.operator_floors,
             "windows": self.windows.save(),
         }
@@ -378,6 +384,7 @@ class Rank:
         self.device_time = saved["device_time"]
         self.bytes = saved["bytes"]
         self.flops = saved["flops"]
+        self.work_seconds = saved.get("work_seconds", {})
         self.operator_floors = saved.get("operator_floors", {})
         if windows := saved.get("windows"):
             self.windows.restore(windows)

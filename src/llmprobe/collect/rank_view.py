@@ -56,6 +56,7 @@ def rank_view(
         device_time={phase: dict(parts) for phase, parts in rank.device_time.items()},
         bytes={phase: dict(parts) for phase, parts in rank.bytes.items()},
         flops=dict(rank.flops),
+        work_seconds={phase: (seconds, busy) for phase, (seconds, busy) in rank.work_seconds.items()},
         steps=steps,
         figures=rank.figures(since_ns, now),
         step_duration={

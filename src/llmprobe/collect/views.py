@@ -126,6 +126,9 @@ class RankView:
     one_graph: frozenset[str] = frozenset()
     #: Cumulative, as `device_time`: phase → operator → seconds of floor by memory, by compute.
     operator_floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    #: Cumulative, of the steps that ``bytes`` and ``flops`` are of: phase → seconds with their gaps,
+    #: and busy ones. ``device_time`` has more: that of steps that were lost, of an encoder.
+    work_seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     #: Over the last 10 s, by phase; mixed steps are split between prefill and decode.
     attribution: dict[str, Attribution] = field(default_factory=dict)
     #: What kernel windows saw, by phase; empty while there are none. And the kernels that took most there.

@@ -16,10 +16,10 @@ import llmprobe
 from llmprobe.collect.views import EngineView, HistogramView, RankView, ServerView
 from llmprobe.compute import histogram
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
-from llmprobe.compute.figures import GAPS, STALLS
+from llmprobe.compute.figures import STALLS
 from llmprobe.compute.verdict import IDLE
 from llmprobe.export.run_seen import RunLooks, ServerSeen, rank_key
-from llmprobe.export.run_verdict import run_verdict
+from llmprobe.export.run_verdict import run_verdict, work_seconds
 from llmprobe.record.layout import bucket_bounds_seconds
 
 SCHEMA_VERSION = 1
@@ -145,7 +145,6 @@ def _phase(
     components = {name: components.get(name, 0.0) for name in COMPONENTS if name not in IDLE_COMPONENTS}
     seconds = sum(components.values())
     stall = sum(components[name] for name in STALLS)
-    busy = seconds - sum(components[name] for name in GAPS)
     traffic = sum(_minus(rank.bytes.get(phase, {}), before.bytes.get(phase, {}) if before else {}).values())
     flops = rank.flops.get(phase, 0.0) - (before.flops.get(phase, 0.0) if before else 0.0)
     if not gaps_known:
@@ -163,11 +162,12 @@ def _phase(
     if traffic > 0:
         found["traffic_bytes"], found["flops"] = traffic, flops
         found["intensity_flops_per_byte"] = flops / traffic
-    if traffic > 0 and rank.peaks is not None and seconds > 0 and busy > 0:
+    step, busy = work_seconds(phase, rank, before)
+    if traffic > 0 and rank.peaks is not None and step > 0 and busy > 0:
         bandwidth, rate = rank.peaks.bandwidth_bytes_per_second, rank.peaks.flops_per_second
         found["floor_step_seconds"] = (components["floor_memory"] + components["floor_compute"]) / steps
-        found["mbu_step"], found["mbu_busy"] = traffic / seconds / bandwidth, traffic / busy / bandwidth
-        found["mfu_step"], found["mfu_busy"] = flops / seconds / rate, flops / busy / rate
+        found["mbu_step"], found["mbu_busy"] = traffic / step / bandwidth, traffic / busy / bandwidth
+        found["mfu_step"], found["mfu_busy"] = flops / step / rate, flops / busy / rate
     return found
 
 

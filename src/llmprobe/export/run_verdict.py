@@ -11,7 +11,7 @@ from llmprobe.collect.views import EngineView, RankView, ServerView
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
 from llmprobe.compute.advice import Advice, Target, advise, advise_pressure
 from llmprobe.compute.classify import classify
-from llmprobe.compute.figures import GAPS, PhaseFigures
+from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.headline import headline, in_its_order
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
@@ -163,15 +163,14 @@ def _figures(
     """A phase of the report as figures. ``document`` leaves out the host gap where nobody tells it."""
     told = document["components_seconds"]
     components = {name: told.get(name, 0.0) for name in COMPONENTS if name not in IDLE_COMPONENTS}
-    seconds, steps = document["seconds"], document["steps"]
+    # What is no step's (an encoder, lost ones) is no headroom of those that are judged.
+    seconds, steps = work_seconds(phase, rank, before)[0] or document["seconds"], document["steps"]
     # Figures have gaps as the step clock saw them, and `classify` takes out what windows saw in them. Totals
     # have had that taken out: it is put back, so that it is not taken out twice.
     prepared = looked.prepared.get(phase, 0.0)
     taken = components["host_gap"] * prepared / (1 - prepared) if prepared < 1 else 0.0
     taken = min(taken, components["inefficiency"])
     gap = components["host_gap"] + taken
-    busy = seconds - sum(components[name] for name in GAPS)
-    without = busy / (busy - taken) if busy > taken else 1.0
     step = document.get("step_seconds") or {}
     prompt, decode = looked.tokens.get(phase, (0.0, 0.0))
     floors = rank.operator_floors.get(phase, {})
@@ -192,9 +191,9 @@ def _figures(
         step_seconds_p99=step.get("p99", 0.0),
         floor_seconds=document.get("floor_step_seconds"),
         mbu_step=document.get("mbu_step"),
-        mbu_busy=_times(document.get("mbu_busy"), without),
+        mbu_busy=document.get("mbu_busy"),
         mfu_step=document.get("mfu_step"),
-        mfu_busy=_times(document.get("mfu_busy"), without),
+        mfu_busy=document.get("mfu_busy"),
         sync_gap_ratio=document["sync_gap_ratio"],
         sync_gap_is_lower_bound=phase not in looked.kernels,
         intensity=document.get("intensity_flops_per_byte"),
@@ -203,8 +202,11 @@ def _figures(
     )
 
 
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
+def work_seconds(phase: str, rank: RankView, before: RankView | None) -> tuple[float, float]:
+    """What the run's work of a phase took: seconds with the gaps before steps, and busy ones."""
+    seconds, busy = rank.work_seconds.get(phase, (0.0, 0.0))
+    old, old_busy = before.work_seconds.get(phase, (0.0, 0.0)) if before else (0.0, 0.0)
+    return seconds - old, busy - old_busy
 
 
 def _load(

@@ -26,6 +26,7 @@ _LEFT_OUT = {
     "one_graph",
     "no_model",
     "no_peaks",
+    "work_seconds",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from collect.pretended import SECOND, Clock, Server
-from collect.test_judge import PEAKS, World
+from collect.test_judge import MS, PEAKS, World
 from compute.verdicts import counters, host, kernels
 
 from llmprobe.collect.collector import Collector
@@ -21,6 +21,7 @@ from llmprobe.compute.thresholds import Thresholds
 from llmprobe.export.report import report
 from llmprobe.export.run_seen import RunLooks
 from llmprobe.record.cupti_records import ACTIVITY, COPY, KERNEL, Window
+from llmprobe.record.layout import Flag, Phase
 from llmprobe.record.window_file import Seen, window_path, write_window
 
 from .views_for_tests import engine, figures, gpu, pressure, rank, server
@@ -57,6 +58,7 @@ def decode(
         device_time={"decode": parts, "none": {"no_work": 1.0, "blocked": 0.0}},
         bytes={"decode": {"weights": 3352e9 * parts["floor_memory"]}},
         flops={"decode": 1e9},
+        work_seconds={"decode": (seconds, (1 - gap) * seconds)},
         steps={"decode": round(seconds * 100)},
         figures=changes.pop("figures", {"decode": figures(steps=100, decode_tokens=1600)}),
         gpu=changes.pop("gpu", gpu()),
@@ -193,6 +195,33 @@ def test_what_kernel_windows_saw_is_taken_into_account_once(
     assert {item["quantity"]: item["value"] for item in found["evidence"]} == {
         quantity: pytest.approx(value, rel=0.02) for quantity, value in measured.items()
     }
+
+
+def test_time_that_is_no_steps_lowers_no_utilisation_of_a_run(world: World) -> None:
+    """An encoder's, and of steps that were lost, of whose bytes nothing is known."""
+    worker, front = world.server.worker, world.server.fronts[0]
+    front.pending(world.at, 1)
+    for number in range(60):
+        begin = world.at + (20 if number % 2 else 1000 if number == 30 else 2) * MS
+        end = begin + 18 * MS
+        worker.step(
+            worker.begin(Phase.DECODE, 1, begin), begin, Phase.DECODE, 0,
+            int(Flag.RESTARTED) if number == 30 else 0, (begin, end, end, end),
+            requests=1, prefill_requests=0, prompt_tokens=0, decode_tokens=1, sampled=1,
+            context_decode=(10, 0, 0, 0), encode_ns=18 * MS * (number % 2),
+        )  # fmt: skip
+        world.at = end
+    world.clock.now = world.at
+    world.collector.tick(final=True)
+    (view,) = world.collector.views()
+    live = view.ranks[0].figures["decode"]
+    shown = of(view)
+    run = shown["ranks"][0]["phases"]["decode"]
+    assert live.mbu_busy == pytest.approx(0.7, rel=0.01)
+    for name in ("mbu_step", "mbu_busy", "mfu_step", "mfu_busy"):
+        assert run[name] == pytest.approx(getattr(live, name)), name
+    assert run["seconds"] > live.seconds + 1, "it is in the run's time all the same"
+    assert shown["verdicts"]["decode"]["headroom_seconds"] == pytest.approx(0.02 - 0.7 * 0.018, rel=0.05)
 
 
 def test_counters_count_only_where_steps_filled_what_they_are_of() -> None:
