@@ -87,6 +87,7 @@ def rank(**changes: Any) -> RankView:
         },
         bytes={phase: {"weights": 1e9, "kv_read": 2e8, "kv_write": 1e6} for phase in PHASES},
         flops=dict.fromkeys(PHASES, 1e12),
+        work_seconds=dict.fromkeys(PHASES, (4.5, 3.0)),
         steps=dict.fromkeys(PHASES, 100),
         figures={phase: figures() for phase in PHASES},
         step_duration={phase: histogram(0.004, 0.005, 0.02) for phase in PHASES},
