@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import Any
@@ -20,8 +21,9 @@ from llmprobe.hooks.transformers_model import (
     program_facts,
 )
 from llmprobe.record.clock import StepClock
-from llmprobe.record.clocks import step_clock
+from llmprobe.record.clocks import no_clock, step_clock
 from llmprobe.record.recorder import Recorder
+from llmprobe.settings import logger
 
 FULL_ONLY: tuple[tuple[str, int | None], ...] = (("full", None),)
 
@@ -39,7 +41,8 @@ class Program:
     ) -> None:
         self.recorder = recorder
         self.clock = clock
-        self.device_type = model.device.type
+        #: Whose streams the clock stamps.
+        self.device = model.device
         #: `Probe.generation` of the last step.
         self.generation = probe.generation
         self.running: dict[int, Generation] = {}
@@ -60,8 +63,11 @@ class Program:
 
     @classmethod
     def make(cls, probe: Probe, model: Any) -> Program | None:
-        """Arm this process for its first call; None if no journal can be made."""
+        """Arm this process for its first call; None if no journal can be made, or its steps not be timed."""
         clock = step_clock(model.device)
+        if clock is None:
+            _say_once(no_clock(model.device))
+            return None
         # A model of an unknown shape must not keep the rest from being recorded.
         description = probe.guard.call("transformers.describe", describe, model)
 
@@ -84,16 +90,15 @@ class Program:
         One model after another is followed, each described in its time. Once two live side by side, the
         traffic of a step is not known and the facts drop the model; draft models have a phase of their own.
         """
-        device_type = model.device.type
-        if device_type == self.device_type and (draft or self._model() is model):
+        device = model.device
+        if device == self.device and (draft or self._model() is model):
             return True
         with self.lock:
             alone = not self.running and (self._model() is None or self._model() is model)
             if alone and not draft:
-                self._describe_anew(model)
-                return True
-            if device_type != self.device_type:
-                self.note(f"a model on {device_type} is not followed beside the one on {self.device_type}")
+                return self._describe_anew(model)
+            if device != self.device:
+                self.note(f"a model on {device} is not followed beside the one on {self.device}")
                 return False
             if self._description is not None:
                 self._description = None
@@ -103,13 +108,16 @@ class Program:
                 )
         return True
 
-    def _describe_anew(self, model: Any) -> None:
+    def _describe_anew(self, model: Any) -> bool:
+        if model.device != self.device:
+            clock = step_clock(model.device)
+            if clock is None:
+                self.note(no_clock(model.device))
+                return False
+            self.device, self.clock = model.device, clock
         self._description = self._probe.guard.call("transformers.describe", describe, model)
         self._model, self._name, self._measured = weakref.ref(model), model_name(model), False
         self._described_bytes = self._parameter_bytes(model)
-        if model.device.type != self.device_type:
-            self.device_type = model.device.type
-            self.clock = step_clock(model.device)
         self.recorder.update_facts(
             model=self._description.facts if self._description is not None else None,
             model_name=self._name,
@@ -117,6 +125,7 @@ class Program:
             device=device_facts(model.device),
             clock=self.clock.name,
         )
+        return True
 
     def _parameter_bytes(self, model: Any) -> int | None:
         found: int | None = self._probe.guard.call("transformers.describe", parameter_bytes, model)
@@ -147,3 +156,8 @@ class Program:
         notes = self.recorder.facts.get("notes", [])
         if text not in notes:
             self.recorder.update_facts(notes=[*notes, text])
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger().warning("%s", text)

@@ -30,7 +30,7 @@ def record_requests(program: Program, call: Generation, result: Any, failed: boo
     else:
         sums, longest = call.returned_tokens(result)
         late, generated = call.late_gaps(longest), sum(sums)
-        if call.eos and program.device_type != "cpu":
+        if call.eos and program.device.type != "cpu":
             program.note("rows of a batch that end early are counted with their padding")
     call.own_request_ns += _now() - ended
     recorder.tokens(0, generated, inter_token_ns=late, own_ns=call.own_request_ns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -306,3 +307,109 @@ def test_whatever_happened_a_second_later_pending_is_what_is_true(
     finally:
         frontend._now = before
         engine.close()
+
+
+class StatLoggerManager:
+    """As vLLM's, which `vllm.LLM` makes without telling engines and calls without naming one."""
+
+    def __init__(self, vllm_config: Any, engine_idxs: list[int] | None = None) -> None:
+        self.config = vllm_config
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, engine_idx: int | None = None) -> None:
+        pass
+
+
+def config(model: str, index: int = 0, **settings: Any) -> Any:
+    """What is read of a ``VllmConfig``."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(served_model_name=model, dtype="bfloat16", max_model_len=512),
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64),
+        cache_config=SimpleNamespace(cache_dtype="auto", block_size=16),
+        compilation_config=None,
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=index + 1,
+            data_parallel_size_local=1,
+            data_parallel_rank=index,
+            data_parallel_index=index,
+        ),
+        **settings,
+    )
+
+
+@pytest.fixture
+def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Probe, type]]:
+    """vLLM's class under our hooks, and the probe."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.32.0"))
+    monkeypatch.setattr(frontend, "_front_end", None)
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    frontend.install_stat_loggers(probe, SimpleNamespace(StatLoggerManager=StatLoggerManager))  # type: ignore[arg-type]
+    yield probe, StatLoggerManager
+    probe.remove_patches()
+    probe.disarm()
+
+
+def statistics(running: int) -> Any:
+    return SimpleNamespace(num_running_reqs=running, num_waiting_reqs=0, kv_cache_usage=0.5)
+
+
+def test_an_engine_after_another_one_in_the_same_program_has_its_own_name_and_flags(
+    managers: tuple[Probe, Any],
+) -> None:
+    probe, manager = managers
+    first = manager(config("first"))
+    recorder = probe.recorder
+    assert recorder is not None and recorder.facts["model_name"] == "first"
+    started = recorder.facts["started"]
+    first.record(statistics(1), None)
+    del first
+    second = config("second")
+    second.model_config.max_model_len = 256
+    later = manager(second)
+    later.record(statistics(2), None)
+    probe.writers[0]()
+    (known,) = probe.recorders()
+    assert known.facts["model_name"] == "second"
+    assert known.facts["flags"]["max_model_len"] == 256
+    assert known.facts["started"] == started  # its totals go on
+    assert known.facts["notes"] == []
+
+
+def test_engines_of_one_program_that_work_side_by_side_are_said(managers: tuple[Probe, Any]) -> None:
+    probe, manager = managers
+    first, second = manager(config("first")), manager(config("second"))
+    second.record(statistics(1), None)
+    probe.writers[0]()
+    (known,) = probe.recorders()
+    assert known.facts["notes"] == []  # the first may be a leftover
+    first.record(statistics(1), None)
+    for _ in range(3):
+        probe.writers[0]()
+    (note,) = known.facts["notes"]
+    assert "side by side" in note
+
+
+def test_a_server_that_is_scaled_is_none_beside_itself(managers: tuple[Probe, Any]) -> None:
+    probe, manager = managers
+    same = config("first")
+    before, after = manager(same, [0]), manager(same, [0, 1])
+    before.record(statistics(1), None, engine_idx=0)  # under way when the second was made
+    after.record(statistics(1), None, engine_idx=1)
+    probe.writers[0]()
+    assert [known.facts["notes"] for known in probe.recorders()] == [[], []]
+
+
+def test_an_engine_with_a_program_of_its_own_has_the_index_that_its_worker_has(
+    managers: tuple[Probe, Any],
+) -> None:
+    """Offline data parallelism: each rank runs `vllm.LLM`, its place in the environment."""
+    probe, manager = managers
+    manager(config("moe", index=3)).record(statistics(7), None)
+    (known,) = probe.recorders()
+    assert known.facts["engine"] == 3
+    known.publish()
+    reader = JournalReader(known.writer.path, known.writer)
+    load = reader.load()
+    assert load is not None and load.running == 7
+    reader.close()

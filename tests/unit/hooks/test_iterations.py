@@ -192,6 +192,7 @@ def test_an_engine_has_one_journal_however_often_its_server_is_scaled(
     config: Any = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
     monkeypatch.setattr(frontend.facts, "process_facts", lambda *given: {"role": "frontend"})
     monkeypatch.setattr(frontend.facts, "flags", lambda config: {"data_parallel_size": 3})
+    monkeypatch.setattr(frontend.facts, "model_name", lambda config: "tiny")
     probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
     front = FrontEnd(probe, config, [0, 1])
     processor: Any = SimpleNamespace(request_states={"a": object()})

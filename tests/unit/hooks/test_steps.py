@@ -544,3 +544,13 @@ def test_on_a_device_the_middle_of_every_fifth_step_is_stamped(rig: Rig) -> None
     assert stamped == [5, 10]
     rest = steps[(steps["flags"] & int(Flag.NO_PARTS)) != 0]
     assert (rest["e1"] == rest["e3"]).all() and (rest["e2"] == rest["e3"]).all()
+
+
+def test_a_worker_on_a_device_without_a_clock_arms_nothing(tmp_path: Path) -> None:
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    steps = WorkerSteps(probe)
+    steps.arm(SimpleNamespace(model_runner=Runner(), device="xpu:0"))
+    assert not steps.armed
+    assert probe.recorder is None
+    assert probe.patches == []
+    steps.forget()

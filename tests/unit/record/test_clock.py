@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock
-from llmprobe.record.clocks import step_clock
+from llmprobe.record.clocks import no_clock, step_clock
 from llmprobe.record.layout import Clock
 
 
@@ -97,3 +97,9 @@ def test_threads_harvest_every_step_once() -> None:
 
 def test_a_cpu_device_gets_the_host_clock() -> None:
     assert isinstance(step_clock("cpu"), HostClock)
+
+
+@pytest.mark.parametrize("device", ["xpu:0", "mps", "npu:1", "hpu"])
+def test_a_device_that_works_on_its_own_has_no_host_clock(device: str) -> None:
+    assert step_clock(device) is None
+    assert device in no_clock(device)

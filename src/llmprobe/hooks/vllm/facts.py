@@ -23,9 +23,6 @@ def process_facts(settings: Settings, server: str, role: str, config: Any, engin
     import torch
     import vllm
 
-    name = config.model_config.served_model_name
-    if isinstance(name, (list, tuple)):
-        name = name[0]
     return {
         "schema": 1,
         "group": os.environ.get("LLMPROBE_GROUP", settings.group or ""),
@@ -35,7 +32,7 @@ def process_facts(settings: Settings, server: str, role: str, config: Any, engin
         "llmprobe_version": llmprobe.__version__,
         "pid": os.getpid(),
         "server": server,
-        "model_name": str(name or config.model_config.model),
+        "model_name": model_name(config),
         "engine": engine,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -44,6 +41,20 @@ def process_facts(settings: Settings, server: str, role: str, config: Any, engin
         "notes": [],
         **({engine_core.FACT: engine_core.inside()} if role == "frontend" else {}),
     }
+
+
+def model_name(config: Any) -> str:
+    """What clients call the model of a ``VllmConfig``."""
+    name = config.model_config.served_model_name
+    if isinstance(name, (list, tuple)):
+        name = name[0]
+    return str(name or config.model_config.model)
+
+
+def engine_of(config: Any) -> int:
+    """The data-parallel index of a ``VllmConfig`` for one engine, also one with a program of its own."""
+    index = getattr(config.parallel_config, "data_parallel_index", None)
+    return int((config.parallel_config.data_parallel_rank if index is None else index) or 0)
 
 
 def engine_is_here(config: Any, engine: int) -> bool:

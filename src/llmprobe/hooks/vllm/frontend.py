@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,10 @@ from llmprobe.settings import logger
 
 _now = time.monotonic_ns
 _JOURNAL_BYTES = 1152 * 1024  # one a front end and engine: histograms and about 1700 requests
+_SIDE_BY_SIDE = (
+    "several vLLM engines of one program work side by side: their requests are counted together, and gaps of "
+    "each include the time in which only another one had work"
+)
 
 
 class FrontEnd:
@@ -50,6 +55,9 @@ class FrontEnd:
             before = None
         self._iterations: Iterations = before._iterations if before else Iterations(probe.guard.failed)
         self._heard = True  # as of the last `look`
+        self._unnamed = min(engines, default=0)
+        #: Whether an engine that this program made before works beside those that this is about.
+        self.beside = False
         #: When outputs were made and handed to their streams of which nobody has said yet which engine's.
         self._made: tuple[float | None, int] = NOT_MADE
         self._own_ns = 0  # since the last iteration
@@ -66,7 +74,7 @@ class FrontEnd:
             elif engine.recorder is None:
                 engine.recorder = self._open(config, index)
             else:  # its journal goes on
-                engine.recorder.update_facts(flags=facts.flags(config))
+                engine.recorder.update_facts(model_name=facts.model_name(config), flags=facts.flags(config))
 
     def _goes_on(self, probe: Probe) -> bool:
         """Whether another one may go on with what this one has.
@@ -157,6 +165,8 @@ class FrontEnd:
         """
         self._iterations.write()
         self._unfinished.look(active)
+        if self.beside:
+            self._note(_SIDE_BY_SIDE)
         for engine in self._engines.values():
             if engine.recorder is not None:
                 engine.recorder.tokenless(len(self._first_tokens) if active else 0)
@@ -168,9 +178,19 @@ class FrontEnd:
                 if engine.recorder is not None:
                     engine.recorder.load(0, 0)
 
-    def record(self, scheduler: Any, iteration: Any, engine: int) -> None:
-        """vLLM's statistics of one engine iteration; either may be None."""
+    def _note(self, text: str) -> None:
+        for engine in self._engines.values():
+            if engine.recorder is not None and text not in (notes := engine.recorder.facts.get("notes", ())):
+                engine.recorder.update_facts(notes=[*notes, text])
+
+    def record(self, scheduler: Any, iteration: Any, told: int | None) -> None:
+        """vLLM's statistics of one engine iteration; either may be None.
+
+        Args:
+            told: the engine's index; None where there is but one.
+        """
         entered = _now()
+        engine = self._unnamed if told is None else told
         made, self._made = self._made, NOT_MADE
         of = self._engines.get(engine)
         recorder = of.recorder if of is not None else None
@@ -230,10 +250,14 @@ def _the_front_end(probe: Probe) -> FrontEnd | None:
 def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
     """Ride on vLLM's manager of stat loggers; works from 0.11, and with any number of front ends."""
     guard = probe.guard
+    managers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # → their configuration's id
+    newest = 0
 
-    def arm(config: Any, engines: Any) -> None:
+    def arm(manager: Any, config: Any, engines: Any) -> None:
         global _front_end
-        those = sorted(int(engine) for engine in engines or [0])
+        nonlocal newest
+        managers[manager] = newest = id(config)
+        those = sorted(int(engine) for engine in engines or [facts.engine_of(config)])
         _front_end = FrontEnd(probe, config, those, told=_told, before=_front_end)
 
     def make_init(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
@@ -242,7 +266,7 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
             if patch.active and probe.active:
                 config = args[0] if args else kwargs.get("vllm_config")
                 engines = args[1] if len(args) > 1 else kwargs.get("engine_idxs")
-                guard.call("vllm.frontend", arm, config, engines)
+                guard.call("vllm.frontend", arm, self, config, engines)
 
         return __init__
 
@@ -253,7 +277,9 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
                 try:
                     scheduler = args[0] if args else kwargs.get("scheduler_stats")
                     iteration = args[1] if len(args) > 1 else kwargs.get("iteration_stats")
-                    front_end.record(scheduler, iteration, kwargs.get("engine_idx") or 0)
+                    front_end.record(scheduler, iteration, kwargs.get("engine_idx"))
+                    if len(managers) > 1 and managers.get(self, newest) != newest:
+                        front_end.beside = True
                 except Exception as error:  # noqa: BLE001 - at each step: inline, and not by `Guard.call`
                     guard.failed("vllm.record", error)
             return result

@@ -20,7 +20,7 @@ from llmprobe.hooks.vllm.records import StepRecords
 from llmprobe.hooks.vllm.unread import FORGET, NO_ROW
 from llmprobe.hooks.vllm.worker_facts import worker_facts
 from llmprobe.record.clock import Stamps, StepClock
-from llmprobe.record.clocks import step_clock
+from llmprobe.record.clocks import no_clock, step_clock
 from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
 from llmprobe.record.recorder import Recorder
@@ -103,6 +103,9 @@ class WorkerSteps:
         seam, encoder = seams.forward_start(runner), seams.encoder(runner)
         # vLLM captures graphs in its warm-up, through other methods; preparing a step would break a capture.
         clock = step_clock(worker.device, in_captures=False)
+        if clock is None:
+            logger().warning("%s", no_clock(worker.device))
+            return
         said: list[dict[str, Any]] = []
 
         def say() -> dict[str, Any]:

@@ -26,11 +26,8 @@ def worker_facts(
         kv_cache_config: vLLM's layout of its KV cache.
     """
     config = worker.vllm_config
-    engine = getattr(config.parallel_config, "data_parallel_index", None)
-    if engine is None:
-        engine = config.parallel_config.data_parallel_rank
     said = facts.process_facts(
-        probe.settings, server_name(probe.settings), "worker", config, int(engine or 0)
+        probe.settings, server_name(probe.settings), "worker", config, facts.engine_of(config)
     )
     said["runner"] = seams.runner_kind(worker.model_runner)
     said["rank"] = int(worker.rank)

@@ -1,0 +1,137 @@
+"""Which device's clock times a model, where a program has several devices or one that no clock is for."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmprobe.hooks import transformers_model, transformers_program
+from llmprobe.hooks.probe import Probe
+from llmprobe.hooks.transformers_tracker import Tracker
+from llmprobe.record.clock import HostClock
+from llmprobe.settings import Settings
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+class Model(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """Its weights are on the CPU, whatever it says."""
+
+    at: Any = None
+
+    @property
+    def device(self) -> Any:
+        return self.at
+
+
+def model(at: str) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    made = Model(config)
+    made.at = torch.device(at)
+    return made
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """CUDA devices that a clock was made for, each one that works here."""
+    made: list[str] = []
+    real = transformers_program.step_clock
+
+    def step_clock(device: Any) -> Any:
+        if device.type != "cuda":
+            return real(device)
+        made.append(str(device))
+        return HostClock()
+
+    monkeypatch.setattr(transformers_program, "step_clock", step_clock)
+    for module in (transformers_program, transformers_model):
+        monkeypatch.setattr(module, "device_facts", lambda device: {"type": device.type, "name": str(device)})
+    return made
+
+
+@pytest.fixture
+def tracker(tmp_path: Path, clocks: list[str]) -> Iterator[Tracker]:
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
+    yield Tracker(probe)
+    probe.disarm()
+
+
+def followed(tracker: Tracker, model: Any) -> bool:
+    """Whether a call of ``generate`` is."""
+    call = tracker.enter(model, (torch.ones(1, 4, dtype=torch.long),), {})
+    if call is None:
+        return False
+    tracker.pop(call)
+    tracker.leave(call, None, True)
+    return True
+
+
+def facts(tracker: Tracker) -> dict[str, Any]:
+    recorder = tracker._probe.recorder
+    assert recorder is not None
+    return recorder.facts
+
+
+def test_a_model_on_another_gpu_is_not_timed_by_the_stream_of_the_first(
+    tracker: Tracker, clocks: list[str]
+) -> None:
+    first, second = model("cuda:0"), model("cuda:1")
+    assert [followed(tracker, one) for one in (first, second, first, second)] == [True, False, True, False]
+    assert clocks == ["cuda:0"]
+    assert facts(tracker)["notes"] == ["a model on cuda:1 is not followed beside the one on cuda:0"]
+    assert facts(tracker)["model"] is not None  # of the first, which alone is followed
+
+
+def test_a_model_that_comes_after_another_has_the_clock_of_its_own_gpu(
+    tracker: Tracker, clocks: list[str]
+) -> None:
+    first = model("cuda:0")
+    assert followed(tracker, first)
+    del first
+    gc.collect()
+    second = model("cuda:1")
+    assert followed(tracker, second)
+    assert clocks == ["cuda:0", "cuda:1"]
+    assert facts(tracker)["device"]["name"] == "cuda:1"
+    second.at = torch.device("cuda:2")  # moved
+    assert followed(tracker, second)
+    assert clocks == ["cuda:0", "cuda:1", "cuda:2"]
+
+
+def test_where_a_device_has_no_clock_nothing_is_recorded_and_that_is_said_once(
+    tracker: Tracker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the host's clock a device that works on its own would seem to wait for the host."""
+    other = model("xpu:0")
+    monkeypatch.setattr(logging.getLogger("llmprobe"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="llmprobe"):
+        assert [followed(tracker, other) for _ in range(3)] == [False] * 3
+    assert tracker._probe.recorder is None
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("steps on xpu:0 are not recorded")
+
+
+def test_a_model_that_moves_to_a_device_without_a_clock_is_left_out_until_it_is_back(
+    tracker: Tracker,
+) -> None:
+    moving = model("cpu")
+    assert followed(tracker, moving)
+    moving.at = torch.device("xpu:0")
+    assert not followed(tracker, moving)
+    assert facts(tracker)["device"]["name"] == "cpu"
+    assert facts(tracker)["notes"][0].startswith("steps on xpu:0 are not recorded")
+    moving.at = torch.device("cpu")
+    assert followed(tracker, moving)
