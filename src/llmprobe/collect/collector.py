@@ -37,6 +37,8 @@ log = logging.getLogger("llmprobe.agent")
 _VIEW_EVERY_NS, _VIEW_EVERY_NS_A_RANK, _VIEW_AT_LATEST_NS = 10**9, 375_000_000, 3 * 10**9
 _FACTS_EVERY_NS = 2 * 10**9
 _DEAD_KEEP_NS = 30 * 10**9
+#: Flags that depend on what a worker's attention backend can do.
+_OF_GRAPHS = ("cudagraph_mode", "max_cudagraph_capture_size")
 
 
 class Collector:
@@ -364,7 +366,7 @@ class Collector:
             started=float(facts.get("started", 0.0)),
             armed=all(load.armed for load in loads),
             inert=any(load.inert for load in loads),
-            flags=dict(next((p.facts["flags"] for p in processes if p.facts.get("flags")), {})),
+            flags=_flags(processes),
             engines=engines,
             ranks=sorted(ranks, key=lambda rank: (rank.engine, rank.rank)),
             missing=missing,
@@ -379,3 +381,20 @@ class Collector:
         if newest is None or (process.load is not None and not process.load.running):
             return None
         return int(newest["kv_used_bytes"]) or None
+
+
+def _flags(processes: Sequence[Process]) -> dict[str, Any]:
+    """The engine's settings: as its first front end has them, of graphs as a worker settled them.
+
+    Not as journals happen to be found: what is advised, and compared, would differ from time to time.
+    """
+    told = sorted(
+        (process for process in processes if process.facts.get("flags")),
+        key=lambda process: (process.role == "worker", process.facts.get("started", 0), process.identity),
+    )
+    found = dict(told[0].facts["flags"]) if told else {}
+    worker = next((process for process in told if process.role == "worker"), None)
+    if worker is not None:
+        settled = {name: value for name, value in worker.facts["flags"].items() if name in _OF_GRAPHS}
+        found = {name: value for name, value in found.items() if name not in _OF_GRAPHS} | settled
+    return found

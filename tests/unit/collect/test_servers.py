@@ -139,6 +139,31 @@ def seen(found: Collector) -> list[ServerView]:
     return found.views()
 
 
+def test_settings_do_not_depend_on_which_journal_was_found_first(
+    tmp_path: Path, clock: Clock, server: Server
+) -> None:
+    """And the graphs are those that the worker's attention backend can do."""
+    server.fronts[0].update_facts(
+        flags={
+            "cudagraph_mode": "FULL",
+            "max_cudagraph_capture_size": 512,
+            "api_server_count": 4,
+            "dtype": "a",
+        }
+    )
+    server.worker.update_facts(flags={"cudagraph_mode": "NONE", "dtype": "b"})
+    names = [recorder.writer.path for recorder in (server.worker, *server.fronts)]
+    for order in (names, names[::-1]):
+        found = collector(tmp_path, clock, server)
+        for path in order:  # as a folder may list them
+            hidden = [other.rename(other.with_suffix(".hidden")) for other in names if other != path]
+            found.tick(final=True)
+            for other in hidden:
+                other.rename(other.with_suffix(".journal"))
+        assert only(found).flags == {"cudagraph_mode": "NONE", "api_server_count": 4, "dtype": "a"}
+        found.close()
+
+
 @pytest.mark.parametrize("group_of_both", [None, "shared"])
 def test_a_label_stays_when_the_agent_starts_anew(
     tmp_path: Path, clock: Clock, dead: set[Path], group_of_both: str | None
