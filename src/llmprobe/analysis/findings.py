@@ -68,7 +68,7 @@ def _uneven(occupations: list[Occupation]) -> list[Finding]:
                 "uneven_gpus",
                 f"the GPUs compute unevenly, {min(computing):.0%} to {max(computing):.0%} of the time: those "
                 "that compute less wait for the others in their communication",
-                "see what the GPU that computes most does: it has more to do, or is slower (clocks, others on it)",
+                "see what the GPU that computes most does: it has more work, or is slower (clocks, others)",
                 max(computing) - sum(computing) / len(computing),
             )
         ]

@@ -196,7 +196,8 @@ def _cells(row: Row, *, marked: bool, here: bool) -> dict[str, str | Text]:
         "server": _server(row, marked=marked, here=here),
         "phase": row.phase or "",
         "bound": Text(bound, style=_STYLES.get(row.bottleneck or "", "")),
-        "sure": _percent(row.confidence),
+        # As `status` has it: there is no verdict to be sure of.
+        "sure": "" if row.bottleneck in ("idle", "unknown") else _percent(row.confidence),
         "steps": "" if row.steps_per_second is None else f"{row.steps_per_second:.1f}",
         "p50": _ms(row.step_seconds_p50),
         "p99": _ms(row.step_seconds_p99),

@@ -220,6 +220,14 @@ def test_details_that_fit_have_no_pages(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown(view._screen(with_keys=True), 80, 200) == lines
 
 
+@pytest.mark.parametrize("bottleneck", ["idle", "unknown"])
+def test_nothing_is_said_to_be_sure_where_there_is_no_verdict(bottleneck: str) -> None:
+    found = status()
+    found["servers"][0]["verdicts"]["decode"]["bottleneck"] = bottleneck
+    found["servers"][0]["verdicts"]["decode"]["confidence"] = 1.0
+    assert "100%" not in "".join(shown(top_view.table(top_view.rows(found), 140), 140))
+
+
 def test_details_begin_with_the_verdict_and_all_its_evidence() -> None:
     seen = status()
     seen["servers"][0] = summarize([server("busy")])["servers"][0]
