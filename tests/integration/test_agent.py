@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ import psutil
 import pytest
 from waiting import PATIENCE_SECONDS, until
 
-from llmprobe.agent.client import request
+from llmprobe.agent.client import AgentError, request
 from llmprobe.record import agent_launch
 from llmprobe.record.agent_launch import agent_info, agent_running, ensure_agent, exposition_path
 from llmprobe.settings import Settings
@@ -39,6 +40,7 @@ def settings() -> Iterator[Settings]:
     path = Path(f"/dev/shm/llmprobe-test-agent-{os.getpid()}")
     made = Settings.from_env({"LLMPROBE_DIR": str(path), "LLMPROBE_LISTEN": f"127.0.0.1:{free_port()}"})
     agent_launch._Attempts.failures, agent_launch._Attempts.not_before = 0, 0.0
+    agent_launch._Attempts.running_since = None
     yield made
     if info := agent_info(path):
         os.kill(info["pid"], signal.SIGKILL)
@@ -190,6 +192,31 @@ def test_it_leaves_after_the_last_engine_and_takes_its_files_along(settings: Set
     assert agent.returncode == 0
     left = {path.name for path in directory.iterdir()}
     assert not left & {"agent.json", "agent.sock", "exposition", "control.json"}, left
+
+
+def test_it_serves_where_nothing_can_be_written_and_makes_up_for_it(settings: Settings) -> None:
+    """As on a full disk, of the directory and of the log."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    with engine(settings.directory, "worker"):
+        agent = subprocess.Popen(
+            [*agent_launch.agent_command(settings), "--foreground"],
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited)),
+        )
+
+        def served() -> bool:
+            assert agent.poll() is None
+            with contextlib.suppress(AgentError):
+                return bool(servers(settings.directory))
+            return False
+
+        until(served, "answer")
+        assert agent_info(settings.directory) is None
+        resource.prlimit(agent.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        until(lambda: agent_info(settings.directory), "note of where it is")
+        assert (settings.directory / "token").read_text().strip()
+        agent.terminate()
+        assert agent.wait(PATIENCE_SECONDS) == 0
 
 
 def test_an_external_agent_stays_without_engines(settings: Settings) -> None:

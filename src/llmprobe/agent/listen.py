@@ -90,10 +90,10 @@ def short_socket_path(directory: Path) -> Iterator[str]:
         os.close(held)
 
 
-def publish(directory: Path, tcp: socket.socket | None, requested: tuple[str, int]) -> dict[str, object]:
-    """Write ``agent.json``: who serves this directory, and where. Returns what it says."""
+def about(directory: Path, tcp: socket.socket | None, requested: tuple[str, int]) -> dict[str, object]:
+    """Who serves this directory, and where."""
     address, port = tcp.getsockname()[:2] if tcp is not None else (requested[0], None)
-    info: dict[str, object] = {
+    return {
         "pid": os.getpid(),
         "address": address,
         "port": port,
@@ -104,8 +104,13 @@ def publish(directory: Path, tcp: socket.socket | None, requested: tuple[str, in
         "version": llmprobe.__version__,
         "started": time.time(),
     }
-    write_json(directory / INFO_NAME, info)
-    return info
+
+
+def publish(directory: Path, info: dict[str, object]) -> None:
+    """Write ``agent.json``, which says what `about` does, unless it is there. Raises OSError."""
+    path = directory / INFO_NAME
+    if not path.exists():
+        write_json(path, info)
 
 
 def unpublish(directory: Path) -> None:

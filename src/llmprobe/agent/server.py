@@ -33,7 +33,7 @@ from llmprobe.collect.collector import Collector
 from llmprobe.collect.peaks import attainable_for, peaks_for
 from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.thresholds import load_thresholds
-from llmprobe.record.agent_launch import CONTROL_NAME, LOG_NAME
+from llmprobe.record.agent_launch import CONTROL_NAME, LOG_NAME, TOKEN_NAME
 
 log = logging.getLogger("llmprobe.agent")
 
@@ -41,6 +41,8 @@ CHECKPOINT_NAME = "checkpoint.json"
 EVENTS_NAME = "events.json"
 _TICK_SECONDS = 0.1
 _SAVE_SECONDS = 5.0
+#: A full disk has kept it from its files; until then the Unix socket serves.
+_PUBLISH_SECONDS = 10.0
 _MOST_RESIDENT_BYTES = 150 << 20
 
 
@@ -165,12 +167,13 @@ class _Agent:
 
     def _doors(self) -> Iterator[tuple[ASGIApp, socket.socket]]:
         settings = self._options.settings
-        token = Token.make(self._directory) if settings.token_file is None else Token(settings.token_file)
+        token = Token(settings.token_file or self._directory / TOKEN_NAME)
         if settings.token_file is not None and not token.value():
             log.error("LLMPROBE_TOKEN_FILE %s is empty or cannot be read: switches are refused", token.path)
         unix = listen.bind_unix(self._directory)
         tcp = listen.bind_tcp(*settings.listen)
-        self._state.info = listen.publish(self._directory, tcp, settings.listen)
+        self._state.info = listen.about(self._directory, tcp, settings.listen)
+        self._jobs.attempt("publish", self._publish)
         yield create_app(self._state, Door("unix", None)), unix
         if tcp is not None:
             door = door_for(settings.listen[0], token, settings.token_file is not None)
@@ -181,11 +184,19 @@ class _Agent:
                     "beyond loopback without LLMPROBE_TOKEN_FILE: only /metrics and /healthz are served"
                 )
 
+    def _publish(self) -> None:
+        """Leave in the directory what is missing there: where this agent is, and the token."""
+        if self._lock.in_place():
+            if self._options.settings.token_file is None:
+                Token.make(self._directory)
+            listen.publish(self._directory, self._state.info)
+
     def _add_jobs(self) -> None:
         self._jobs.add("collect", _TICK_SECONDS, self._collector.tick)
         self._jobs.add("exposition", 1.0, lambda: self._exposition.write(self._collector.views()))
         self._jobs.add("watch", 1.0, self._watch)
         self._jobs.add("checkpoint", _SAVE_SECONDS, self._collector.save)
+        self._jobs.add("publish", _PUBLISH_SECONDS, self._publish)
         self._jobs.add("log", 60.0, lambda: daemon.cap_log(self._directory / LOG_NAME))
 
     def _collect(self, loop: asyncio.AbstractEventLoop, leaving: asyncio.Event) -> None:

@@ -34,6 +34,8 @@ EXPOSITION_NAME = "exposition"
 _MODULE = "llmprobe.agent"
 _PARENT_SECONDS = 20.0
 _BACK_OFF_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+#: One that fails as it starts has held its lock for a second or two by then.
+_UP_SECONDS = 15.0
 # What would make the agent a CUDA program, a profiled one, or one that reads our settings twice.
 _DROPPED = re.compile(r"(CUDA|NSYS|NVTX|CUPTI|LLMPROBE|LD_PRELOAD$|LD_AUDIT$)")
 
@@ -43,6 +45,7 @@ class _Attempts:
 
     failures = 0
     not_before = 0.0
+    running_since: float | None = None  # as of the last looks
     compared = False  # our wishes with those of the agent that runs
 
 
@@ -95,13 +98,16 @@ def ensure_agent(settings: Settings) -> None:
     The agent leaves this process's tree: engines kill their descendants. One that does not come up is
     tried again after ever longer pauses and said once; nothing is raised.
     """
-    directory = settings.directory
+    directory, now = settings.directory, time.monotonic()
     if agent_running(directory):
-        _Attempts.failures = 0
+        if _Attempts.running_since is None:
+            _Attempts.running_since = now
+        if now - _Attempts.running_since >= _UP_SECONDS:
+            _Attempts.failures = 0
         if not _Attempts.compared:
             _compare(settings)
         return
-    now = time.monotonic()
+    _Attempts.running_since = None
     if now < _Attempts.not_before:
         return
     _Attempts.failures += 1

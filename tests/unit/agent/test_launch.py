@@ -86,6 +86,40 @@ def test_an_agent_that_cannot_start_is_retried_ever_less_often_and_raises_nothin
     assert 5 <= len(tried) <= 12
 
 
+def test_an_agent_that_dies_as_it_starts_is_retried_ever_less_often_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It holds its lock before it has found out that it cannot serve."""
+    now, begun = [1000.0], []
+
+    class Started:
+        def __init__(self, command: list[str], **options: object) -> None:
+            begun.append(now[0])
+
+        def wait(self, seconds: float) -> int:
+            return 0
+
+    monkeypatch.setattr(logging.getLogger("llmprobe"), "propagate", True)
+    for name, value in (("failures", 0), ("not_before", 0.0), ("running_since", None)):
+        monkeypatch.setattr(agent_launch._Attempts, name, value)
+    monkeypatch.setattr(agent_launch.subprocess, "Popen", Started)
+    monkeypatch.setattr(agent_launch.time, "monotonic", lambda: now[0])
+    lives = [1.5]
+    monkeypatch.setattr(
+        agent_launch, "agent_running", lambda directory: bool(begun) and now[0] - begun[-1] < lives[0]
+    )
+    for _ in range(300):
+        ensure_agent(settings(tmp_path))
+        now[0] += 1
+    assert 5 <= len(begun) <= 12
+    assert sum("does not stay up" in record.getMessage() for record in caplog.records) == 1
+    lives[0] = 100.0
+    for _ in range(150):  # the next one stays, and its end is no reason for patience
+        ensure_agent(settings(tmp_path))
+        now[0] += 1
+    assert now[0] - begun[-1] < lives[0] and begun[-1] - begun[-2] <= lives[0] + 2
+
+
 def test_no_agent_no_info(tmp_path: Path) -> None:
     (tmp_path / "agent.json").write_text('{"pid": 1}')
     assert agent_info(tmp_path) is None
@@ -101,7 +135,7 @@ def test_an_agent_that_listens_elsewhere_is_said_once(
     monkeypatch.setattr(agent_launch._Attempts, "compared", False)
     monkeypatch.setattr(logging.getLogger("llmprobe"), "propagate", True)
     monkeypatch.setattr(agent_launch, "agent_running", lambda directory: True)
-    listen.publish(tmp_path, None, ("127.0.0.1", 9555))
+    listen.publish(tmp_path, listen.about(tmp_path, None, ("127.0.0.1", 9555)))
     for _ in range(2):
         ensure_agent(settings(tmp_path, LLMPROBE_LISTEN=wanted))
     lines = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]

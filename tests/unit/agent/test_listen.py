@@ -64,11 +64,12 @@ def test_a_directory_too_deep_for_a_socket_address_works(tmp_path: Path) -> None
 
 def test_the_note_says_where_the_agent_is(tmp_path: Path) -> None:
     with taken_port() as bound:
-        listen.publish(tmp_path, bound, ("127.0.0.1", 9480))
+        listen.publish(tmp_path, listen.about(tmp_path, bound, ("127.0.0.1", 9480)))
         info = json.loads((tmp_path / "agent.json").read_text())
         assert (info["address"], info["port"]) == bound.getsockname()
     assert info["requested"] == "127.0.0.1:9480"
-    listen.publish(tmp_path, None, ("::1", 9480))
+    (tmp_path / "agent.json").unlink()
+    listen.publish(tmp_path, listen.about(tmp_path, None, ("::1", 9480)))
     info = json.loads((tmp_path / "agent.json").read_text())
     assert (info["port"], info["requested"]) == (None, "[::1]:9480")
     listen.unpublish(tmp_path)
