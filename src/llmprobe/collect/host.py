@@ -45,7 +45,8 @@ def lock_holder(fd: int) -> int | None:
 class HostTotals:
     """Cumulative since the process began; no value ever falls."""
 
-    #: By label: `MAIN`, at most six names, and `OTHER`, which holds what threads that ended used too.
+    #: By label: `MAIN`, at most six names, and `OTHER`, which holds what threads that ended used too, and what
+    #: a name used before it was one of the six.
     cpu_seconds: dict[str, float]
     page_faults: dict[str, int]  # "minor", "major"
     #: "voluntary", "involuntary"; what a thread did between the last look at it and its end is missing.
@@ -98,8 +99,9 @@ class HostWatch:
         self._nodes = procfs.numa_nodes(root)
         self._threads = Threads(self._proc, self._window_ns)
         self._points: deque[_Point] = deque()
-        self._labels: list[str] = [MAIN]
+        self._labels: dict[str, int] = {MAIN: 0}  # and what of its nanoseconds is among the others
         self._other_seconds = 0.0
+        self._told = False  # whether anybody may have seen totals
 
     def sample(self, now_ns: int) -> bool:
         """Read what the kernel says now; False if the process is gone, or is not the one that was meant.
@@ -153,7 +155,7 @@ class HostWatch:
             return None
         stat, threads = self._points[-1].stat, self._threads
         switches = {"voluntary": threads.voluntary, "involuntary": threads.involuntary}
-        cpu = {name: threads.cpu_ns_by_label.get(name, 0) / 1e9 for name in self._labels}
+        cpu = {name: self._ran_ns(name) / 1e9 for name in self._labels}
         return HostTotals(
             cpu_seconds={**cpu, OTHER: self._other_seconds},
             page_faults={"minor": stat.minor_faults, "major": stat.major_faults},
@@ -188,8 +190,11 @@ class HostWatch:
             return False
         if saved["start_ticks"] != stat.start_ticks:
             return False
-        self._labels = [str(name) for name in saved["labels"]]
+        # An agent before this one may have kept names alone.
+        labels = saved["labels"] if isinstance(saved["labels"], dict) else dict.fromkeys(saved["labels"], 0)
+        self._labels = {str(name): int(others) for name, others in labels.items()}
         self._other_seconds = float(saved["other_seconds"])
+        self._told = True
         self._threads.restore(saved)
         return True
 
@@ -232,10 +237,14 @@ class HostWatch:
             if len(self._labels) >= MOST_LABELS - 1:
                 break
             if ran >= least and name != OTHER and name not in self._labels:
-                self._labels.append(name)
-        named = sum(ran_by_name.get(name, 0) for name in self._labels) / 1e9
+                self._labels[name] = ran if self._told else 0
+        named = sum(map(self._ran_ns, self._labels)) / 1e9
         # From the sum over the whole process, so that what ended threads used is in it.
         self._other_seconds = max(self._other_seconds, cpu_seconds - named, 0.0)
+        self._told = True
+
+    def _ran_ns(self, label: str) -> int:
+        return self._threads.cpu_ns_by_label.get(label, 0) - self._labels[label]
 
 
 def _shown(loads: list[ThreadLoad]) -> tuple[ThreadLoad, ...]:

@@ -225,6 +225,28 @@ def test_threads_of_one_kind_share_a_label_and_the_sum_is_that_of_the_process(ro
     assert totals.page_faults == {"minor": stat.minor_faults, "major": stat.major_faults}
 
 
+def test_a_label_that_comes_late_takes_nothing_along(root: Path) -> None:
+    """What a thread used while it was one of the others stays theirs: else it would all come once more."""
+    stat = root / f"proc/{PID}/stat"
+    ticks = stat.read_text().rpartition(")")[2].split()
+    watch, sums = HostWatch(PID, root=root), []
+    for look, (process, thread) in enumerate([(1000, 9), (1010, 9.9), (1011, 10.9), (1020, 11.9)]):
+        own = " ".join([*ticks[:11], str(process * 100), "0", *ticks[13:]])
+        stat.write_text(f"{PID} (python) {own}\n")
+        (task(root, "loader_1") / "schedstat").write_text(f"{round(thread * 1e9)} 0 {look + 1}\n")
+        watch.sample(look * 10**9)
+        if look == 2:
+            saved = json.loads(json.dumps(watch.save()))
+            watch = HostWatch(PID, root=root)
+            assert watch.restore(saved)
+            watch.sample(look * 10**9)
+        totals = watch.totals()
+        assert totals is not None
+        sums.append(sum(totals.cpu_seconds.values()))
+    assert totals.cpu_seconds["loader"] == pytest.approx(1.0)
+    assert sums == pytest.approx([1000, 1010, 1011, 1020])
+
+
 def test_totals_do_not_fall_when_a_thread_ends(root: Path) -> None:
     watch = watched(root)
     before = watch.totals()
