@@ -45,8 +45,8 @@ def lock_holder(fd: int) -> int | None:
 class HostTotals:
     """Cumulative since the process began; no value ever falls."""
 
-    #: By label: `MAIN`, at most six names, and `OTHER`, which holds what threads that ended used too, and what
-    #: a name used before it was one of the six.
+    #: By label: `MAIN`, at most six names, and `OTHER`, which holds what threads that ended used too, and
+    #: what a name used before it was one of the six.
     cpu_seconds: dict[str, float]
     page_faults: dict[str, int]  # "minor", "major"
     #: "voluntary", "involuntary"; what a thread did between the last look at it and its end is missing.
