@@ -19,7 +19,7 @@ from llmprobe.analysis.events import AnalysisError, Ints
 
 #: No table of a capture is larger; 20 million activities take about 2 GB here.
 MAX_ROWS = 20_000_000
-#: A query that takes longer than this is not one of ours on a sane file.
+#: Reading a sane file takes no longer.
 MAX_QUERY_SECONDS = 300.0
 _MAX_TEXT_BYTES = 1 << 24
 #: Rows that are made into one text; more at once are no faster.
@@ -150,6 +150,11 @@ def open_database(path: Path) -> Iterator[Database]:
         connection.execute("PRAGMA mmap_size = 0")
         yield Database(connection, path)
     except (sqlite3.Error, sqlite3.Warning, OverflowError, ValueError, TypeError) as error:
+        if str(error) == "interrupted":  # by the handler above; there are no codes before Python 3.11
+            raise AnalysisError(
+                f"{path}: reading it took longer than {MAX_QUERY_SECONDS:.0f} s and was ended: try once the "
+                "machine is less busy, or capture for less long"
+            ) from None
         raise AnalysisError(f"{path}: damaged or not an nsys export: {_one_line(error)}") from None
     finally:
         connection.close()

@@ -143,7 +143,10 @@ def _idle(trace: Trace, label: str, occupation: Occupation, idle: float, phases:
     total = int(length[known].sum())
     late = int(gaps.launched_late[known].sum())
     if not total:
-        return Finding("idle", text, "record with CUDA API calls to see what the device waits for", idle)
+        how = "record with CUDA API calls"
+        if trace.source.tool == "kernels":
+            how = "take a `torch` or nsys capture, which has the launches,"
+        return Finding("idle", text, f"{how} to see what the device waits for", idle)
     text += f"; in {late / total:.0%} of its gaps' time, the host had not launched what ran next"
     if late < _MOST * total:
         return Finding(

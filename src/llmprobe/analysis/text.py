@@ -12,6 +12,12 @@ _NAME_CHARS = 68
 _TOP = 15
 _TOP_GAPS = 8
 _GAP_CHARS = 42
+#: By tool, who marks phases for it.
+_UNMARKED = {
+    "nsys": "llmprobe marks them where LLMPROBE=1 and nsys records NVTX",
+    "torch": "`llmprobe capture` and vLLM's own profiler mark them; torch's profiler alone does not",
+    "kernels": "no step ended while it was recorded",
+}
 
 
 def render(report: Content) -> str:
@@ -80,7 +86,7 @@ def _gpus(report: Content) -> list[str]:
 
 def _phases(report: Content) -> list[str]:
     if not report.phases:
-        return ["no phases marked (llmprobe marks them where LLMPROBE=1 and the profiler records NVTX)", ""]
+        return [f"no phases marked ({_UNMARKED[report.source.tool]})", ""]
     lines = [
         f"{'phase':<24}{'steps':>7}{'tokens':>9}{'host time':>11}{'device time':>13}{'busy':>8}"
         f"{'gaps before':>13}{'sync gap':>10}"

@@ -71,3 +71,18 @@ def test_a_number_beyond_64_bits_is_not_cut_at_its_point(huge: object, at: int) 
     rows[at] = (1, huge)
     with mock.patch.object(database, "_ROWS_A_TEXT", 3):
         assert "too large" in read(rows, "(a INTEGER, b INTEGER)")
+
+
+def test_a_file_that_takes_too_long_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as data:
+        data.execute("PRAGMA synchronous = OFF")
+        data.execute("CREATE TABLE t (a INTEGER, b INTEGER)")
+        data.executemany("INSERT INTO t VALUES (?, 1)", ((number,) for number in range(2_000)))
+        data.commit()
+    with (
+        mock.patch.object(database, "MAX_QUERY_SECONDS", 0.0),
+        pytest.raises(AnalysisError, match="took longer than 0 s"),
+        open_database(path) as found,
+    ):
+        list(found.rows("SELECT count(*) FROM t AS one, t AS other WHERE one.a + other.b = 0"))

@@ -260,3 +260,16 @@ def test_texts_of_the_head_are_short_and_printable(path: Path) -> None:
     assert "\x1b" not in text
     assert len(text) < 10_000
     assert "\x1b" not in report.source.version
+
+
+def test_what_a_kernels_capture_cannot_tell_is_not_asked_of_it(path: Path) -> None:
+    apart = rows()
+    apart["begin"] = np.arange(len(apart)) * 10_000_000
+    apart["end"] = apart["begin"] + 1_000_000
+    write_kernels(path, header(), apart, steps()[:0])
+    report = analyze(path)
+    (finding,) = [one for one in report.findings if one.name == "idle"]
+    assert "CUDA API calls" not in finding.next_step
+    assert "`torch` or nsys capture" in finding.next_step
+    assert "NVTX" not in report.to_text()
+    assert "no phases marked (no step ended" in report.to_text()

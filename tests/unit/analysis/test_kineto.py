@@ -76,6 +76,12 @@ def test_steps_marked_by_vllm_or_by_us_are_phases(
     assert row.tokens == (None if tokens is None else 2 * tokens)
 
 
+def test_a_trace_of_torch_without_phases_is_not_told_of_nvtx(tmp_path: Path) -> None:
+    text = analyze(decoding(3, "something").write(tmp_path / "a.json")).to_text()
+    assert "no phases marked" in text
+    assert "NVTX" not in text
+
+
 def test_where_both_mark_our_own_ranges_count(tmp_path: Path) -> None:
     file = decoding(3)
     for event in [event for event in file.events if event["cat"] == "user_annotation"]:
