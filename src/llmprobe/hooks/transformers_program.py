@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -24,6 +25,10 @@ from llmprobe.record.clock import StepClock
 from llmprobe.record.clocks import no_clock, step_clock
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
+
+_now = time.monotonic_ns
+#: How often it is looked whether the weights are still those that the facts tell of: some 5 us a parameter.
+_LOOK_EVERY_NS = 2_000_000_000
 
 FULL_ONLY: tuple[tuple[str, int | None], ...] = (("full", None),)
 
@@ -60,6 +65,8 @@ class Program:
         self._description = description
         self._measured = False
         self._described_bytes = self._parameter_bytes(model)
+        self._dtype = model.dtype
+        self._looked_ns = _now()
 
     @classmethod
     def make(cls, probe: Probe, model: Any) -> Program | None:
@@ -90,13 +97,15 @@ class Program:
         One model after another is followed, each described in its time. Once two live side by side, the
         traffic of a step is not known and the facts drop the model; draft models have a phase of their own.
         """
-        device = model.device
-        if device == self.device and (draft or self._model() is model):
+        device, same = model.device, self._model() is model
+        if device == self.device and (draft or (same and model.dtype == self._dtype)):
             return True
         with self.lock:
-            alone = not self.running and (self._model() is None or self._model() is model)
+            alone = not self.running and (same or self._model() is None)
             if alone and not draft:
                 return self._describe_anew(model)
+            if same and device == self.device:
+                return True
             if device != self.device:
                 self.note(f"a model on {device} is not followed beside the one on {self.device}")
                 return False
@@ -118,6 +127,7 @@ class Program:
         self._description = self._probe.guard.call("transformers.describe", describe, model)
         self._model, self._name, self._measured = weakref.ref(model), model_name(model), False
         self._described_bytes = self._parameter_bytes(model)
+        self._dtype, self._looked_ns = model.dtype, _now()
         self.recorder.update_facts(
             model=self._description.facts if self._description is not None else None,
             model_name=self._name,
@@ -126,6 +136,20 @@ class Program:
             clock=self.clock.name,
         )
         return True
+
+    def look(self, model: Any) -> None:
+        """See now and then, once a call of ``model`` is over, whether its weights are still as described.
+
+        Programs quantise, resize, and load adapters between two calls.
+        """
+        now = _now()
+        if now - self._looked_ns < _LOOK_EVERY_NS or self._model() is not model:
+            return
+        self._looked_ns = now
+        if self._parameter_bytes(model) != self._described_bytes:
+            with self.lock:
+                if not self.running:
+                    self._describe_anew(model)
 
     def _parameter_bytes(self, model: Any) -> int | None:
         found: int | None = self._probe.guard.call("transformers.describe", parameter_bytes, model)
@@ -137,8 +161,10 @@ class Program:
             return
         self._measured = True
         # compressed-tensors unpacks all weights in the first forward, for good.
-        unpacked = self._parameter_bytes(call.model) != self._described_bytes
+        found = self._parameter_bytes(call.model)
+        unpacked = found != self._described_bytes
         if unpacked:
+            self._described_bytes = found
             self._description = self._probe.guard.call("transformers.describe", describe, call.model)
             if self._description is None:
                 self.recorder.update_facts(model=None)

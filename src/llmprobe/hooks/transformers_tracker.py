@@ -119,6 +119,8 @@ class Tracker:
                     if not program.running:
                         program.recorder.pending(entered, 0)
                     tell_load(program)
+                if active:
+                    program.look(call.model)
 
     def _program_for(self, model: Any) -> Program | None:
         program, recorder = self._program, self._probe.recorder

@@ -135,3 +135,28 @@ def test_a_model_that_moves_to_a_device_without_a_clock_is_left_out_until_it_is_
     assert facts(tracker)["notes"][0].startswith("steps on xpu:0 are not recorded")
     moving.at = torch.device("cpu")
     assert followed(tracker, moving)
+
+
+def test_weights_that_change_between_calls_are_described_anew(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `model.half()`, at once; and what leaves the model's type as it is, at the end of a call."""
+    now = 10**12
+    monkeypatch.setattr(transformers_program, "_now", lambda: now)
+    changing = model("cpu")
+
+    def described() -> tuple[int, str]:
+        assert followed(tracker, changing)
+        said = facts(tracker)["model"]
+        return said["weights_bytes"], said["compute_dtype"]
+
+    whole, dtype = described()
+    assert dtype == facts(tracker)["flags"]["dtype"] == "float32"
+    changing.half()
+    assert described() == (whole // 2, "float16")
+    assert facts(tracker)["flags"]["dtype"] == "float16"
+    changing.resize_token_embeddings(2 * 97, mean_resizing=False)
+    assert described() == (whole // 2, "float16")  # not looked at each time
+    now += 3 * 10**9
+    more = 2 * 97 * 32 * 2  # of the table and of the head, in two bytes each
+    assert described() == (whole // 2 + more, "float16")
