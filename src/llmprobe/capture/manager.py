@@ -21,6 +21,7 @@ from llmprobe.capture.session import Tool as ToolName
 from llmprobe.capture.store import Store, StoreError
 from llmprobe.capture.tool import Worker
 from llmprobe.capture.tools import TOOLS, tools_of
+from llmprobe.record.asked import LONGEST_SECONDS
 
 log = logging.getLogger("llmprobe.capture")
 
@@ -95,7 +96,7 @@ class Manager:
             clock: seconds.
         """
         self.store = store
-        self.max_seconds = max_seconds
+        self.max_seconds = min(max_seconds, LONGEST_SECONDS)  # which engines take up
         #: How captures of this agent ended, by (tool, outcome).
         self.ended: Counter[tuple[str, str]] = Counter(
             {(tool, outcome): 0 for tool in TOOLS for outcome in sorted(FINAL)}

@@ -95,7 +95,7 @@ class NsysTool:
         self._interrupted = interrupted
         self._clock = clock
         self._known: Session | None = None
-        self._goes_on = False
+        self._goes_on = self._may_begin = False
 
     def check(self) -> None:
         """While pending: a recording that is not ours must not be ended as ours."""
@@ -110,7 +110,8 @@ class NsysTool:
     def resume(self) -> None:
         """Raise unless nsys records."""
         if not self._nsys().recording():
-            # Also after a restart between entering this state and nsys's own start.
+            # Also after a restart between entering this state and nsys's own start, which may be under way.
+            self._may_begin = True
             raise ToolError("nsys does not record any more: it was ended, or the agent died before it began")
 
     def ended(self) -> bool:
@@ -147,8 +148,8 @@ class NsysTool:
             ask_why_not_nsys(self._directory, self._group)
 
     def forget(self) -> None:
-        """`llmprobe run` need not end it any more, unless it could not be ended here."""
-        if self._goes_on:
+        """`llmprobe run` need not end it any more, unless it could not be ended here or may yet begin."""
+        if self._goes_on or self._may_begin:
             return
         if session := self._known or session_of(self._directory, self._group):
             with contextlib.suppress(OSError):

@@ -88,6 +88,18 @@ def test_kernels_become_a_report_with_phases(
     assert again["gpus"] == report["gpus"]
 
 
+def test_engines_take_up_steps_however_long_captures_may_last(
+    store: Store, directory: Path, server: PretendedServer, engines: Callable[..., ScriptedEngine]
+) -> None:
+    engine = engines()
+    manager = Manager(store, directory, server, max_seconds=86400)
+    try:
+        until(manager, manager.request("g", "s", ask(steps=4)), "done")
+    finally:
+        manager.close()
+    assert engine.asks[0].seconds == manager.max_seconds == 3600
+
+
 def test_one_that_is_larger_than_all_may_be_is_there_and_says_so(
     manager: Manager, engines: Callable[..., ScriptedEngine], store: Store
 ) -> None:

@@ -76,6 +76,18 @@ def test_a_recording_is_taken_up_where_it_was(
     assert [call.split()[0] for call in nsys.calls()][:1] == ["stop"]
 
 
+def test_one_that_nsys_may_yet_begin_is_left_to_whoever_runs_the_server(
+    make: Callable[[], Manager], store: Store, directory: Path, nsys: ScriptedNsys
+) -> None:
+    """The agent was killed while nsys was about to: what comes of that nobody waits for."""
+    capture = kept_in(store, directory, "recording")
+    nsys.session.dead_man(directory).write_text("{}")
+    manager = make()
+    manager.resume()
+    assert "does not record" in (until(manager, capture, "failed").reason or "")
+    assert nsys.session.dead_man(directory).exists()
+
+
 def test_a_recording_that_is_being_written_is_waited_for(
     make: Callable[[], Manager], store: Store, directory: Path, nsys: ScriptedNsys
 ) -> None:
