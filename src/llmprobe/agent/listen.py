@@ -30,8 +30,8 @@ def bind_tcp(host: str, port: int) -> socket.socket | None:
     for candidate in range(port, min(port + _FURTHER_PORTS, 65535) + 1):
         try:
             bound = _listen(host, candidate)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
+        except (OSError, UnicodeError) as error:  # the latter of what cannot be a host's name
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 continue
             log.error("cannot listen on %s:%d: %s; set LLMPROBE_LISTEN", host, candidate, error)
             return None

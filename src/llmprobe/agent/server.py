@@ -178,7 +178,9 @@ class _Agent:
         if tcp is not None:
             door = door_for(settings.listen[0], token, settings.token_file is not None)
             yield create_app(self._state, door), tcp
-            log.info("serving http://%s:%s/metrics for %s", *tcp.getsockname()[:2], self._directory)
+            host, port = tcp.getsockname()[:2]
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            log.info("serving http://%s/metrics for %s", where, self._directory)
             if door.token is None:
                 log.warning(
                     "beyond loopback without LLMPROBE_TOKEN_FILE: only /metrics and /healthz are served"

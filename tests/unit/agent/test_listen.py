@@ -34,9 +34,12 @@ def test_a_taken_port_means_the_next_free_one_and_is_said_once(caplog: pytest.Lo
     assert str(found) in record.message
 
 
-def test_an_address_that_is_not_ours_is_said_and_not_fatal(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("host", ["192.0.2.1", "node..example"])
+def test_an_address_that_is_not_ours_is_said_and_not_fatal(
+    caplog: pytest.LogCaptureFixture, host: str
+) -> None:
     with caplog.at_level(logging.ERROR):
-        assert listen.bind_tcp("192.0.2.1", 9480) is None
+        assert listen.bind_tcp(host, 9480) is None
     assert "LLMPROBE_LISTEN" in caplog.text
 
 
