@@ -117,6 +117,11 @@ def _limits(given: list[str], base: list[Run]) -> dict[str, Limit]:
                 f"--max-regression {text!r}: {metric} is a time, and {amount} has no unit; "
                 f"give {amount}%, {amount}ms, {amount}us or {amount}s"
             )
+        elif not suffix and number >= 1 and not gate_runs.unit(metric):
+            raise RunError(
+                f"--max-regression {text!r}: {metric} is a ratio, and {number:g} would allow anything; "
+                f"give {number:g}%, or a number below 1 such as 0.02"
+            )
         elif suffix and gate_runs.unit(metric) != "s":
             raise RunError(f"--max-regression {text!r}: {metric} is not a time; give 5% or a plain number")
         else:

@@ -38,6 +38,6 @@ def print_json(value: Any) -> None:
 def scaled(value: float, unit: str, digits: int = 3) -> str:
     """``value`` with a decimal prefix: ``23.4 GB/s``."""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
+        if float(f"{abs(value):.{digits}g}") >= factor:  # what rounds to 1000 of a prefix is 1 of the next
             return f"{value / factor:.{digits}g} {prefix}{unit}"
     return f"{value:.{digits}g} {unit}"

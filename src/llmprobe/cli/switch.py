@@ -53,7 +53,9 @@ def _switch(armed: bool, servers: list[str] | None, as_json: bool) -> None:
 
 
 def _status(directory: Any) -> list[dict[str, Any]]:
-    _, answer = request(directory, "GET", "/api/status")
+    code, answer = request(directory, "GET", "/api/status")
+    if code >= 400:
+        fail(f"the agent answered {code}: {answer}")
     servers: list[dict[str, Any]] = answer["servers"]
     return servers
 

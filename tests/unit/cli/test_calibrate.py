@@ -130,3 +130,8 @@ def test_types_that_a_gpu_or_its_torch_lacks_have_no_rate(monkeypatch, capabilit
     found = measure_peaks._measure_gpu(Devices(capability), 0, 0.1, lambda *step: steps.append(step))
     assert list(found.flops_per_second) == measured
     assert [number for _, number, _ in steps] == list(range(steps[0][2]))
+
+
+def test_rates_that_round_to_the_next_prefix_are_shown_in_it() -> None:
+    shown = [scaled(value, "B/s") for value in (999.4e6, 999.7e6, 999.7e9, 999.7e12, 23.45e9, 999.7)]
+    assert shown == ["999 MB/s", "1 GB/s", "1 TB/s", "1 PB/s", "23.4 GB/s", "1 kB/s"]

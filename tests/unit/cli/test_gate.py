@@ -112,6 +112,8 @@ def test_a_difference_in_the_setup_is_said(tmp_path: Path) -> None:
         (["--max-regression", "tpot"], "is not METRIC=LIMIT"),
         (["--max-regression", "tpot=fast"], "'tpot=fast'"),
         (["--max-regression", "decode.mbu=5ms"], "decode.mbu is not a time"),
+        (["--max-regression", "decode.mbu=5"], "decode.mbu is a ratio, and 5 would allow anything"),
+        (["--max-regression", "decode.sync_gap=1"], "give 1%, or a number below 1"),
         (["--max-regression", "decode.tpot=5"], "is a time, and 5 has no unit; give 5%, 5ms, 5us or 5s"),
         (["--max-regression", "decode.elapsed=0.002"], "decode.elapsed is a time, and 0.002 has no unit"),
         (["--max-regression", "decode.speed=5"], "has no metric 'decode.speed'"),
