@@ -98,7 +98,7 @@ class Judge:
         self, key: str, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int
     ) -> dict[str, PhaseFigures]:
         """Judge every phase that was ever seen; returns its figures on the rank it took most time on."""
-        phases = {phase for shown, _ in ranks for phase in shown.steps if phase not in _NOT_JUDGED}
+        phases = {phase for shown, _ in ranks for phase in _phases(shown) if phase not in _NOT_JUDGED}
         whole: dict[str, list[tuple[float, Verdict]]] = {phase: [] for phase in phases}
         short: list[Callable[[str], tuple[float, Verdict]]] = []
         largest: dict[str, PhaseFigures] = {}
@@ -181,7 +181,13 @@ class Judge:
             for engine in view.engines
         }
         view.pressure = worst(found for load in loads.values() for found in pressures(load, self._limits))
-        view.headline = headline(view.verdicts, view.pressure, loads, recorded=bool(view.ranks))
+        view.headline = headline(
+            view.verdicts,
+            view.pressure,
+            loads,
+            recorded=bool(view.ranks),
+            running_seconds=max(map(_runs_for, view.ranks), default=0.0),
+        )
         target = _target(view)
         for kind, pressure in view.pressure.items():
             if pressure.active:
@@ -217,6 +223,18 @@ class Judge:
             )
             cause = verdict.cause or ""
             of_class[cause] = of_class.get(cause, 0.0) + seconds
+
+
+def _runs_for(rank: RankView) -> float:
+    """For how long a step has been running, with work pending: seconds."""
+    running = rank.running
+    return running.seconds if running is not None and running.pending_seconds > 0 else 0.0
+
+
+def _phases(rank: RankView) -> set[str]:
+    """Of steps that ended, and of the one that runs: it may be the first."""
+    running = rank.running
+    return {*rank.steps} | ({running.phase} if running is not None and running.phase is not None else set())
 
 
 def _running(rank: RankView, phase: str) -> RunningStep | None:

@@ -11,6 +11,7 @@ from llmprobe.compute.verdict import IDLE, UNKNOWN, Verdict
 
 _T = TypeVar("_T")
 _SLOW = "SLOW: "
+_WORTH_A_WORD = 1.0  # seconds that a step runs: shorter ones come and go on idle servers too
 _WORDS = {
     "idle": "idle",
     "unknown": "can't tell",
@@ -28,6 +29,7 @@ def headline(
     loads: Mapping[int, EngineLoad],
     *,
     recorded: bool = True,
+    running_seconds: float = 0.0,
 ) -> str:
     """Pressure first if it costs users more than the device does, else the phase that takes most time.
 
@@ -41,6 +43,8 @@ def headline(
         pressure: by kind.
         loads: by engine.
         recorded: whether any worker is; without one nobody can say that nothing goes on.
+        running_seconds: for how long a step has been running, with work pending. Front ends hear of a request
+            that runs only with the end of its first step.
     """
     phases = sorted(verdicts.values(), key=lambda verdict: -verdict.share_ratio)
     busy = [verdict for verdict in phases if verdict.bottleneck != IDLE]
@@ -63,8 +67,9 @@ def headline(
     if not recorded:
         return f"CAN'T TELL: no worker of this server is recorded{requests}."
     few = "fewer steps in the last 10 s than a verdict needs" if phases else "no step has ended yet"
-    if requests:
-        return f"CAN'T TELL: {few}{requests}."
+    runs = f"; one has been running for {running_seconds:.0f} s" if running_seconds >= _WORTH_A_WORD else ""
+    if requests or runs:
+        return f"CAN'T TELL: {few}{runs}{requests}."
     return f"IDLE: {few}." if phases else "IDLE: no steps yet."
 
 

@@ -321,6 +321,14 @@ def test_requests_without_a_step_are_no_idleness() -> None:
     assert text == "CAN'T TELL: no step has ended yet; requests: 2 running, 1 waiting."
 
 
+def test_a_step_that_runs_is_no_idleness_unless_it_is_a_short_one() -> None:
+    def told(seconds: float) -> str:
+        return headline({}, {}, {0: load(running=0, waiting=0)}, running_seconds=seconds)
+
+    assert told(0.2) == "IDLE: no steps yet."
+    assert told(23) == "CAN'T TELL: no step has ended yet; one has been running for 23 s."
+
+
 def test_what_cannot_be_told_says_why() -> None:
     text = said(load(), verdict("unknown", "no_peaks", reason="no peak rates", share_ratio=0.9))
     assert text == "Decode: can't tell: no peak rates."
