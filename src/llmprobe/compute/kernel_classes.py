@@ -24,17 +24,19 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     (
         "moe",
         r"moe|expert|topk_?gating|top_?k_?softmax|grouped_?gemm|permute_?(tokens|copy)|align_block_size|"
-        r"silu_mul_.*expert|routing(main|indices|kernel)",
+        r"silu_mul_.*expert|routing(main|indices|kernel)|ep_(scatter|gather)",
     ),
     (
         "sampling",
-        r"sampl|top_?[kp]_?(mask|renorm|filter|logits)|top_?p\b|radix_?topk|topk|argmax|multinomial|gumbel|"
-        r"exponential|penalt|logit|cunn_softmax|softmax_?warp_?forward|bitmask|rejection|distribution_",
+        # What chooses keys for sparse attention (mqa_logits, topKPerRow) is no sampling.
+        r"sampl|top_?[kp]_?(mask|renorm|filter|logits)|top_?p\b|radix_?topk|topk(?!_?per_?row)|argmax|multinomial|"
+        r"gumbel|exponential|penalt|(?<!mqa_)logit|cunn_softmax|softmax_?warp_?forward|bitmask|rejection|distribution_",
     ),
     (
         "attention",
-        r"flash|fmha|attention|attn|paged|mla_|_mla|\bmha|xqa|batch_?(prefill|decode)|merge_state|"
-        r"reshape_and_cache|concat_and_cache|kv_?cache|rotary|rope",
+        # flashinfer has kernels of all sorts.
+        r"flash(?!infer)|fmha|attention|attn|paged|mla_|_mla|\bmha|xqa|batch_?(prefill|decode)|merge_?state|"
+        r"mqa_logits|topk_?per_?row|reshape_and_cache|concat_and_cache|kv_?cache|rotary|rope",
     ),
     (
         "state space",
@@ -43,7 +45,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     (
         "gemm",
         r"gemm|gemv|cutlass|cublas|xmma|wgmma|nvjet|matmul|\bmm_|_mm_|\bbmm|hgmma|sgmma|splitk|"
-        r"marlin|machete|awq|gptq|dot_kernel|deep_?gemm|qmm|exl2",
+        r"marlin|machete|awq|gptq|dot_kernel|deep_?gemm|qmm|exl2|lora_(shrink|expand)",
     ),
     ("quantization", r"quant|scaled_fp8|per_token_group|fp8_|_fp8|int8"),
     (COPY, r"memcpy|copy_?kernel|catarraybatched|direct_copy|transpose|contiguous"),
