@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from llmprobe.hooks.naming import is_serve, program_name, server_name
@@ -103,6 +105,7 @@ def test_a_server_is_named_after_its_port_and_a_program_after_itself(argv: list[
         (["/usr/bin/transformers", "serve", "--port", "9000"], "transformers"),
         (["/home/user/api_server.py"], "api_server"),
         (["-c", "serve"], "python"),
+        ([os.fsdecode(b"/home/gen\xff.py")], "gen?"),
     ],
 )
 def test_a_program_without_vllm_is_called_as_it_is_called(argv: list[str], name: str) -> None:

@@ -25,7 +25,8 @@ def program_name(settings: Settings, argv: list[str] | None = None) -> str:
     if settings.server:
         return settings.server
     argv = sys.argv if argv is None else argv
-    return Path(argv[0]).stem if argv and argv[0] not in ("", "-c", "-m") else "python"
+    stem = Path(argv[0]).stem if argv and argv[0] not in ("", "-c", "-m") else "python"
+    return stem.encode(errors="replace").decode()  # a file's name may hold what no text can
 
 
 def is_serve(argv: list[str] | None = None) -> bool:

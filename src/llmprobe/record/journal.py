@@ -140,8 +140,11 @@ class JournalWriter:
         return self._fd
 
     def set_facts(self, facts: Mapping[str, Any]) -> None:
-        """Replace the facts. Raises JournalError above 64 KiB."""
-        text = json.dumps(facts, separators=(",", ":")).encode()
+        """Replace the facts. Raises JournalError above 64 KiB.
+
+        What is no text, as in names of files that are not UTF-8, is replaced: no reader could pass it on.
+        """
+        text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
         if len(text) > layout.FACTS_SLOT - 16:
             raise JournalError(f"the facts of {self.path.name} take {len(text)} bytes, more than fit")
         self._facts_writes += 1

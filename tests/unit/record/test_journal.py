@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
@@ -58,6 +59,18 @@ def test_facts_that_changed_are_seen_and_damaged_ones_fall_back(path: Path) -> N
     assert reader.facts() == {"number": 3}
     os.pwrite(writer.fileno(), whole, slot)
     assert reader.facts() == {"number": 4}
+
+
+def test_facts_hold_text_that_can_be_passed_on(path: Path) -> None:
+    """Names of files need not be UTF-8, and one server's name stands on a page with all others."""
+    writer = make(path)
+    writer.set_facts({"model_name": os.fsdecode(b"modell\xff"), "server": "größer\n"})
+    reader = JournalReader(path, writer)
+    facts = reader.facts()
+    assert facts == {"model_name": "modell?", "server": "größer\n"}
+    assert json.dumps(facts, ensure_ascii=False).encode()
+    reader.close()
+    writer.close()
 
 
 def test_facts_that_do_not_fit_are_refused_by_name(path: Path) -> None:
