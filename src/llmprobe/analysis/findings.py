@@ -43,8 +43,11 @@ def find(
     if trust.verdict == UNTRUSTED or not occupations:
         return []
     found = []
+    communicate = [length_ns(one.exposed_communication) for one in occupations]
+    # One that never does is none of those that the others could wait for in it.
+    least_communication = min((one for one in communicate if one), default=0)
     for occupation in occupations:
-        found += _about_gpu(trace, occupation, phases)
+        found += _about_gpu(trace, occupation, phases, least_communication)
     found += _uneven([one for one in occupations if one.seconds])
     return sorted(found, key=lambda finding: -finding.gain_ratio)
 
@@ -61,8 +64,8 @@ def _uneven(occupations: list[Occupation]) -> list[Finding]:
         ]
     # One that waits for another inside a collective is as busy as that.
     alone = [length_ns(one.exposed_communication) / 1e9 / one.seconds for one in occupations]
-    computing = [ratio - waits for ratio, waits in zip(busy, alone, strict=True)]
-    if busy and max(computing) - min(computing) > _UNEVEN_RATIO:
+    computing = [ratio - waits for ratio, waits in zip(busy, alone, strict=True) if waits]
+    if computing and max(computing) - min(computing) > _UNEVEN_RATIO:
         return [
             Finding(
                 "uneven_gpus",
@@ -75,7 +78,9 @@ def _uneven(occupations: list[Occupation]) -> list[Finding]:
     return []
 
 
-def _about_gpu(trace: Trace, occupation: Occupation, phases: list[PhaseTimes]) -> list[Finding]:
+def _about_gpu(
+    trace: Trace, occupation: Occupation, phases: list[PhaseTimes], least_communication: int
+) -> list[Finding]:
     label = trace.devices[occupation.device]
     window = occupation.window_ns[1] - occupation.window_ns[0]
     if not window:
@@ -88,11 +93,15 @@ def _about_gpu(trace: Trace, occupation: Occupation, phases: list[PhaseTimes]) -
         found.append(_busy(label, occupation, 1 - idle))
     communication = length_ns(occupation.exposed_communication) / window
     if communication >= _EXPOSED_COMMUNICATION_RATIO:
+        how = "fewer GPUs a replica if the model fits, a faster link, or another all-reduce"
+        waited = communication - least_communication / window
+        if waited > _UNEVEN_RATIO:
+            how = f"{waited:.1%} more than another GPU, for which it waits: see why the GPUs are uneven first"
         found.append(
             Finding(
                 "exposed_communication",
                 f"{label} only communicates {communication:.1%} of the time: nothing computes meanwhile",
-                "fewer GPUs a replica if the model fits, a faster link, or another all-reduce",
+                how,
                 communication,
             )
         )

@@ -182,10 +182,26 @@ def test_a_gpu_that_waits_for_another_in_collectives_is_told(
             file.kernel("nvjet", begin, begin + computes, launched=begin, device=device)
             reduced = begin + 900_000
             file.kernel("ncclDevKernel_AllReduce", begin + computes, reduced, launched=begin, device=device)
-    uneven = [one for one in analyze(file.close()).findings if one.name == "uneven_gpus"]
+    findings = analyze(file.close()).findings
+    uneven = [one for one in findings if one.name == "uneven_gpus"]
+    links = ["faster link" in one.next_step for one in findings if one.name == "exposed_communication"]
+    assert links == ([False, True] if found else [True, True])  # the largest first: it waits
     assert bool(uneven) is found
     if uneven:
         assert "compute unevenly, 60% to 75%" in uneven[0].text
+
+
+def test_a_gpu_that_never_communicates_is_not_waited_for_in_collectives(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number in range(100):
+        begin = number * 1_000_000
+        file.kernel("nvjet", begin, begin + 900_000, launched=begin, device=0)
+        file.kernel("nvjet", begin, begin + 600_000, launched=begin, device=1)
+        file.kernel("ncclDevKernel_AllReduce", begin + 600_000, begin + 900_000, launched=begin, device=1)
+    findings = analyze(file.close()).findings
+    assert "uneven_gpus" not in [one.name for one in findings]
+    (exposed,) = [one for one in findings if one.name == "exposed_communication"]
+    assert "faster link" in exposed.next_step
 
 
 def test_the_text_fits_a_terminal(tmp_path: Path) -> None:
