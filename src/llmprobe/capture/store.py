@@ -157,6 +157,8 @@ class Store:
             folder.mkdir(mode=0o700)
             self.write(capture)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
             raise StoreError(f"cannot make {folder}: {os.strerror(error.errno or 0)}") from None
         return folder
 

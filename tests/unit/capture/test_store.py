@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -155,6 +156,19 @@ def test_a_full_disk_is_said_before_anything_begins(tmp_path: Path) -> None:
     kept = Store(tmp_path, 1000, least_free_bytes=1 << 60)
     with pytest.raises(StoreError, match=r"MiB free.*LLMPROBE_CAPTURE_DIR"):
         kept.prepare()
+
+
+def test_one_whose_state_cannot_be_written_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.EDQUOT, "quota")
+
+    monkeypatch.setattr("llmprobe.capture.store.write_json", full)
+    kept = store(tmp_path)
+    with pytest.raises(StoreError, match="cannot make"):
+        add(kept, 1)
+    assert list(kept.root.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_made_names_itself_and_the_variable(tmp_path: Path) -> None:
