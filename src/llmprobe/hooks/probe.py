@@ -86,6 +86,11 @@ class Probe:
         self._adopted.append(recorder)
 
     @property
+    def refused(self) -> bool:
+        """Whether this process has tried to make a journal in vain; it is not tried again."""
+        return self._refused_pid == os.getpid()
+
+    @property
     def active(self) -> bool:
         """Whether wrappers should do anything."""
         return self.enabled and not self.guard.inert
@@ -110,7 +115,7 @@ class Probe:
             if known is not None:  # a parent's, from before a fork
                 self._recorders.clear()
                 self._adopted.clear()
-            if self._refused_pid == os.getpid():
+            if self.refused:
                 return None
             try:
                 recorder = Recorder.open(self.settings.directory, role, facts(), size)

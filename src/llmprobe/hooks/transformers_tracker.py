@@ -128,6 +128,8 @@ class Tracker:
             return program
         if recorder is not None:
             return None  # this process is an engine's; its own hooks record
+        if self._probe.refused:
+            return None  # before the model is looked at, which takes milliseconds
         with self._making:
             if self._program is None or self._program.recorder is not self._probe.recorder:
                 self._program = Program.make(self._probe, model)

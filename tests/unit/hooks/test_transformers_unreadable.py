@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmprobe.hooks import transformers as hooks
-from llmprobe.hooks import transformers_tracker
+from llmprobe.hooks import transformers_program, transformers_tracker
 from llmprobe.hooks.probe import Probe
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.settings import Settings
@@ -59,6 +59,25 @@ def test_a_cache_that_cannot_be_read(probe: Probe, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(transformers_tracker, "measure_cache", refuse)
     assert steps(probe, model()) == TOKENS
     assert sum(probe.guard.errors.values()) == 1  # it is not tried at every step
+
+
+def test_without_room_for_a_journal_the_model_is_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes milliseconds, and the program waits for them."""
+    described = []
+    monkeypatch.setattr(transformers_program, "describe", lambda model: described.append(model))
+    (tmp_path / "file").touch()
+    probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path / "file" / "probe")}))
+    hooks.install(probe)
+    try:
+        made = model()
+        for _ in range(3):
+            made.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, eos_token_id=None)
+    finally:
+        probe.remove_patches()
+    assert probe.recorder is None
+    assert len(described) == 1
 
 
 @pytest.mark.swallows
