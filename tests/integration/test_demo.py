@@ -70,6 +70,17 @@ def test_demo_measures_what_its_client_saw_and_leaves_nothing(tmp_path):
     assert processes_in(mark) == []
 
 
+def test_what_the_demos_program_writes_is_no_part_of_its_json(tmp_path):
+    done = subprocess.run(
+        [*COMMAND, "--transformers", "--seconds", "4", "--json"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["exit_code"] == 0
+    assert found["servers"][0]["framework"] == "transformers"
+    assert "answers of" in done.stderr
+
+
 def test_demo_that_is_interrupted_while_it_starts_leaves_nothing(tmp_path):
     before = folders()
     mark = f"demo-test-{os.getpid()}-{time.time_ns()}"

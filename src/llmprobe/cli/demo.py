@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -123,6 +124,7 @@ def _prepare() -> Path:
     dtype = "bfloat16" if _gpu() else "float32"  # float32: what every processor multiplies natively
     model = peaks_path().parent / f"demo-model-{dtype}"
     if not is_made(model, dtype=dtype):
+        _check_writable(model.parent)
         _step(
             "making a tiny Llama with random weights",
             [sys.executable, "-m", "llmprobe.demo.model", str(model), dtype],
@@ -132,22 +134,38 @@ def _prepare() -> Path:
     return model
 
 
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ServerFailed(
+            f"the model cannot be kept in {folder}: {os.strerror(error.errno or 0)}; set XDG_CACHE_HOME to a "
+            "directory that can be written"
+        ) from None
+
+
 def _program(model: Path, seconds: float, as_json: bool) -> int:
     program = Path(__file__).resolve().parents[3] / "examples" / "generate.py"
     if not program.exists():
         fail(f"there is no {program}: this demo needs a checkout; try `llmprobe run -- python YOURS.py`")
     folder = Path(tempfile.mkdtemp(prefix="llmprobe-demo-"))
     try:
-        command = [_llmprobe(), "run", "--output", str(folder / "run.json"), *(["--json"] if as_json else [])]
-        command += ["--", sys.executable, str(program), str(model), "--seconds", str(seconds / 2)]
+        command = [_llmprobe(), "run", "--output", str(folder / "run.json"), "--", sys.executable]
+        command += [str(program), str(model), "--seconds", str(seconds / 2)]
         err.print(f"$ llmprobe run -- python examples/generate.py {model}", style="dim", soft_wrap=True)
         environment = {**client_environment(os.environ), "LLMPROBE_AGENT": "off"}
-        with subprocess.Popen(command, env=environment, **own_group()) as process:
+        # What the program writes is none of the JSON.
+        stdout = sys.stderr.fileno() if as_json else None
+        with subprocess.Popen(command, env=environment, stdout=stdout, **own_group()) as process:
             try:
                 code = process.wait()
             except KeyboardInterrupt:
                 os.killpg(process.pid, signal.SIGTERM)
                 raise
+        if as_json and not code:
+            print_json(json.loads((folder / "run.json").read_text()))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if not code:

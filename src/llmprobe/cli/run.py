@@ -66,7 +66,9 @@ def run(
         Path | None, typer.Option("--output", "-o", help="Where to save the report. Default: run.json.")
     ] = None,
     server: Annotated[str | None, typer.Option(help="The `server` label, as LLMPROBE_SERVER.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, below what the command prints.")
+    ] = False,
     summary: Annotated[
         bool | None,
         typer.Option(help="Whether to report at the end. Default: yes, but not for `vllm serve`."),
