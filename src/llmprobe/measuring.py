@@ -102,9 +102,10 @@ class _Poll(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        while not self._ended.wait(_POLL_SECONDS):
-            self._collector.tick()
-            self._looks.look(self._collector.views())
+        with contextlib.suppress(OSError):  # the probe was switched off inside: nothing more is to be read
+            while not self._ended.wait(_POLL_SECONDS):
+                self._collector.tick()
+                self._looks.look(self._collector.views())
 
     def stop(self) -> None:
         """End, and wait for the tick under way."""

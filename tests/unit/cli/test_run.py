@@ -116,3 +116,31 @@ def test_a_measured_block_tells_them_too(tmp_path: Path) -> None:
         check=False,
     )
     assert "no_such_threshold" in done.stdout, done.stderr
+
+
+def test_a_probe_that_is_switched_off_in_a_measured_block_says_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import time, llmprobe\nfrom llmprobe.hooks import session\n"
+        "with llmprobe.measure() as m:\n"
+        "    said = {'role': 'program', 'group': 'g', 'server': 'mine', 'model_name': 'm', 'rank': 0}\n"
+        "    assert session.current().arm('program', lambda: said) is not None\n"
+        "    time.sleep(1.5)\n"
+        "    llmprobe.disable()\n"
+        "    time.sleep(2.5)\n"
+        "print([server['server'] for server in m.report['servers']])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        env={
+            **os.environ,
+            "LLMPROBE_DIR": str(tmp_path / "shared"),
+            "LLMPROBE_AGENT": "off",
+            "LLMPROBE_GROUP": "g",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['mine']\n", "")
