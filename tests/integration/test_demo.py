@@ -79,6 +79,7 @@ def test_what_the_demos_program_writes_is_no_part_of_its_json(tmp_path):
     assert found["exit_code"] == 0
     assert found["servers"][0]["framework"] == "transformers"
     assert "answers of" in done.stderr
+    assert "run.json is not kept" in done.stderr  # `run` says where it saved it
 
 
 def test_demo_that_is_interrupted_while_it_starts_leaves_nothing(tmp_path):

@@ -169,6 +169,7 @@ def _program(model: Path, seconds: float, as_json: bool) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if not code:
+        err.print("(of the demo, run.json is not kept)")
         err.print("\nnext: llmprobe run -- python YOUR_PROGRAM.py", style="bold")
     return code
 
