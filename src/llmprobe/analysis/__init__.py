@@ -18,6 +18,7 @@ from llmprobe.analysis.report import Report, make_report
 __all__ = ["AnalysisError", "Report", "analyze", "read_trace"]
 
 _SQLITE = b"SQLite format 3\0"
+_RECORDINGS = (".sqlite", ".nsys-rep", ".json.gz", ".npz")
 _NSYS_REPORT = b"NVIDIA Tegra Profiler Report"
 
 
@@ -39,6 +40,8 @@ def read_trace(path: Path, *, nsys: Path | None = None) -> Trace:
     """The recording in a profiler's file, told by its content, not by its name. Errors as `analyze`."""
     path = Path(path)
     try:
+        if path.is_dir():
+            raise AnalysisError(f"{path}: is a folder{_named_in(path)}")
         if not path.is_file():
             raise AnalysisError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
         with path.open("rb") as stream:
@@ -55,3 +58,9 @@ def read_trace(path: Path, *, nsys: Path | None = None) -> Trace:
     if head.startswith(_KERNELS):
         return read_kernels(path)
     return read_kineto(path)
+
+
+def _named_in(folder: Path) -> str:
+    """Which file of a folder may be meant."""
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(_RECORDINGS))
+    return f": name a file in it, such as {folder / names[0]}" if names else ""

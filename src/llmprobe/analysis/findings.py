@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ _UNEVEN_RATIO = 0.10
 #: Most of the idle time has this cause.
 _MOST = 0.6
 _BUBBLE_NS = 50_000
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,30 @@ def find(
     """The largest gain first; from an untrusted recording nothing is concluded."""
     if trust.verdict == UNTRUSTED or not occupations:
         return []
-    found = []
+    found: list[tuple[str, Finding]] = []
     communicate = [length_ns(one.exposed_communication) for one in occupations]
     # One that never does is none of those that the others could wait for in it.
     least_communication = min((one for one in communicate if one), default=0)
     for occupation in occupations:
-        found += _about_gpu(trace, occupation, phases, least_communication)
-    found += _uneven([one for one in occupations if one.seconds])
-    return sorted(found, key=lambda finding: -finding.gain_ratio)
+        label = trace.devices[occupation.device]
+        about = _about_gpu(trace, label, occupation, phases, least_communication)
+        found += [(label, finding) for finding in about]
+    uneven = _uneven([one for one in occupations if one.seconds])
+    return sorted([*_told_once(found), *uneven], key=lambda finding: -finding.gain_ratio)
+
+
+def _told_once(found: list[tuple[str, Finding]]) -> list[Finding]:
+    """What is so, and to be met alike, on several GPUs: of the one where it weighs most, naming the others."""
+    alike: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
+    for label, finding in found:
+        alike.setdefault((finding.name, finding.next_step), []).append((label, finding))
+    told = []
+    for group in alike.values():
+        label, most = max(group, key=lambda one: one[1].gain_ratio)
+        others = [other for other, _ in group if other != label]
+        named = ", ".join(others) if len(others) <= _MOST_NAMED else f"{len(others)} other GPUs"
+        told.append(replace(most, text=f"{most.text}; likewise {named}") if others else most)
+    return told
 
 
 def _uneven(occupations: list[Occupation]) -> list[Finding]:
@@ -79,9 +96,8 @@ def _uneven(occupations: list[Occupation]) -> list[Finding]:
 
 
 def _about_gpu(
-    trace: Trace, occupation: Occupation, phases: list[PhaseTimes], least_communication: int
+    trace: Trace, label: str, occupation: Occupation, phases: list[PhaseTimes], least_communication: int
 ) -> list[Finding]:
-    label = trace.devices[occupation.device]
     window = occupation.window_ns[1] - occupation.window_ns[0]
     if not window:
         return []

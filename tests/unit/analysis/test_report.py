@@ -185,10 +185,24 @@ def test_a_gpu_that_waits_for_another_in_collectives_is_told(
     findings = analyze(file.close()).findings
     uneven = [one for one in findings if one.name == "uneven_gpus"]
     links = ["faster link" in one.next_step for one in findings if one.name == "exposed_communication"]
-    assert links == ([False, True] if found else [True, True])  # the largest first: it waits
+    assert links == ([False, True] if found else [True])  # the largest first: it waits
     assert bool(uneven) is found
     if uneven:
         assert "compute unevenly, 60% to 75%" in uneven[0].text
+
+
+@pytest.mark.parametrize(("count", "others"), [(2, "likewise GPU 1"), (8, "likewise 7 other GPUs")])
+def test_what_is_so_on_several_gpus_is_told_once(tmp_path: Path, count: int, others: str) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number in range(100):
+        begin = number * 1_000_000
+        for device in range(count):  # the first is idle a little longer
+            ended = begin + 500_000 + (device > 0) * 1000
+            file.kernel("nvjet", begin, ended, launched=begin - 5_000, device=device)
+    (finding,) = analyze(file.close()).findings
+    assert finding.name == "host_bound"
+    assert finding.text.startswith("GPU 0 ")
+    assert finding.text.endswith(others)
 
 
 def test_a_gpu_that_never_communicates_is_not_waited_for_in_collectives(tmp_path: Path) -> None:

@@ -47,6 +47,14 @@ def test_a_bad_file_is_one_line_and_the_others_are_still_shown(tmp_path: Path) -
     assert second == f"llmprobe: {tmp_path / 'absent'}: no such file"
 
 
+def test_of_a_folder_it_is_said_which_file_may_be_meant(tmp_path: Path) -> None:
+    assert run("analyze", tmp_path).stderr == f"llmprobe: {tmp_path}: is a folder\n"
+    (tmp_path / "report.json").touch()
+    (tmp_path / "torch-rank0.json.gz").touch()
+    said = run("analyze", tmp_path).stderr
+    assert said.endswith(f"name a file in it, such as {tmp_path / 'torch-rank0.json.gz'}\n")
+
+
 @pytest.mark.parametrize("verb", ["analyze", "scrub"])
 def test_no_file_is_wrong_usage(verb: str) -> None:
     assert run(verb).exit_code == 2
