@@ -27,8 +27,10 @@ from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
 
 _now = time.monotonic_ns
-#: How often it is looked whether the weights are still those that the facts tell of: some 5 us a parameter.
+#: How often it is looked, at most, whether the weights are still those that the facts tell of; and no more than
+#: a thousandth of the time, as a look takes some 5 us a parameter, of which models of experts have thousands.
 _LOOK_EVERY_NS = 2_000_000_000
+_LOOK_SHARE = 1000
 
 FULL_ONLY: tuple[tuple[str, int | None], ...] = (("full", None),)
 
@@ -66,7 +68,7 @@ class Program:
         self._measured = False
         self._described_bytes = self._parameter_bytes(model)
         self._dtype = model.dtype
-        self._looked_ns = _now()
+        self._look_again_ns = _now() + _LOOK_EVERY_NS
 
     @classmethod
     def make(cls, probe: Probe, model: Any) -> Program | None:
@@ -127,7 +129,7 @@ class Program:
         self._description = self._probe.guard.call("transformers.describe", describe, model)
         self._model, self._name, self._measured = weakref.ref(model), model_name(model), False
         self._described_bytes = self._parameter_bytes(model)
-        self._dtype, self._looked_ns = model.dtype, _now()
+        self._dtype, self._look_again_ns = model.dtype, _now() + _LOOK_EVERY_NS
         self.recorder.update_facts(
             model=self._description.facts if self._description is not None else None,
             model_name=self._name,
@@ -143,10 +145,11 @@ class Program:
         Programs quantise, resize, and load adapters between two calls.
         """
         now = _now()
-        if now - self._looked_ns < _LOOK_EVERY_NS or self._model() is not model:
+        if now < self._look_again_ns or self._model() is not model:
             return
-        self._looked_ns = now
-        if self._parameter_bytes(model) != self._described_bytes:
+        found = self._parameter_bytes(model)
+        self._look_again_ns = now + max(_LOOK_EVERY_NS, _LOOK_SHARE * (_now() - now))
+        if found != self._described_bytes:
             with self.lock:
                 if not self.running:
                     self._describe_anew(model)

@@ -160,3 +160,24 @@ def test_weights_that_change_between_calls_are_described_anew(
     now += 3 * 10**9
     more = 2 * 97 * 32 * 2  # of the table and of the head, in two bytes each
     assert described() == (whole // 2 + more, "float16")
+
+
+def test_a_model_whose_weights_take_long_to_look_at_is_looked_at_seldom(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of experts, each with parameters of its own: no more than a thousandth of the time."""
+    now, looks = 10**12, 0
+    monkeypatch.setattr(transformers_program, "_now", lambda: now)
+    many = model("cpu")
+    assert followed(tracker, many)
+
+    def slowly(of: Any) -> int | None:
+        nonlocal now, looks
+        now, looks = now + 10**8, looks + 1
+        return tracker._program._described_bytes if tracker._program is not None else None
+
+    monkeypatch.setattr(transformers_program, "parameter_bytes", slowly)
+    for _ in range(190):
+        now += 10**9
+        assert followed(tracker, many)
+    assert looks == 2
