@@ -56,7 +56,7 @@ def find(
 
 
 def _told_once(found: list[tuple[str, Finding]]) -> list[Finding]:
-    """What is so on several GPUs, with the same next step: of the one where it weighs most, naming the others."""
+    """What is so on several GPUs, with one next step: of the one where it weighs most, naming the others."""
     alike: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
     for label, finding in found:
         alike.setdefault((finding.name, finding.next_step), []).append((label, finding))

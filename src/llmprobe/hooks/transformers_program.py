@@ -27,8 +27,8 @@ from llmprobe.record.recorder import Recorder
 from llmprobe.settings import logger
 
 _now = time.monotonic_ns
-#: How often it is looked, at most, whether the weights are still those that the facts tell of; and for no more
-#: than a thousandth of the time: a look takes some 5 us a parameter, and models of experts have thousands.
+#: How often it is looked, at most, whether the weights are still those that the facts tell of; and for no
+#: more than a thousandth of the time: a look takes some 5 us a parameter, and experts are thousands.
 _LOOK_EVERY_NS = 2_000_000_000
 _LOOK_SHARE = 1000
 
