@@ -21,7 +21,7 @@ from llmprobe.compute.classify import classify
 from llmprobe.compute.evidence import CounterEvidence
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.graphs import launched_whole
-from llmprobe.compute.headline import headline, in_its_order, stalled
+from llmprobe.compute.headline import headline, in_its_order, leading, stalled
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
 from llmprobe.compute.servers import combine
 from llmprobe.compute.stall import RunningStep
@@ -52,6 +52,7 @@ class Judge:
         self._states: dict[tuple[str, str], Steady] = {}
         self._stood: dict[str, dict[str, dict[str, dict[str, float]]]] = {}  # view, phase, class, cause
         self._looked: dict[str, int] = {}
+        self._led: dict[str, frozenset[str]] = {}  # kinds of pressure that took the headline
 
     def judge(self, key: str, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int) -> None:
         """Judge one server.
@@ -64,11 +65,12 @@ class Judge:
         """
         if not view.armed or view.inert:
             self._states = {at: state for at, state in self._states.items() if at[0] != key}
+            self._led.pop(key, None)
             why = "the probe gave up after internal errors" if view.inert else "the probe is switched off"
             view.headline = f"OFF: {why}."
         else:
             figures = self._verdicts(key, view, ranks, now_ns)
-            self._press(view, ranks, now_ns)
+            self._press(key, view, ranks, now_ns)
             self._advise(view, figures)
             hanging = [rank for rank in view.ranks if rank.stall is not None]
             if hanging:
@@ -85,6 +87,7 @@ class Judge:
         self._states = {at: state for at, state in self._states.items() if at[0] in living}
         self._stood = {key: stood for key, stood in self._stood.items() if key in living}
         self._looked = {key: at for key, at in self._looked.items() if key in living}
+        self._led = {key: led for key, led in self._led.items() if key in living}
 
     def save(self) -> dict[str, Any]:
         """For how long each verdict stood, as JSON."""
@@ -169,7 +172,7 @@ class Judge:
         standing = self._states.get((key, phase), Steady()).standing
         return weight, classify(lately, self._limits, standing, self._limits.idle_steps * _SHORT_STEPS)
 
-    def _press(self, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int) -> None:
+    def _press(self, key: str, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int) -> None:
         full = {
             engine.engine: self._full_steps(
                 [rank for shown, rank in ranks if shown.engine == engine.engine], view.flags, now_ns
@@ -187,7 +190,10 @@ class Judge:
             loads,
             recorded=bool(view.ranks),
             running_seconds=max(map(_runs_for, view.ranks), default=0.0),
+            led=(led := self._led.get(key, frozenset())),
         )
+        lead = leading(view.verdicts, view.pressure, loads, led)
+        self._led[key] = frozenset(pressure.kind for pressure in lead)
         target = _target(view)
         for kind, pressure in view.pressure.items():
             if pressure.active:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from llmprobe.compute.pressure import EngineLoad, Pressure
@@ -11,6 +11,9 @@ from llmprobe.compute.verdict import IDLE, UNKNOWN, Verdict
 
 _T = TypeVar("_T")
 _SLOW = "SLOW: "
+#: Pressure that leads goes on to, until it costs less than this part of what the device does: where the two are
+#: about even, as while a queue grows, the headline would turn with every look.
+_STAYS_RATIO = 0.7
 _WORTH_A_WORD = 1.0  # seconds that a step runs: shorter ones come and go on idle servers too
 _WORDS = {
     "idle": "idle",
@@ -30,6 +33,7 @@ def headline(
     *,
     recorded: bool = True,
     running_seconds: float = 0.0,
+    led: Collection[str] = (),
 ) -> str:
     """Pressure first if it costs users more than the device does, else the phase that takes most time.
 
@@ -45,13 +49,14 @@ def headline(
         recorded: whether any worker is; without one nobody can say that nothing goes on.
         running_seconds: for how long a step has been running, with work pending. Front ends hear of a request
             that runs only with the end of its first step.
+        led: the kinds of pressure that did so a moment ago, see `leading`.
     """
     phases = sorted(verdicts.values(), key=lambda verdict: -verdict.share_ratio)
     busy = [verdict for verdict in phases if verdict.bottleneck != IDLE]
     said = "; ".join(_phase(verdict) for verdict in busy[:2])
     requests = _requests(loads)
-    pressing = [item for item in pressure.values() if item.high and _costs_more(item, busy, loads)]
-    if pressing and (busy or requests):
+    pressing = leading(verdicts, pressure, loads, led)
+    if pressing:
         queue = next((item for item in pressing if item.kind == "queue"), None)
         if queue is not None:  # a cache without room is why, whatever it costs
             pressing += [
@@ -71,6 +76,29 @@ def headline(
     if requests or runs:
         return f"CAN'T TELL: {few}{runs}{requests}."
     return f"IDLE: {few}." if phases else "IDLE: no steps yet."
+
+
+def leading(
+    verdicts: Mapping[str, Verdict],
+    pressure: Mapping[str, Pressure],
+    loads: Mapping[int, EngineLoad],
+    led: Collection[str] = (),
+) -> list[Pressure]:
+    """The pressure that takes the headline.
+
+    Args:
+        led: the kinds that did so a moment ago: they do until they are no pressure any more, or cost clearly
+            less than the device does.
+    """
+    busy = [verdict for verdict in verdicts.values() if verdict.bottleneck != IDLE]
+    if not busy and not _requests(loads):
+        return []
+    return [
+        item
+        for item in pressure.values()
+        if (item.high or (item.kind in led and item.active))
+        and _costs_more(item, busy, loads, _STAYS_RATIO if item.kind in led else 1.0)
+    ]
 
 
 def in_its_order(said: str, phases: Mapping[str, _T], pressing: Mapping[str, _T]) -> dict[str, _T]:
@@ -113,7 +141,10 @@ def _explains(item: Pressure, queue: Pressure, loads: Mapping[int, EngineLoad]) 
     return item.engine == queue.engine or full
 
 
-def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, EngineLoad]) -> bool:
+def _costs_more(
+    pressure: Pressure, busy: list[Verdict], loads: Mapping[int, EngineLoad], least: float
+) -> bool:
+    """Whether it costs at least the part ``least`` of what the device does."""
     load = loads.get(pressure.engine)
     wasted = wasted_share(busy)
     if load is None or wasted is None:
@@ -123,10 +154,10 @@ def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, Eng
         if again is None or not load.request_seconds:
             return True
         lost = min(pressure.value * again, load.request_seconds)
-        return lost >= wasted * (load.request_seconds - lost)
+        return lost >= least * wasted * (load.request_seconds - lost)
     if pressure.kind == "front_end" and load.output_lag_seconds is not None:
         lag = load.output_lag_seconds
-        return not load.request_seconds or lag >= wasted * max(load.request_seconds - lag, 0.0)
+        return not load.request_seconds or lag >= least * wasted * max(load.request_seconds - lag, 0.0)
     if pressure.kind == "front_end":
         # It can pass on 1 / value times the tokens that it does. Where the device without its waste would
         # make more than that, users gain nothing from the device alone.
@@ -135,7 +166,7 @@ def _costs_more(pressure: Pressure, busy: list[Verdict], loads: Mapping[int, Eng
     # For how long nobody had a first token does not say how long those queued that had one.
     if load.queue_seconds is None or waited is None or not load.request_seconds:
         return True
-    return waited >= wasted * max(load.request_seconds - waited, 0.0)
+    return waited >= least * wasted * max(load.request_seconds - waited, 0.0)
 
 
 def wasted_share(busy: list[Verdict]) -> float | None:

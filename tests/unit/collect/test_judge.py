@@ -205,6 +205,29 @@ def test_a_queue_takes_the_headline(world: World) -> None:
     assert not set(first) & set(view.verdicts), "what the headline names comes first"
 
 
+def test_a_queue_that_has_taken_the_headline_keeps_it_while_it_is_pressure(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprobe.compute.headline._STAYS_RATIO", 0.0)
+    front = world.server.fronts[0]
+    front.load(kv_usage=0.2, running=8, waiting=1, unfinished=9)
+
+    def seconds(count: int, queued: float) -> str:
+        for second in range(count):
+            queue_ns = round(queued * SECOND)
+            front.tokens(10, 4, first_token_ns=(2 * SECOND,), first_token_queue_ns=(queue_ns,))
+            front.request(
+                second, 3 * SECOND, tpot_ns=MS, queue_ns=queue_ns, prompt_tokens=10, generated_tokens=4
+            )
+            view = world.second()
+        assert view.pressure["queue"].active
+        return view.headline
+
+    assert seconds(16, 0.6).startswith("Decode memory-bound")
+    assert seconds(60, 1.6).startswith("SLOW: queueing is 80% of TTFT")
+    assert seconds(60, 0.6).startswith("SLOW: queueing is 30% of TTFT")
+
+
 def test_a_lone_request_that_waits_for_the_running_step_is_in_no_queue(world: World) -> None:
     front = world.server.fronts[0]
     front.load(kv_usage=0.01, running=1, waiting=0, unfinished=1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 
-from llmprobe.compute.headline import headline, stalled
+from llmprobe.compute.headline import headline, leading, stalled
 from llmprobe.compute.host import ThreadLoad
 from llmprobe.compute.pressure import EngineLoad, Pressure, pressures, worst
 from llmprobe.compute.stall import Bound, Stall
@@ -155,9 +156,29 @@ BUSY = verdict(
 )
 
 
-def said(engine: EngineLoad, *verdicts: Any) -> str:
+def said(engine: EngineLoad, *verdicts: Any, led: Collection[str] = ()) -> str:
     found = worst(pressures(engine, LIMITS))
-    return headline({item.phase: item for item in verdicts}, found, {engine.engine: engine})
+    return headline({item.phase: item for item in verdicts}, found, {engine.engine: engine}, led=led)
+
+
+def test_pressure_that_leads_stays_where_both_cost_about_as_much() -> None:
+    """A queue that grows: the mean of its waits wavers about what the device costs."""
+    slow = verdict("sync_bound", headroom_seconds=0.005, steps_per_second=100.0, share_ratio=1.0)
+    led: frozenset[str] = frozenset()
+    leads = []
+    # Of 3 s a request; half of what is left is waste: from 1.0 s on it costs more, below 0.78 s clearly less.
+    for waited in (0.9, 1.1, 0.95, 1.05, 0.85, 0.75, 0.9, 1.1):
+        engine = load(queue_seconds=waited, first_token_seconds=1.2, request_seconds=3.0, waiting=3)
+        found = worst(pressures(engine, LIMITS))
+        leads.append(said(engine, slow, led=led).startswith("SLOW"))
+        led = frozenset(item.kind for item in leading({"decode": slow}, found, {0: engine}, led))
+    assert leads == [False, True, True, True, True, False, False, True]
+
+
+def test_pressure_that_leads_and_is_none_any_more_leads_no_longer() -> None:
+    slow = verdict("unknown", "no_peaks", share_ratio=0.9)
+    engine = load(queue_seconds=0.01, first_token_seconds=0.5)
+    assert not said(engine, slow, led=frozenset({"queue"})).startswith("SLOW")
 
 
 def test_queueing_that_costs_most_leads_and_says_why() -> None:
