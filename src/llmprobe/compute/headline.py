@@ -11,8 +11,8 @@ from llmprobe.compute.verdict import IDLE, UNKNOWN, Verdict
 
 _T = TypeVar("_T")
 _SLOW = "SLOW: "
-#: Pressure that leads goes on to, until it costs less than this part of what the device does: where the two are
-#: about even, as while a queue grows, the headline would turn with every look.
+#: Pressure that leads goes on to, until it costs less than this part of what the device does: where the two
+#: are about even, as while a queue grows, the headline would turn with every look.
 _STAYS_RATIO = 0.7
 _WORTH_A_WORD = 1.0  # seconds that a step runs: shorter ones come and go on idle servers too
 _WORDS = {
