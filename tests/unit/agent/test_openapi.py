@@ -119,6 +119,8 @@ def test_the_document_describes_every_call_and_the_agent_keeps_to_it(
     checks = schemathesis.checks.CHECKS
     # What the document cannot say, such as that `seconds` and `steps` exclude each other, is a 422 too.
     excluded = checks.get_by_names(["positive_data_acceptance"])
+    # A body that is too large is refused before it is read; the check does not know that for a refusal.
+    unread = checks.get_by_names(["positive_data_acceptance", "negative_data_rejection"])
     seen: dict[str, set[int]] = {}
 
     def call(case: Any) -> None:
@@ -127,7 +129,7 @@ def test_the_document_describes_every_call_and_the_agent_keeps_to_it(
         assert answer.status_code < 500, (case, answer.text)
         if answer.status_code >= 400:
             assert answer.headers["content-type"] == ["application/problem+json"]
-        case.validate_response(answer, excluded_checks=excluded)
+        case.validate_response(answer, excluded_checks=unread if answer.status_code == 413 else excluded)
 
     WATCHER.written.clear()
     WATCHER.started.clear()
