@@ -9,6 +9,7 @@ import pytest
 
 from llmprobe.record.journal_reader import JournalReader
 
+from .judged import World
 from .pretended import (
     Clock,
     Server,
@@ -33,3 +34,10 @@ def dead(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     paths: set[Path] = set()
     monkeypatch.setattr(JournalReader, "alive", lambda reader: reader.path not in paths)
     return paths
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.server.close()

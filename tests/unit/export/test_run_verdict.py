@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from collect.pretended import SECOND, Clock, Server
-from collect.test_judge import MS, PEAKS, World
+from collect.judged import MS, PEAKS, World
 from compute.verdicts import counters, host, kernels
 
 from llmprobe.collect.collector import Collector
