@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from collect.pretended import SECOND, Clock, Server
 from collect.judged import MS, PEAKS, World
+from collect.pretended import SECOND, Clock, Server
 from compute.verdicts import counters, host, kernels
 
 from llmprobe.collect.collector import Collector
