@@ -142,6 +142,6 @@ def _trace(path: Path, header: dict[str, Any], activities: list[Ints], steps: li
         calls=no_spans(),
         device_ranges=plausible_spans(marked),
         recorded=np.array([[int(header["begin_ns"]), int(header["end_ns"])]], dtype=np.int64),
-        lost=[f"{dropped} times there was no room for what the GPU did"] if dropped else [],
+        lost=[f"{dropped} records or more have no times, or found no room"] if dropped else [],
         implausible=implausible,
     )

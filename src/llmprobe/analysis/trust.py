@@ -92,11 +92,13 @@ def _nothing(trace: Trace) -> list[Reason]:
     if len(trace.activities):
         if (trace.activities.kind == KERNEL).any() or (trace.activities.kind == GRAPH).any():
             return []
-        return [
-            Reason(
-                "no_kernels", UNTRUSTED, "copies and sets were recorded, but not one kernel and no CUDA graph"
+        text = "copies and sets were recorded, but not one kernel and no CUDA graph"
+        if trace.source.tool == "torch":
+            text += (
+                ". If kernels were recorded in this process before (kernel windows, kernels captures), CUPTI "
+                "may stamp them by another clock than torch's, which drops them: take a kernels capture"
             )
-        ]
+        return [Reason("no_kernels", UNTRUSTED, text)]
     if not trace.cuda_traced:
         how = "activities=[ProfilerActivity.CUDA]"
         if trace.source.tool == "nsys":

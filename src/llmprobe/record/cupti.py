@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmprobe.record.cupti_records import ACTIVITY, KINDS, Names, Records, Window
+from llmprobe.record.cupti_memory import Recorded
+from llmprobe.record.cupti_records import ACTIVITY, KERNEL, KINDS, Names, Records, Window, untimed
 
 BUFFER_BYTES = 4 << 20  #: holds about 19 000 kernels
 MOST_BUFFERS = 8
@@ -94,6 +95,7 @@ class Cupti:
         self._opened = _Reading(0, 0, 0)
         self._names = Names()
         self._parts: list[np.ndarray] = []
+        self._kernels = self._untimed = 0
         # Kept, because CUPTI calls them for as long as the process lives.
         self._requested = _Requested(self._buffers.requested)
         self._completed = _Completed(self._buffers.completed)
@@ -108,6 +110,7 @@ class Cupti:
         self._buffers.reset()
         self._records.forget()
         self._names, self._parts = Names(), []
+        self._kernels = self._untimed = 0
         # Each time anew: whatever profiler ran since then had its own.
         self._check("cuptiActivityRegisterCallbacks", self._requested, self._completed)
         try:
@@ -147,12 +150,20 @@ class Cupti:
             (activities["begin"] >= self._begin_ns) & (activities["end"] >= activities["begin"])
         ]
         activities = activities[np.argsort(activities["begin"], kind="stable")]
-        return Window(self._begin_ns, end_ns, activities, self._names.names, self._buffers.refused)
+        dropped = self._buffers.refused
+        # Some without times are those that had not run when it closed. Most: CUPTI is at its limit.
+        if self._untimed > self._kernels - self._untimed:
+            dropped += self._untimed
+        return Window(self._begin_ns, end_ns, activities, self._names.names, dropped)
 
     def _take(self) -> None:
         now = self._read_clocks()
         for address, buffer, valid in self._buffers.take():
             for part in self._records.decode(buffer, valid, self._names):
+                if part["kind"][0] == KERNEL:
+                    self._kernels += len(part)
+                    self._untimed += untimed(part)
+                    Recorded.kernels += len(part)
                 for name in ("begin", "end"):
                     part[name] = monotonic_ns(part[name], self._opened, now)
                 self._parts.append(part)

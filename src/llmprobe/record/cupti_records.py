@@ -42,7 +42,8 @@ class Window:
     """What ran on the devices of this process while a window was open.
 
     Kernels that were launched before ``begin_ns`` may be missing, and so may be what ended after ``end_ns``.
-    ``dropped``: records were lost because the buffers were full; the window then says nothing.
+    ``dropped``: records were lost because the buffers were full, or have no times; the window then says
+    nothing.
     """
 
     begin_ns: int
@@ -142,6 +143,11 @@ class Records:
         if size > 0 and status == _SUCCESS:
             self._size[kind] = size
         return size
+
+
+def untimed(rows: np.ndarray) -> int:
+    """How many of these have no times, by CUPTI's clock: never run, or run without being timed."""
+    return int(((rows["begin"] == 0) | (rows["end"] < rows["begin"])).sum())
 
 
 def _rows(raw: np.ndarray, size: int, kind: int, names: Names) -> np.ndarray:

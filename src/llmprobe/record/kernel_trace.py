@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llmprobe.record.cupti import Cupti, CuptiError, loaded_library
+from llmprobe.record.cupti_memory import captures_spent
 from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.kernels import forbidden, profiling
 from llmprobe.record.latch import Latch, ending
@@ -51,7 +52,7 @@ def unavailable(recorder: Recorder) -> str | None:
         return "kernels are seen on CUDA devices only, and this process drives none"
     if loaded_library() is None:
         return "no libcupti is loaded in this process: its torch was built without it"
-    return forbidden(recorder)
+    return captures_spent() or forbidden(recorder)
 
 
 class KernelTrace:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, injected
+from llmprobe.record.cupti_memory import windows_spent
 from llmprobe.record.cupti_records import Window
 from llmprobe.record.latch import Latch, ProgramEndsError, died_in_a_window, ending
 from llmprobe.record.recorder import Recorder
@@ -106,6 +107,9 @@ class KernelWindowThread(threading.Thread):
                 window = self._window(cupti, self._plan.seconds)
                 if window is not None:
                     write_window(self._path, Seen(next_number(), window))
+                if reason := windows_spent():
+                    self._say(False, reason)
+                    return
                 self._say(True, "")
             except Exception as error:  # noqa: BLE001 - a thread of ours in the host's process
                 errors += 1

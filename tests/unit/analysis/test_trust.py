@@ -193,6 +193,16 @@ def test_a_torch_profile_under_nsys_without_kernels_is_told(tmp_path: Path) -> N
     assert "50 launches and not one kernel" in report.trust.reasons[0].text
 
 
+def test_a_torch_profile_with_copies_alone_says_what_may_have_kept_its_kernels(tmp_path: Path) -> None:
+    file = KinetoFile()
+    for number in range(50):
+        file.launch("cudaLaunchKernel", number * 100.0)
+        file.event("gpu_memcpy", "Memcpy HtoD", number * 100.0, 2.0, 7, device=0, stream=7, bytes=8)
+    reason = analyze(file.write(tmp_path / "a.json")).trust.reasons[0]
+    assert (reason.check, reason.level) == ("no_kernels", "untrusted")
+    assert "take a kernels capture" in reason.text
+
+
 def test_a_torch_profile_that_lost_kernels_is_told(tmp_path: Path) -> None:
     report = of_torch(tmp_path, calls=50, kernels=100)
     assert report.trust.reasons[0].check == "missing_kernels"

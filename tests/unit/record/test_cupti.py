@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from llmprobe.record import cupti, cupti_records
 from llmprobe.record.cupti import BUFFER_BYTES, MOST_BUFFERS, _Buffers, _Reading, monotonic_ns
+from llmprobe.record.cupti_memory import Recorded
 from llmprobe.record.cupti_records import COPY, KERNEL, SET, Names, Records
 
 #: CUpti_ActivityKind → bytes of a record in CUPTI 13; 17 (overhead) is a kind that nobody asked for.
@@ -199,3 +201,63 @@ def test_what_did_not_open_records_nothing(failing: str, monkeypatch: pytest.Mon
     with pytest.raises(cupti.CuptiError, match=failing):
         made.open()
     assert library.enabled == set()
+
+
+class Recording(Refusing):
+    """Hands over one buffer of kernels as it is flushed; of each its begin and end from then, or zeros."""
+
+    def __init__(self, times: list[tuple[int, int]]) -> None:
+        super().__init__("")
+        self._times = times
+        self._next = Library().cuptiActivityGetNextRecord
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "cuptiActivityGetNextRecord":
+            return self._next
+        if name == "cuptiActivityRegisterCallbacks":
+            return self._keep
+        if name == "cuptiGetTimestamp":
+            return self._now
+        if name == "cuptiActivityFlushAll":
+            return self._flush
+        return super().__getattr__(name)
+
+    def _keep(self, requested: Any, completed: Any) -> int:
+        self._requested, self._completed = requested, completed
+        return 0
+
+    def _now(self, stamp: Any) -> int:
+        stamp._obj.value = time.monotonic_ns()
+        return 0
+
+    def _flush(self, flags: Any) -> int:
+        records, length = buffer_of([10] * len(self._times))
+        offsets, now = cupti_records._OFFSETS[KERNEL], time.monotonic_ns()
+        for index, (begin, end) in enumerate(self._times):
+            for name, value in (("begin", begin), ("end", end)):
+                at = index * SIZES[10] + offsets[name]
+                records[at : at + 8].view("<u8")[0] = now + value if value else 0
+        buffer, size, most = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+        self._requested(ctypes.pointer(buffer), ctypes.pointer(size), ctypes.pointer(most))
+        ctypes.memmove(buffer.value or 0, records.ctypes.data, length)
+        self._completed(None, 0, buffer.value, size.value, length)
+        return 0
+
+
+def recorded(times: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> cupti_records.Window:
+    monkeypatch.setattr(cupti, "loaded_library", lambda: "libcupti.so")
+    monkeypatch.setattr(cupti.ctypes, "CDLL", lambda path: Recording(times))
+    made = cupti.Cupti()
+    made.open()
+    return made.close()
+
+
+def test_kernels_that_had_not_run_are_left_out_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Recorded.kernels
+    window = recorded([(10, 20), (30, 40), (50, 60), (0, 0), (0, 0)], monkeypatch)
+    assert (len(window.activities), window.dropped, Recorded.kernels - before) == (3, 0, 5)
+
+
+def test_a_window_most_of_whose_kernels_have_no_times_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the rest of its time would be told to be launch bubbles."""
+    assert recorded([(10, 20), (0, 0), (0, 0), (60, 50)], monkeypatch).dropped == 3

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprobe.record import kernel_trace
+from llmprobe.record import cupti_memory, kernel_trace
 from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.kernel_trace import KernelTrace, beginning
 from llmprobe.record.recorder import Recorder
@@ -116,3 +116,14 @@ def test_the_beginning_is_bounded_and_whole(begins: list[int], most: int) -> Non
     assert part.end_ns <= max(SECOND, 0)
     # Everything that began before its end is in it.
     assert len(part.activities) == (found.activities["begin"] < part.end_ns).sum()
+
+
+def test_no_capture_beyond_what_cupti_can_time(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_trace, "loaded_library", lambda: "libcupti.so")
+    recorder.update_facts(clock="cuda")
+    assert kernel_trace.unavailable(recorder) is None
+    monkeypatch.setattr(cupti_memory.Recorded, "kernels", cupti_memory.CAPTURES_AT_MOST)
+    reason = kernel_trace.unavailable(recorder)
+    assert reason is not None
+    assert "16000000 kernels" in reason
+    assert "start the engine anew" in reason

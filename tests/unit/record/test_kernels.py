@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmprobe.record import kernels
+from llmprobe.record import cupti_memory, kernels
 from llmprobe.record.cupti import CuptiError
 from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.kernels import KernelWindowThread
@@ -126,6 +126,20 @@ def test_windows_follow_each_other_while_steps_run(
 
     # Nothing runs, nothing to see. One that is open already and saw too few steps waits two seconds for more.
     until(rests)
+
+
+def test_windows_end_before_what_cupti_keeps_of_them_is_too_much(
+    scripted: Scripted, recorder: Recorder, engine: Engine, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = start()
+    until(lambda: scripted.opened > 2)
+    assert said(recorder)["on"] is True
+    monkeypatch.setattr(cupti_memory.Recorded, "kernels", cupti_memory.WINDOWS_AT_MOST)
+    thread.join(5)
+    assert not thread.is_alive()
+    assert said(recorder)["on"] is False
+    assert "4000000 kernels" in said(recorder)["reason"]
+    assert "145 MiB" in said(recorder)["reason"]
 
 
 def test_no_window_while_the_probe_is_off_or_a_profiler_runs(
