@@ -1,4 +1,7 @@
-"""Operators of a framework on the host: how often, how long, and how long without what they call."""
+"""Operators of a framework on the host, and the calls into CUDA that they make.
+
+How often, how long, and how long without what they call.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class HostOperators:
         self._rows = array("q")  # thread, begin, end, name
 
     def add(self, thread: int, begin_ns: int, end_ns: int, name: str) -> None:
-        """One call of an operator, in any order."""
+        """One call of an operator or into CUDA, in any order."""
         self._rows.extend((thread, begin_ns, end_ns, self._names.add(name)))
 
     def result(self) -> list[HostOperator]:

@@ -113,6 +113,7 @@ class _Reader:
         self._steps = _Columns(5)  # begin, end, name, device, tokens: ours, of the device's clock
         self._threads: dict[tuple[Any, Any], int] = {}
         self._operators = HostOperators()
+        self._has_operators = False
         self._device_names: dict[int, str] = {}
         self._version = ""
         self._events = 0
@@ -165,9 +166,12 @@ class _Reader:
         if category in _CALL_CATEGORIES:
             correlation = _whole(args.get("correlation"), UNKNOWN)
             self._calls.add(begin, end, self._names.add(name), thread, correlation)
+            # As in PyTorch's key_averages: a call into CUDA is no own time of the operator that makes it.
+            self._operators.add(thread, begin, end, name)
         elif category in _MARKS:
             self._mark(name, begin, end, thread, _whole(args.get("tokens"), UNKNOWN))
         elif category == "cpu_op":
+            self._has_operators = True
             self._operators.add(thread, begin, end, name)
 
     def _mark(self, name: str, begin: int, end: int, thread: int, tokens: int) -> None:
@@ -212,7 +216,7 @@ class _Reader:
             calls=plausible_spans(calls),
             device_ranges=_on_devices(self._steps.arrays(), device),
             implausible=implausible,
-            host_operators=self._operators.result(),
+            host_operators=self._operators.result() if self._has_operators else [],
             # Without a GPU in the profile, kineto lists no devices.
             cuda_traced=bool(self._device_names) or len(begin) > 0 or len(call_begin) > 0,
         )
