@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprobe.analysis.events import COPY, KERNEL, SET, UNKNOWN, Activities, Ints, Trace
+from llmprobe.analysis.events import COPY, GRAPH, KERNEL, SET, UNKNOWN, Activities, Ints, Trace
 from llmprobe.compute.device_activity import COMMUNICATION, COMPUTE, TRANSFER, device_activity
-from llmprobe.compute.intervals import Intervals, bridge
+from llmprobe.compute.intervals import Intervals, bridge, union
 from llmprobe.compute.kernel_classes import COMMUNICATION as COMMUNICATION_CLASS
 from llmprobe.compute.kernel_classes import kernel_class
 from llmprobe.compute.kernel_windows import BACK_TO_BACK_NS
@@ -64,11 +64,14 @@ def window_of(trace: Trace) -> tuple[int, int]:
     """From the first begin to the last end of anything on any GPU, in nanoseconds.
 
     Not the time that the tool recorded: starting and stopping it takes time of its own, and how long the
-    device was silent before the first launch would depend on that.
+    device was silent before the first launch would depend on that. Nor from a CUDA graph on that was launched
+    before nsys recorded calls: it gives such graphs, but nothing that ran between them.
     """
-    if not len(trace.activities):
+    activities = trace.activities
+    if not len(activities):
         return 0, 0
-    return int(trace.activities.begin_ns.min()), int(trace.activities.end_ns.max())
+    beside = (activities.kind != GRAPH) | (activities.launched_ns != UNKNOWN)
+    return int(activities.begin_ns[beside if beside.any() else ...].min()), int(activities.end_ns.max())
 
 
 def occupations(trace: Trace) -> list[Occupation]:
@@ -83,7 +86,7 @@ def occupations(trace: Trace) -> list[Occupation]:
         role = np.where((mine.kind == KERNEL) & communicates[mine.name], COMMUNICATION, COMPUTE)
         role[(mine.kind == COPY) | (mine.kind == SET)] = TRANSFER
         ran = device_activity(np.stack((mine.begin_ns, mine.end_ns), axis=1), role)
-        busy = ran.busy
+        busy = _within(ran.busy, window)
         if trace.source.tool == "kernels":  # as live windows see it, with which such a capture is compared
             busy = bridge(busy, BACK_TO_BACK_NS)
         found.append(
@@ -93,11 +96,17 @@ def occupations(trace: Trace) -> list[Occupation]:
                 busy=busy,
                 gaps=_gaps(mine, busy),
                 window_ns=window,
-                exposed_communication=ran.exposed_communication,
-                exposed_transfer=ran.exposed_transfer,
+                exposed_communication=_within(ran.exposed_communication, window),
+                exposed_transfer=_within(ran.exposed_transfer, window),
             )
         )
     return found
+
+
+def _within(intervals: Intervals, window: tuple[int, int]) -> Intervals:
+    if len(intervals) and intervals[0, 0] < window[0]:
+        return union(np.maximum(intervals, window[0]))
+    return intervals
 
 
 def length_ns(intervals: Intervals) -> int:

@@ -25,6 +25,8 @@ UNKNOWN = -1
 
 #: What a sane file stays below: the year 2096, a month, a step's tokens, a copy. Sums then fit their type.
 LATEST_NS, LONGEST_NS, MOST_TOKENS, MOST_BYTES = 4 * 10**18, 26 * 10**14, 1 << 40, 1 << 50
+#: nsys counts from the begin of its session, and gives CUDA graphs that began before it.
+EARLIEST_NS = -60 * 10**9
 
 #: No machine has more.
 MAX_GPUS = 1024
@@ -131,7 +133,7 @@ def plausible(activities: Activities) -> tuple[Activities, int]:
     """The rows whose times a clock can give, and how many others there are."""
     lasting = activities.end_ns - activities.begin_ns
     fine = (
-        (activities.begin_ns >= 0)
+        (activities.begin_ns >= EARLIEST_NS)
         & (activities.begin_ns <= LATEST_NS)
         & (lasting >= 0)
         & (lasting <= LONGEST_NS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmprobe.analysis.busy import window_of
 from llmprobe.analysis.events import COPY, GRAPH, KERNEL, UNKNOWN, Spans, Trace
 from llmprobe.analysis.phases import PHASES
 from llmprobe.compute.steps import Bools
@@ -229,7 +230,7 @@ def _ends(trace: Trace) -> list[Reason]:
         )
     if trace.recorded is not None:
         recorded = float(trace.recorded[0, 1] - trace.recorded[0, 0]) / 1e9
-        begin, end = int(trace.activities.begin_ns.min()), int(trace.activities.end_ns.max())
+        begin, end = window_of(trace)
         silent = recorded - (end - begin) / 1e9
         if silent > 0.2 * recorded:
             text = f"the tool recorded {recorded:.2f} s; figures are about the {(end - begin) / 1e9:.2f} s"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprobe.analysis.busy import length_ns, occupations
-from llmprobe.analysis.events import COPY, KERNEL, SET, Activities, Source, Trace, by_begin, no_spans
+from llmprobe.analysis.events import COPY, GRAPH, KERNEL, SET, Activities, Source, Trace, by_begin, no_spans
 
 NAMES = ["nvjet_tst", "ncclDevKernel_AllReduce", "memcpy HtoD", "memset"]
 #: (begin, length, what, GPU): what is a row of NAMES
@@ -74,6 +74,21 @@ def test_idle_time_is_split_by_when_the_next_work_was_launched() -> None:
     (one, _) = occupations(trace_of(rows, [0, 60, 100, 500]))
     # launched 50 in, before the gap began, and (by another clock, or so it seems) after it ended
     assert one.gaps.launched_late.tolist() == [50, 0, 100]
+
+
+def test_the_window_begins_behind_graphs_that_were_launched_before_the_recording() -> None:
+    trace = trace_of([(-30, 10, 0, 0), (-15, 20, 0, 0), (10, 10, 0, 0), (25, 5, 0, 0)], [-1, -1, 2, 22])
+    trace.activities.kind[:2] = GRAPH
+    (one, other) = occupations(trace)
+    assert one.window_ns == other.window_ns == (10, 30)
+    assert one.busy.tolist() == [[10, 20], [25, 30]]
+    assert one.gaps.length_ns.tolist() == [5]
+    trace.activities.begin_ns[1], trace.activities.end_ns[1] = -15, 12  # still runs then
+    (one, _) = occupations(trace)
+    assert one.busy.tolist() == [[10, 20], [25, 30]]
+    trace.activities.kind[:] = GRAPH
+    trace.activities.launched_ns[:] = -1  # where no calls were recorded, nothing tells
+    assert occupations(trace)[0].window_ns == (-30, 30)
 
 
 def test_no_gpu_gives_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import lzma
+import re
 import sqlite3
 from pathlib import Path
 
@@ -299,6 +300,93 @@ def test_phases_of_a_gpus_recording_are_nsys_own_projection(h100: Path, tmp_path
         same = truth[f"llmprobe:{name}"]
         assert row.steps == int(same["Range Instances"])
         assert row.seconds == pytest.approx(int(same["Total Proj Time"]) / 1e9, rel=1e-3)
+
+
+@pytest.fixture(params=["graphs_decode", "graphs_prefill", "eager_prefill"])
+def h200(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A capture of llmprobe's of vLLM on an H200, as it was made; see tests/data/PROVENANCE.md."""
+    path = tmp_path / f"{request.param}.sqlite"
+    path.write_bytes(lzma.decompress((DATA / f"vllm_h200_{request.param}.sqlite.xz").read_bytes()))
+    return path
+
+
+def graphs_as_kernels(path: Path, folder: Path) -> Path:
+    """A copy in which whole graphs are kernels: the reports of nsys 2023.4 leave graphs out."""
+    copy = folder / "graphs-as-kernels.sqlite"
+    copy.write_bytes(path.read_bytes())
+    columns = "start, end, deviceId, contextId, streamId, correlationId, globalPid"
+    with contextlib.closing(sqlite3.connect(copy)) as data:
+        if data.execute(
+            "SELECT 1 FROM sqlite_master WHERE name = 'CUPTI_ACTIVITY_KIND_GRAPH_TRACE'"
+        ).fetchone():
+            data.execute(
+                "INSERT INTO StringIds SELECT DISTINCT 1000000 + graphId, 'CUDA graph ' || graphId "
+                "FROM CUPTI_ACTIVITY_KIND_GRAPH_TRACE"
+            )
+            data.execute(
+                f"INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL ({columns}, demangledName, shortName) "
+                f"SELECT {columns}, 1000000 + graphId, 1000000 + graphId FROM CUPTI_ACTIVITY_KIND_GRAPH_TRACE"
+            )
+            data.commit()
+    return copy
+
+
+def ours(name: str) -> str:
+    """What `analyze` calls a row of nsys's reports, such as ``[CUDA memcpy Host-to-Device]``."""
+    found = re.fullmatch(r"\[CUDA (memcpy|memset)(?: (\w)\w+-to-(\w)\w+)?\]", name)
+    if not found:
+        return name
+    return found[1] + (f" {found[2]}to{found[3]}" if found[2] else "")
+
+
+@pytest.mark.integration
+def test_sums_of_a_capture_are_those_of_nsys_by_name(h200: Path, tmp_path: Path) -> None:
+    report = analyze(h200)
+    rows = nsys_report(graphs_as_kernels(h200, tmp_path), "cuda_gpu_sum", tmp_path)
+    truth = {ours(row["Operation"]): (int(row["Instances"]), int(row["Total Time"]) / 1e9) for row in rows}
+    assert {row.name: row.count for row in report.kernels} == {name: row[0] for name, row in truth.items()}
+    assert len(rows) == len(truth) > 30
+    for row in report.kernels:
+        assert row.seconds == pytest.approx(truth[row.name][1], rel=1e-3), row.name
+    counted = {
+        kind: sum(count for name, (count, _) in truth.items() if name.startswith(kind))
+        for kind in ("memcpy", "memset", "CUDA graph", "")
+    }
+    (gpu,) = report.gpus
+    assert (gpu.copies, gpu.sets, gpu.graphs) == tuple(counted.values())[:3]
+    assert gpu.kernels + gpu.copies + gpu.sets + gpu.graphs == counted[""]
+    assert (gpu.graphs > 0) == ("graphs" in h200.stem)
+    whole = sum(seconds for _, seconds in truth.values())
+    assert sum(row.seconds for row in report.operators) == pytest.approx(whole, rel=1e-3)
+
+
+def test_graphs_from_before_the_recording_count_and_the_time_between_them_does_not(h200: Path) -> None:
+    """nsys gives 8 of one capture, the first from before its session, and nothing that ran between them."""
+    report = analyze(h200)
+    assert "implausible_times" not in [reason.check for reason in report.trust.reasons]
+    (gpu,) = report.gpus
+    assert gpu.graphs == {"graphs_decode": 70, "graphs_prefill": 6, "eager_prefill": 0}[h200.stem]
+    assert [
+        gap for gap in report.gaps if gap.before.startswith("CUDA graph") and gap.before == gap.after
+    ] == []
+    if h200.stem == "graphs_decode":
+        assert gpu.seconds == pytest.approx(0.411, abs=0.001)
+
+
+@pytest.mark.integration
+def test_phases_of_a_capture_are_nsys_own_projection(h200: Path, tmp_path: Path) -> None:
+    rows = nsys_report(graphs_as_kernels(h200, tmp_path), "nvtx_gpu_proj_sum", tmp_path)
+    sums: dict[str, list[float]] = {}
+    for row in analyze(h200).phases:
+        found = sums.setdefault(row.part or row.name, [0, 0.0, 0.0])
+        for index, value in enumerate((row.steps, row.seconds or 0.0, row.host_seconds)):
+            found[index] += value
+    assert {f"llmprobe:{name}" for name in sums} == {row["Range"] for row in rows}
+    for same in rows:
+        steps, seconds, host = sums[same["Range"].removeprefix("llmprobe:")]
+        assert steps == int(same["Range Instances"])
+        assert seconds == pytest.approx(int(same["Total Proj Time"]) / 1e9, rel=1e-3)
+        assert host == pytest.approx(int(same["Total Range Time"]) / 1e9, rel=1e-3)
 
 
 def whole_graphs(path: Path) -> Path:
