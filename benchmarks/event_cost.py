@@ -5,7 +5,8 @@
 
 A step clock records two events a step: this is the part of its cost that is the driver's. A graph like an 8B
 decoder's step is launched; before each event the processor's caches are emptied, as an engine's own code does
-between two steps. torch's call and the driver's (`cuEventRecord`, by ctypes) in turns. Needs an NVIDIA GPU
+between two steps. torch's call, what of it the step clock calls, and the driver's (`cuEventRecord`) in turns.
+Needs an NVIDIA GPU
 with 20 GB and torch.
 """
 
@@ -23,6 +24,8 @@ from support.decode_graph import decode_graph
 from support.machine import machine_line
 from support.table import Results, command
 
+from llmprobe.record.cuda_clock import CudaClock
+
 _now = time.perf_counter_ns
 #: More than a core's own caches and its share of the last one.
 _BALLAST_BYTES = 64 << 20
@@ -32,7 +35,7 @@ _HEADER = ("event recorded", "in emptied caches", "again at once", "a third time
 def main() -> int:
     """Measure, and print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="launches of the graph [200]")
+    parser.add_argument("--steps", type=int, default=300, help="launches of the graph [300]")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -42,7 +45,11 @@ def main() -> int:
     ballast = np.ones(_BALLAST_BYTES // 8)
     event = torch.cuda.Event(enable_timing=True)
     event.record()  # torch makes it at its first use
-    calls = {"by torch": event.record, "by the driver's own function": _driver(event)}
+    calls = {
+        "by torch": event.record,
+        "as the step clock does": _clock(event),
+        "by the driver's own function": _driver(event),
+    }
     times: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for step in range(options.steps):
         name = list(calls)[step % len(calls)]
@@ -51,7 +58,7 @@ def main() -> int:
                 graph.replay()
             ballast += 1.0
             times.setdefault((place, name), []).append(_three(calls[name]))
-        if step % 4 == 3:  # as an engine that runs a few steps ahead of its device
+        if step % 6 == 5:  # as an engine that runs a few steps ahead of its device
             torch.cuda.synchronize()
     rows = []
     for (place, name), found in times.items():
@@ -73,6 +80,11 @@ def _three(call: Callable[[], None]) -> tuple[int, int, int]:
     second = _now()
     call()
     return first - begin, second - first, _now() - second
+
+
+def _clock(event: torch.cuda.Event) -> Callable[[], None]:
+    record, stream = CudaClock()._record, torch.cuda.current_stream()
+    return lambda: record(event, stream)
 
 
 def _driver(event: torch.cuda.Event) -> Callable[[], None]:
