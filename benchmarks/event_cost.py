@@ -6,8 +6,7 @@
 A step clock records two events a step: this is the part of its cost that is the driver's. A graph like an 8B
 decoder's step is launched; before each event the processor's caches are emptied, as an engine's own code does
 between two steps. torch's call, what of it the step clock calls, and the driver's (`cuEventRecord`) in turns.
-Needs an NVIDIA GPU
-with 20 GB and torch.
+Needs an NVIDIA GPU with 20 GB and torch.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ _TOP = 12
 BACK_TO_BACK_NS = 1_000
 #: Steps that ended so long before a window at most say how long steps are without one.
 _BEFORE_NS = 3 * 10**9
+#: Steps whose middle half is spread over more of their median are too unlike each other to say by how much a
+#: window makes them longer: of mixed steps a window sees one or two, and calls all their bubbles its own.
+_MOST_SPREAD_RATIO = 0.25
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,10 @@ def _waits_before_sampling(steps: np.ndarray, whole: np.ndarray, stamped: Ints, 
 
 
 def _disturbed(steps: np.ndarray, chosen: np.ndarray, begin_ns: int) -> int:
-    """Nanoseconds by which the chosen steps are longer than like steps before the window, together."""
+    """Nanoseconds by which the chosen steps are longer than like steps before the window, together.
+
+    0 where they cannot be compared.
+    """
     inside = steps[chosen]
     before = steps[
         (steps["phase"] == inside["phase"][0])
@@ -196,8 +202,12 @@ def _disturbed(steps: np.ndarray, chosen: np.ndarray, begin_ns: int) -> int:
     ]
     if not alike(inside, before, least_inside=2):
         return 0
-    spans = [float(np.median(rows["e3"] - rows["e0"])) for rows in (inside, before)]
-    return max(round((spans[0] - spans[1]) * len(inside)), 0)
+    usual = before["e3"] - before["e0"]
+    low, median, high = np.percentile(usual, (25, 50, 75)).tolist()
+    if high - low > _MOST_SPREAD_RATIO * median:
+        return 0
+    longer = float(np.median(inside["e3"] - inside["e0"])) - median
+    return max(round(longer * len(inside)), 0)
 
 
 def _envelope(busy: Intervals, e0: Ints, e3: Ints) -> Ints:

@@ -125,6 +125,22 @@ def test_what_the_window_itself_costs_is_taken_off() -> None:
     assert windows(seen, longer, 1050, 2000)["decode"].disturbed_ns == 0
 
 
+def test_steps_that_vary_by_themselves_do_not_hide_their_bubbles() -> None:
+    """Two mixed steps in a window that are longer than most before it, as some of those were."""
+    lengths = [30, 80, 30, 80, 30, 80, 30, 30, 30, 80]
+    before = [
+        step(number, at, at + length, at + length, at + length, phase=Phase.MIXED)
+        for number, (at, length) in enumerate(zip(range(0, 1000, 100), lengths, strict=True), 1)
+    ]
+    inside = [
+        step(number, at, at + 80, at + 80, at + 80, phase=Phase.MIXED)
+        for number, at in ((11, 1100), (12, 1300))
+    ]
+    seen = activities((1150, 1180, GEMM), (1350, 1380, GEMM))
+    found = windows(seen, np.concatenate([*before, *inside]), 1050, 2000)["mixed"]
+    assert (found.span_ns, found.disturbed_ns, found.launch_gap_ns) == (160 * US, 0, 100 * US)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 400), st.integers(0, 3)), max_size=30),
     st.lists(st.tuples(*[st.integers(0, 200)] * 4), min_size=1, max_size=6),
