@@ -322,7 +322,9 @@ class _Case:
         if counters is not None:
             roof = self._counted_roofs.reached
             contrary = bottleneck == MEMORY and counters.dram_active_ratio < limits.dram_idle_ratio
-            if roof == bottleneck or (roof is None and bottleneck == INEFFICIENT):
+            same = bottleneck in (MEMORY, COMPUTE) and self._counted_roofs.confirms(bottleneck, self._figures)
+            agrees = roof == bottleneck or (roof is None and (bottleneck == INEFFICIENT or same))
+            if agrees and not contrary:
                 votes.append(Vote("hardware counters", True))
             elif contrary or (roof is not None and bottleneck != BALANCED):
                 votes.append(Vote("hardware counters", False))

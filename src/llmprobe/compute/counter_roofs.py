@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llmprobe.compute.confidence import margin
 from llmprobe.compute.evidence import CounterEvidence
+from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import COMPUTE, MEMORY
 
@@ -58,6 +59,19 @@ class CounterRoofs:
         if roof == MEMORY:
             return margin(self.counters.dram_active_ratio, self.limits.dram_active_ratio)
         return margin(self.counters.tensor_active_ratio, self.limits.tensor_active_ratio)
+
+    def confirms(self, roof: str, figures: PhaseFigures) -> bool:
+        """Whether the counter of that roof reads as much as the model of the work says of whole steps.
+
+        No more than that, short of its own threshold: two sources then give the same MBU, or MFU.
+        """
+        if self.counters is None:
+            return False
+        counted, modelled = {
+            MEMORY: (self.counters.dram_active_ratio, figures.mbu_step),
+            COMPUTE: (self.counters.tensor_active_ratio, figures.mfu_step),
+        }[roof]
+        return modelled is not None and counted >= modelled - self.limits.counter_agreement_ratio
 
     def said(self, roof: str) -> str:
         """What the counter of that roof reads, as the end of a reason; empty without one."""

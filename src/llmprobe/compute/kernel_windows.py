@@ -203,7 +203,7 @@ def _disturbed(steps: np.ndarray, chosen: np.ndarray, begin_ns: int) -> int:
     if not alike(inside, before, least_inside=2):
         return 0
     usual = before["e3"] - before["e0"]
-    low, median, high = np.percentile(usual, (25, 50, 75)).tolist()
+    low, median, high = (float(value) for value in np.percentile(usual, (25, 50, 75)))
     if high - low > _MOST_SPREAD_RATIO * median:
         return 0
     longer = float(np.median(inside["e3"] - inside["e0"])) - median

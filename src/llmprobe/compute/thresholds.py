@@ -122,6 +122,13 @@ class Thresholds:
     counter_disagreement_ratio: float = _at(
         0.15, 0.01, 1, "a modelled MBU this far above the DRAM counter contradicts it: `unknown`", _DESIGN
     )
+    counter_agreement_ratio: float = _at(
+        0.05,
+        0,
+        1,
+        "a DRAM counter no further than this below the modelled MBU confirms it; the tensor counter an MFU",
+        _DESIGN,
+    )
     clock_disagreement_ratio: float = _at(
         0.20, 0.01, 1, "step spans this far from the kernels' own contradict the clock: `unknown`", _DESIGN
     )

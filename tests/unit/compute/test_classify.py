@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llmprobe.compute.classify import classify
 from llmprobe.compute.confidence import HOST_CLOCK_LIMIT
 from llmprobe.compute.evidence import CounterEvidence
+from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.host import ThreadLoad
 from llmprobe.compute.stall import RunningStep
@@ -210,6 +211,22 @@ def test_each_witness_that_agrees_makes_it_surer() -> None:
     windows = classify(seen(figures(mbu=0.72), kernels=kernels()), LIMITS)
     all_of_them = classify(seen(figures(mbu=0.72), kernels=kernels(), counters=counters(0.75, 0.05)), LIMITS)
     assert plain.confidence < windows.confidence < all_of_them.confidence < 1
+
+
+def test_a_counter_that_reads_what_the_model_says_confirms_it_short_of_its_own_threshold() -> None:
+    """Seen on an H200: MBU 0.61 and DRAM counter 0.60; below 0.70 the counter used to say nothing."""
+
+    def confidence(found: PhaseFigures, dram: float, tensor: float) -> float:
+        return classify(seen(found, counters=counters(dram, tensor)), LIMITS).confidence
+
+    reads = figures(mbu=0.61)
+    alone = classify(seen(reads), LIMITS).confidence
+    assert confidence(reads, 0.60, 0.03) > alone
+    assert confidence(reads, 0.50, 0.03) == alone
+    computes = figures(mbu=0.03, mfu=0.62)
+    alone = classify(seen(computes), LIMITS).confidence
+    assert confidence(computes, 0.2, 0.63) > alone
+    assert confidence(computes, 0.2, 0.02) == alone  # float32: no tensor core has a part in it
 
 
 def test_a_witness_that_objects_makes_it_less_sure() -> None:
