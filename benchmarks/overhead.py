@@ -27,7 +27,7 @@ from support import transformers_cost, vllm_cost
 from support.gpu_models import CONFIGURATIONS, served
 from support.machine import has_gpu, machine_line
 from support.own_time import OwnTime
-from support.paired import Difference
+from support.paired import Bar, Difference
 from support.serving import variable
 from support.table import Results, bar, command
 
@@ -78,10 +78,11 @@ def _measure_vllm(
         model,
         [*flags, *options.flags],
         dict(options.env),
+        options.most_blocks,
     )
     print(f"takes {plan.seconds:.0f} s once the server is up", file=sys.stderr, flush=True)
     costs: dict[int, vllm_cost.VllmCost] = {}
-    for cost in vllm_cost.measure(plan):
+    for cost in vllm_cost.measure(plan, _decided):
         costs[cost.concurrency] = cost
         saved["vllm"] = [asdict(found) for found in costs.values()]
         tables[f"vllm, {cost.concurrency}"] = _vllm_table(cost, options, saved["machine"])
@@ -95,6 +96,19 @@ def _save(saved: dict[str, Any], options: argparse.Namespace) -> None:
         written.replace(options.json)  # never half a file, whenever this is ended
 
 
+def _bars(cost: vllm_cost.VllmCost) -> tuple[Bar, Bar, Bar]:
+    """Of TPOT, TTFT and throughput on a GPU."""
+    return (
+        cost.tpot.bar(0.5, "%", 1, 100 / cost.tpot.off),
+        cost.ttft.bar(max(20 * cost.ttft.off, 1.0), "ms", 2, 1e3),
+        cost.throughput.bar(0.5, "% less", 1, -100 / cost.throughput.off),
+    )
+
+
+def _decided(cost: vllm_cost.VllmCost) -> bool:
+    return not has_gpu() or all(found.decided for found in _bars(cost))
+
+
 def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: str) -> Results:
     own_bar = _OWN_US_CPU
     if has_gpu():
@@ -103,10 +117,7 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
     ttft = _difference("TTFT, client's", cost.ttft, 1e3, "ms", 2)
     throughput = _difference("throughput, tokens/s", cost.throughput, 1, "", 1)
     if has_gpu():  # with a model this small on a CPU, even the allowed host time is more than 0.5 %
-        tpot[-1] = bar(cost.tpot.relative * 100, 0.5, "%", 1)
-        ttft_bar = max(0.02 * cost.ttft.off, 1e-3)
-        ttft[-1] = bar(cost.ttft.median * 1e3, ttft_bar * 1e3, "ms", 2)
-        throughput[-1] = bar(-cost.throughput.relative * 100, 0.5, "% less", 1)
+        tpot[-1], ttft[-1], throughput[-1] = map(str, _bars(cost))
     rows = [tpot, ttft, throughput, *_own_rows(cost.own, own_bar)]
     rows.append(_difference("front end's processor time a token", cost.front_end_cpu, 1e6, "µs", 1))
     rows.append(["front end's own time a step, mean", "", f"{cost.front_end_us_per_step:.1f} µs", "", "", ""])
@@ -199,6 +210,12 @@ def _options() -> argparse.Namespace:
     group = parser.add_argument_group("vllm")
     group.add_argument(
         "--concurrency", type=int, nargs="+", default=[1], help="requests at a time; several in turn [1]"
+    )
+    group.add_argument(
+        "--most-blocks",
+        type=int,
+        default=0,
+        help="on a GPU: go on up to so many pairs while a bar lies within its interval [as --blocks]",
     )
     group.add_argument("--prompt-tokens", type=int, default=32, help="of each request [32]")
     group.add_argument("--output-tokens", type=int, default=64, help="of each request [64]")

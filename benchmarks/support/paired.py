@@ -32,6 +32,36 @@ class Difference:
         """The median difference as a part of the median without llmprobe."""
         return self.median / self.off
 
+    def bar(self, most: float, unit: str, digits: int, scale: float) -> Bar:
+        """It times ``scale`` against what it may be at most; a scale below 0 turns a loss into a gain."""
+        bounds = sorted(bound * scale for bound in (self.low, self.high) if bound is not None)
+        low, high = bounds if bounds else (None, None)
+        return Bar(self.median * scale, low, high, most, unit, digits)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a difference may be at most, in a unit of its own; ``low`` and ``high`` bound it, if known."""
+
+    value: float
+    low: float | None
+    high: float | None
+    most: float
+    unit: str
+    digits: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether the whole interval lies on one side of the bar."""
+        return self.low is not None and self.high is not None and not self.low <= self.most < self.high
+
+    def __str__(self) -> str:
+        """For a table: of the median, and of the interval."""
+        said = f"≤ {self.most:.{self.digits}f} {self.unit}: {'held' if self.value <= self.most else 'MISSED'}"
+        if self.high is None or self.value > self.most:
+            return said
+        return f"{said}, interval {'too' if self.high <= self.most else 'not'}"
+
 
 def paired(off: Sequence[float], on: Sequence[float]) -> Difference:
     """Compare the blocks of a pair with each other: what both share, such as a slow minute, cancels.

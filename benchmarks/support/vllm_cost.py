@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +39,11 @@ class Plan:
     model: Path | None
     flags: Sequence[str]
     env: Mapping[str, str]
+    most_pairs: int  # as long as `measure` is told that the pairs so far do not decide
 
     @property
     def seconds(self) -> float:
-        """About how long it takes once the server is up, with requests of a second."""
+        """About how long it takes once the server is up, with requests of a second and no more pairs."""
         block = _SWITCH_SECONDS + _SETTLE_SECONDS + self.block_seconds
         pair = 2 * block + _POLLED_SECONDS + 1.0
         return len(self.concurrencies) * (self.warm_up_seconds + self.pairs * pair)
@@ -86,10 +87,14 @@ class VllmCost:
     agent_resident_bytes: int
 
 
-def measure(plan: Plan) -> Iterator[VllmCost]:
+def measure(plan: Plan, decided: Callable[[VllmCost], bool]) -> Iterator[VllmCost]:
     """Start a server, load it as the plan says, one concurrency after the other; switch, and compare.
 
     Yields after every pair of blocks what the pairs so far say of this concurrency.
+
+    Args:
+        plan: what to run.
+        decided: whether what it is given needs no more pairs than the plan has, up to the most it allows.
 
     Raises:
         RuntimeError: the engine recorded steps while it was off: its methods were not restored.
@@ -104,7 +109,10 @@ def measure(plan: Plan) -> Iterator[VllmCost]:
                 load.wait(plan.warm_up_seconds)
                 for taken in _blocks(plan, server, load, agent):
                     load.wait(_POLLED_SECONDS + load.longest_seconds())  # the last requests of the last block
-                    yield _result(concurrency, taken, load, steps, agent.resident_bytes)
+                    cost = _result(concurrency, taken, load, steps, agent.resident_bytes)
+                    yield cost
+                    if cost.pairs >= plan.pairs and decided(cost):
+                        break
 
 
 @dataclass
@@ -122,7 +130,8 @@ def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> Ite
     processes = [psutil.Process(pid) for pid in {reader.facts()["pid"] for reader in front_ends}]
     worker = live_journals(server.directory, "worker")[0].path
     taken = _Taken([])
-    for pair in range(plan.pairs):
+    most = max(plan.pairs, plan.most_pairs)
+    for pair in range(most):
         for on in (False, True) if pair % 2 == 0 else (True, False):
             switch(server.directory, on)
             load.wait(_SETTLE_SECONDS)
@@ -135,7 +144,7 @@ def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> Ite
             if on:
                 taken.front_end_ns += sum(reader.counters()["own_ns_request"] for reader in front_ends) - own
                 taken.windows += _windows(worker) - windows
-        print(f"{load.concurrency} at a time: pair {pair + 1} of {plan.pairs}", file=sys.stderr, flush=True)
+        print(f"{load.concurrency} at a time: pair {pair + 1} of {most}", file=sys.stderr, flush=True)
         yield taken
 
 
