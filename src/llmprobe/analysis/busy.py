@@ -12,6 +12,7 @@ from llmprobe.compute.intervals import Intervals, bridge, union
 from llmprobe.compute.kernel_classes import COMMUNICATION as COMMUNICATION_CLASS
 from llmprobe.compute.kernel_classes import kernel_class
 from llmprobe.compute.kernel_windows import BACK_TO_BACK_NS
+from llmprobe.compute.steps import Bools
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Gaps:
     def length_ns(self) -> Ints:
         """How long each lasted."""
         return np.asarray(self.end_ns - self.begin_ns)
+
+    @property
+    def brief(self) -> Bools:
+        """Which the device itself takes from one activity to the next: no host could shorten them."""
+        return np.asarray(self.length_ns <= BACK_TO_BACK_NS)
 
 
 @dataclass(frozen=True)

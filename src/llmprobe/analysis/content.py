@@ -22,6 +22,7 @@ class Gpu:
     exposed_transfer_seconds: float
     #: idle time in which the next work had not been launched; None where launches were not recorded
     unlaunched_idle_seconds: float | None
+    back_to_back_idle_seconds: float  #: idle time in gaps below 1 µs, which the device itself takes
     kernels: int
     copies: int
     sets: int
@@ -46,6 +47,9 @@ class PhaseRow:
     idle_ratio: float | None
     gap_seconds: float | None  #: idle time before the steps; requests may not have been waiting in all of it
     sync_gap_ratio: float | None  #: (gaps + idle + exposed) ÷ (gaps + seconds): an upper bound, as said above
+    cut_steps: int  #: of the steps, those that the recording has in part only: it began or ended in them
+    #: as `sync_gap_ratio`, of steps that are not cut and without gaps below 1 µs, as live figures are
+    comparable_sync_gap_ratio: float | None
 
 
 @dataclass(frozen=True)

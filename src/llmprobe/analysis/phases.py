@@ -10,15 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprobe.analysis.busy import Occupation
+from llmprobe.analysis.busy import Occupation, length_ns
 from llmprobe.analysis.events import LATEST_NS, LONGEST_NS, UNKNOWN, Activities, Ints, Spans, Trace
-from llmprobe.compute.intervals import overlap_ns, union
+from llmprobe.analysis.launches import Launches
+from llmprobe.compute.intervals import Intervals, bridge, overlap_ns, union
+from llmprobe.compute.kernel_windows import BACK_TO_BACK_NS
 from llmprobe.compute.steps import Bools
 
 #: More threads than these mark no ranges.
 MOST_THREADS = 4096
 #: The ranges that are steps; any other range of ours is a part of one.
 PHASES = ("prefill", "decode", "mixed", "draft", "dummy", "encode")
+#: Ranges of the device's clock begin up to 50 µs before their steps, and that clock may be as much off.
+_SLACK_NS = 100_000
 #: The part of a step in which the model's kernels are launched.
 FORWARD = "forward"
 
@@ -41,9 +45,13 @@ class PhaseTimes:
     stall_ns: int  #: of it, idle, or with communication or transfers that nothing hides
     gap_ns: int  #: idle time before the steps, since the end of the step before; 0 for parts
     host_ns: int  #: how long the ranges lasted, together: on the host, or where the journal marked them
+    cut: int  #: of the steps, those that the recording has in part only: it began or ended in them
+    #: The sync-gap ratio to hold against a live one: of the steps that are not cut, without the gaps that no
+    #: host could shorten (`BACK_TO_BACK_NS`). None without any such step, and for parts.
+    comparable: float | None
 
 
-def phase_times(trace: Trace, occupations: list[Occupation]) -> list[PhaseTimes]:
+def phase_times(trace: Trace, occupations: list[Occupation], launches: Launches) -> list[PhaseTimes]:
     """Every phase of every GPU, the longest first; empty if nothing is marked or can be led to a launch."""
     ranges = _ranges(trace)
     if not len(ranges):
@@ -55,14 +63,17 @@ def phase_times(trace: Trace, occupations: list[Occupation]) -> list[PhaseTimes]
     found: list[PhaseTimes] = []
     for occupation in occupations:
         step = _owners(trace, steps, occupation.activities)
-        found += _times(trace, occupation, step, steps, steps.name, "")
+        cut = _cut(trace, steps, occupation, launches)
+        found += _times(trace, occupation, step, steps, steps.name, "", cut)
         for name in np.unique(parts.name):
             chosen = np.flatnonzero((parts.name == name) & (step_of_part != UNKNOWN))
             some = parts.where(chosen)
             part = _owners(trace, some, occupation.activities)
             label = trace.names[int(name)]
             phase_of = steps.name[step_of_part[chosen]]
-            found += _times(trace, occupation, part, some, phase_of, label)
+            found += _times(
+                trace, occupation, part, some, phase_of, label, np.zeros(len(some), dtype=np.bool_)
+            )
     if not found:
         found = _host_times(trace, steps, steps.name, "")
         for name in np.unique(parts.name):
@@ -155,8 +166,23 @@ def _innermost(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     return np.array(since, dtype=np.int64), np.array(holder, dtype=np.int64)
 
 
+def _cut(trace: Trace, steps: Spans, occupation: Occupation, launches: Launches) -> Bools:
+    """Which steps the recording has in part only, as far as it tells."""
+    if len(trace.device_ranges):
+        activities = occupation.activities
+        if not len(activities):
+            return np.zeros(len(steps), dtype=np.bool_)
+        begin, end = int(activities.begin_ns.min()), int(activities.end_ns.max())
+        return np.asarray((steps.begin_ns < begin - _SLACK_NS) | (steps.end_ns > end + _SLACK_NS))
+    queued = launches.calls.where(launches.queued)
+    cut = np.zeros(len(steps), dtype=np.bool_)
+    rows = owner(steps, queued.begin_ns, queued.thread)
+    cut[rows[rows != UNKNOWN]] = True
+    return cut
+
+
 def _times(
-    trace: Trace, occupation: Occupation, step: Ints, steps: Spans, phase_name: Ints, part: str
+    trace: Trace, occupation: Occupation, step: Ints, steps: Spans, phase_name: Ints, part: str, cut: Bools
 ) -> list[PhaseTimes]:
     activities = occupation.activities
     used = np.flatnonzero(step != UNKNOWN)
@@ -168,17 +194,27 @@ def _times(
     begin = np.minimum.reduceat(activities.begin_ns[order], first)
     end = np.maximum.reduceat(activities.end_ns[order], first)
     gap = np.zeros(len(numbers), dtype=np.int64)
+    waited = gap
+    bridged = occupation.busy
     if not part:
-        gap = _idle_before(occupation, begin, end)
+        gap = waited = _idle_before(occupation.busy, begin, end)
+        if occupation.gaps.brief.any():
+            bridged = bridge(occupation.busy, BACK_TO_BACK_NS)
+            waited = _idle_before(bridged, begin, end)
     exposed = union(occupation.exposed_communication, occupation.exposed_transfer)
     found = []
     for name in np.unique(phase_name[numbers]):
         mine = phase_name[numbers] == name
+        whole = mine & ~cut[numbers]
+        comparable = None
+        if not part and whole.any():
+            spans = union(np.stack((begin[whole], end[whole]), axis=1))
+            all_ns = int(gap[whole].sum()) + length_ns(spans)
+            stall_ns = length_ns(spans) - _within(spans, bridged) + _within(spans, exposed)
+            comparable = (int(waited[whole].sum()) + stall_ns) / all_ns if all_ns else None
         spans = union(np.stack((begin[mine], end[mine]), axis=1))
         some = steps.where(numbers[mine])
-        span_ns = int((spans[:, 1] - spans[:, 0]).sum())
-        busy_ns = int(overlap_ns(occupation.busy, spans[:, 0], spans[:, 1]).sum())
-        exposed_ns = int(overlap_ns(exposed, spans[:, 0], spans[:, 1]).sum())
+        span_ns, busy_ns = length_ns(spans), _within(spans, occupation.busy)
         found.append(
             PhaseTimes(
                 device=occupation.device,
@@ -188,9 +224,11 @@ def _times(
                 tokens=_tokens(some.value, part),
                 span_ns=span_ns,
                 busy_ns=busy_ns,
-                stall_ns=span_ns - busy_ns + exposed_ns,
+                stall_ns=span_ns - busy_ns + _within(spans, exposed),
                 gap_ns=int(gap[mine].sum()),
                 host_ns=int((some.end_ns - some.begin_ns).sum(dtype=np.float64)),
+                cut=int((mine & cut[numbers]).sum()),
+                comparable=comparable,
             )
         )
     return found
@@ -212,6 +250,8 @@ def _host_times(trace: Trace, ranges: Spans, phase_name: Ints, part: str) -> lis
                 stall_ns=0,
                 gap_ns=0,
                 host_ns=int((some.end_ns - some.begin_ns).sum(dtype=np.float64)),
+                cut=0,
+                comparable=None,
             )
         )
     return found
@@ -223,7 +263,12 @@ def _tokens(values: Ints, part: str) -> int:
     return int(values.sum(dtype=np.float64)) if len(values) and told.all() else UNKNOWN
 
 
-def _idle_before(occupation: Occupation, begin: Ints, end: Ints) -> Ints:
+def _within(spans: Intervals, intervals: Intervals) -> int:
+    """Nanoseconds of the spans that lie in the intervals."""
+    return int(overlap_ns(intervals, spans[:, 0], spans[:, 1]).sum())
+
+
+def _idle_before(busy: Intervals, begin: Ints, end: Ints) -> Ints:
     """Idle time between the end of all steps that began earlier and each step's begin.
 
     What ran in between (the preparation of the next step) is no idle time.
@@ -233,5 +278,5 @@ def _idle_before(occupation: Occupation, begin: Ints, end: Ints) -> Ints:
     idle = np.zeros(len(order), dtype=np.int64)
     since, until = reach[:-1], begin[order][1:]
     apart = np.maximum(until - since, 0)
-    idle[order[1:]] = apart - overlap_ns(occupation.busy, since, since + apart)
+    idle[order[1:]] = apart - overlap_ns(busy, since, since + apart)
     return idle

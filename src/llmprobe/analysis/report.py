@@ -15,6 +15,7 @@ from llmprobe.analysis.busy import Occupation, classes_of, length_ns, occupation
 from llmprobe.analysis.content import Content, GapRow, Gpu, KernelRow, OperatorRow, PhaseRow
 from llmprobe.analysis.events import COPY, GRAPH, KERNEL, SET, UNKNOWN, Trace, printable
 from llmprobe.analysis.findings import find
+from llmprobe.analysis.launches import launches_of
 from llmprobe.analysis.phases import PhaseTimes, phase_times, steps_of
 from llmprobe.analysis.text import render
 from llmprobe.analysis.trust import judge
@@ -51,9 +52,10 @@ class Report(Content):
 
 def make_report(trace: Trace) -> Report:
     """Everything there is to say about a recording."""
-    trust = judge(trace)
+    launches = launches_of(trace)
+    trust = judge(trace, launches)
     gpus = occupations(trace)
-    phases = phase_times(trace, gpus)
+    phases = phase_times(trace, gpus, launches)
     classes = classes_of(trace)
     kernels = _kernels(trace, classes)
     return Report(
@@ -84,6 +86,7 @@ def _gpu(trace: Trace, one: Occupation) -> Gpu:
         exposed_communication_seconds=length_ns(one.exposed_communication) / 1e9,
         exposed_transfer_seconds=length_ns(one.exposed_transfer) / 1e9,
         unlaunched_idle_seconds=late,
+        back_to_back_idle_seconds=float(one.gaps.length_ns[one.gaps.brief].sum()) / 1e9,
         kernels=int(counts[KERNEL]),
         copies=int(counts[COPY]),
         sets=int(counts[SET]),
@@ -106,6 +109,8 @@ def _phase(trace: Trace, one: PhaseTimes) -> PhaseRow:
         idle_ratio=1 - one.busy_ns / span if span else None,
         gap_seconds=gap / 1e9 if whole else None,
         sync_gap_ratio=(gap + one.stall_ns) / (gap + span) if whole else None,
+        cut_steps=one.cut,
+        comparable_sync_gap_ratio=one.comparable,
     )
 
 

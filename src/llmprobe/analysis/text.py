@@ -12,6 +12,7 @@ _NAME_CHARS = 68
 _TOP = 15
 _TOP_GAPS = 8
 _GAP_CHARS = 42
+_WORTH_SAYING = 0.01
 #: By tool, who marks phases for it.
 _UNMARKED = {
     "nsys": "llmprobe marks them where LLMPROBE=1 and nsys records NVTX",
@@ -75,6 +76,8 @@ def _gpus(report: Content) -> list[str]:
             parts.append(
                 f"next work not launched in {gpu.unlaunched_idle_seconds / idle:.0%} of the idle time"
             )
+        if gpu.back_to_back_idle_seconds >= _WORTH_SAYING * gpu.seconds > 0:
+            parts.append(f"gaps below 1 µs {duration(gpu.back_to_back_idle_seconds)}")
         if gpu.exposed_communication_seconds:
             parts.append(f"exposed communication {duration(gpu.exposed_communication_seconds)}")
         if gpu.exposed_transfer_seconds:
@@ -106,6 +109,15 @@ def _phases(report: Content) -> list[str]:
             ("" if row.sync_gap_ratio is None else f"{row.sync_gap_ratio:.1%}", 10),
         )
         lines.append(f"{name:<24}" + "".join(f"{text:>{width}}" for text, width in cells))
+    cut = [
+        f"{row.cut_steps} {row.name}" + (f" on {row.gpu.split(' (')[0]}" if several and row.gpu else "")
+        for row in report.phases
+        if row.cut_steps
+    ]
+    if cut:
+        lines += _wrapped(
+            "  ", f"of these in part only, for the recording began or ended in them: {', '.join(cut)}"
+        )
     return [*lines, ""]
 
 

@@ -9,14 +9,13 @@ import numpy as np
 
 from llmprobe.analysis.busy import window_of
 from llmprobe.analysis.events import COPY, GRAPH, KERNEL, UNKNOWN, Spans, Trace
+from llmprobe.analysis.launches import Launches
 from llmprobe.analysis.phases import PHASES
 from llmprobe.compute.steps import Bools
 
 #: How bad a reason is. One ``untrusted`` reason makes the recording untrusted.
 NOTE, LIMITED, UNTRUSTED = "note", "limited", "untrusted"
 
-_GRAPH_LAUNCH = re.compile(r"^(cuda|cu)GraphLaunch")
-_KERNEL_LAUNCH = re.compile(r"^(cuda|cu)LaunchKernel")
 _GRAPH_MAKING = re.compile(r"^(cuda|cu)(GraphInstantiate|StreamBeginCapture)")
 
 #: Launches without what they launched: a few at the recording's end are normal, more are not.
@@ -52,12 +51,12 @@ class Trust:
     reasons: list[Reason]
 
 
-def judge(trace: Trace) -> Trust:
+def judge(trace: Trace, launches: Launches) -> Trust:
     """Look for all that makes figures from a recording wrong."""
-    reasons = [*_lost(trace), *_implausible(trace), *_nothing(trace)]
+    reasons = [*_lost(trace), *_implausible(trace), *_nothing(trace, launches)]
     if len(trace.activities):
         reasons += [
-            *_missing(trace),
+            *_missing(trace, launches),
             *_graphs(trace),
             *_loading(trace),
             *_short(trace),
@@ -89,7 +88,7 @@ def _implausible(trace: Trace) -> list[Reason]:
     return [Reason("implausible_times", LIMITED if few else UNTRUSTED, text)]
 
 
-def _nothing(trace: Trace) -> list[Reason]:
+def _nothing(trace: Trace, launches: Launches) -> list[Reason]:
     if len(trace.activities):
         if (trace.activities.kind == KERNEL).any() or (trace.activities.kind == GRAPH).any():
             return []
@@ -111,14 +110,14 @@ def _nothing(trace: Trace) -> list[Reason]:
                 f"no GPU work was recorded: that is all where there is no GPU, else record with {how}",
             )
         ]
-    launches = int((_called(trace, _KERNEL_LAUNCH) | _called(trace, _GRAPH_LAUNCH)).sum())
-    if launches:
+    if len(launches.calls):
         return [
             Reason(
                 "no_kernels",
                 UNTRUSTED,
-                f"{launches} launches and not one kernel: another tool held CUPTI in this process (kernel "
-                "windows or a torch profiler, before or during the recording), or profiling is not permitted",
+                f"{len(launches.calls)} launches and not one kernel: another tool held CUPTI in this process "
+                "(kernel windows or a torch profiler, before or during the recording), or profiling is not "
+                "permitted",
             )
         ]
     return [
@@ -130,7 +129,7 @@ def _nothing(trace: Trace) -> list[Reason]:
     ]
 
 
-def _missing(trace: Trace) -> list[Reason]:
+def _missing(trace: Trace, launches: Launches) -> list[Reason]:
     activities, calls = trace.activities, trace.calls
     if not len(calls):
         marked = len(trace.device_ranges) > 0
@@ -141,25 +140,27 @@ def _missing(trace: Trace) -> list[Reason]:
     if unlaunched > _UNLAUNCHED_RATIO:
         text = f"of {unlaunched:.0%} of what ran the launch was not recorded"
         reasons.append(Reason("unknown_launches", NOTE, text))
-    seen = np.sort(activities.launched_ns)
     # While a graph is captured, launches run nothing.
     capturing = bool(_called(trace, _GRAPH_MAKING).any())
-    for pattern, what in ((_GRAPH_LAUNCH, "CUDA graph"), (_KERNEL_LAUNCH, "kernel")):
-        called = _called(trace, pattern)
-        total = int(called.sum())
-        if not total or (capturing and pattern is _KERNEL_LAUNCH):
+    for chosen, what in ((launches.graph, "CUDA graph"), (~launches.graph, "kernel")):
+        if capturing and what == "kernel":
             continue
-        began = calls.begin_ns[called]
-        missing = int((seen[np.minimum(np.searchsorted(seen, began), len(seen) - 1)] != began).sum())
-        if missing > max(_MISSING_FLOOR, _MISSING_RATIO * total):
+        total, lost = int(chosen.sum()), int((chosen & launches.missing & ~launches.queued).sum())
+        if lost > max(_MISSING_FLOOR, _MISSING_RATIO * total):
             how = "for less long, with one tool only"
             if what == "CUDA graph" and not (activities.kind == GRAPH).any():
                 how = f"graphs whole (nsys: --cuda-graph-trace=graph), {how}"
             text = (
-                f"{missing} of {total} {what} launches left no trace of running: idle time is overstated. "
+                f"{lost} of {total} {what} launches left no trace of running: idle time is overstated. "
                 f"Record {how}"
             )
             reasons.append(Reason(f"missing_{what.split()[-1]}s", UNTRUSTED, text))
+    queued = int(launches.queued.sum())
+    if queued > max(_MISSING_FLOOR, _MISSING_RATIO * len(launches.calls)) and not capturing:
+        text = (
+            f"{queued} launches had yet to run when the recording ended: figures are of what ran until then"
+        )
+        reasons.append(Reason("queued_launches", NOTE, text))
     return reasons
 
 

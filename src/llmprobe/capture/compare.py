@@ -22,11 +22,11 @@ def compare(
         meanwhile: these, as `llmprobe.capture.meanwhile.meanwhile` makes them.
 
     Returns:
-        ``phases`` (phase → ``live``, ``capture``, ``difference``, ``live_is_lower_bound``: bubbles inside
-        steps are not in it, and, where it is known by what share of their time the recording itself made the
-        steps longer, ``lengthened_ratio`` and ``undisturbed``: the capture's ratio without that, all of which
-        is taken for idle time), ``same_seconds`` (whether the live ones
-        are of the recording's own, neither of 30 s nor of seconds known only roughly), ``tolerance``,
+        ``phases`` (phase → ``live``, ``capture``: the report's ``comparable_sync_gap_ratio``, ``difference``,
+        ``live_is_lower_bound``: bubbles inside steps are not in it, and, where it is known by what share of
+        their time the recording itself made the steps longer, ``lengthened_ratio`` and ``undisturbed``: the
+        capture's ratio without that, all of which is taken for idle time), ``same_seconds`` (whether the live
+        ones are of the recording's own, neither of 30 s nor of seconds known only roughly), ``tolerance``,
         ``disagree``; if they do, ``trusted`` (``capture`` or ``live``) and ``why``. They agree where the live
         one is within the tolerance of the capture's, of the undisturbed one, or between the two.
     """
@@ -92,6 +92,8 @@ def _said(phase: str, found: Mapping[str, Any]) -> str:
     if found.get("lengthened_ratio", 0.0) >= _WORTH_SAYING:
         share = f"{found['lengthened_ratio']:.0%} of the steps' time"
         words += f" ({found['undisturbed']:.3f} without the {share} that the recording added)"
+    elif "lengthened_ratio" not in found and found["capture"] > found["live"]:
+        words += " (how much of it the recording made is not known)"
     return words
 
 
@@ -127,7 +129,7 @@ def _lengthened(ranks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def _captured(report: Mapping[str, Any]) -> dict[str, float]:
     rows = (
-        (phase["name"], phase.get("sync_gap_ratio"), _seconds(phase))
+        (phase["name"], phase.get("comparable_sync_gap_ratio"), _seconds(phase))
         for phase in report.get("phases") or ()
         if phase.get("part") is None
     )

@@ -148,8 +148,10 @@ class NsysFile:
             shortName=self.string(name.split("<")[0]),
         )
 
-    def copy(self, kind: int, begin: int, end: int, size: int, device: int = 0) -> None:
-        """A copy, its kind as in ENUM_CUDA_MEMCPY_OPER."""
+    def copy(
+        self, kind: int, begin: int, end: int, size: int, device: int = 0, launched: int | None = None
+    ) -> None:
+        """A copy, its kind as in ENUM_CUDA_MEMCPY_OPER, and the call that launched it if that is known."""
         self.row(
             "CUPTI_ACTIVITY_KIND_MEMCPY",
             start=begin,
@@ -157,6 +159,7 @@ class NsysFile:
             deviceId=device,
             copyKind=kind,
             bytes=size,
+            correlationId=None if launched is None else self.call("cudaMemcpyAsync_v3020", launched),
             globalPid=PROCESS,
         )
 

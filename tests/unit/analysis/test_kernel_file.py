@@ -87,6 +87,24 @@ def test_busy_time_and_phases_are_exact(path: Path) -> None:
     assert not any(finding.name in ("launch_bubbles", "host_bound") for finding in report.findings)
 
 
+def test_steps_in_which_the_recording_began_or_ended_are_cut(path: Path) -> None:
+    assert [row.cut_steps for row in analyze(path).phases] == [0] * 4
+    ran, longer = rows(), steps()
+    for column in (ran["begin"], ran["end"], longer["begin"], longer["end"]):
+        column += 10 * MS
+    longer["begin"][0] -= 3 * MS  # the prefill, a part of which was there before
+    longer["end"][9] += MS  # the last decode
+    longer["begin"][1] -= 50_000  # as far as clocks may differ
+    write_kernels(path, header(), ran, longer)
+    found = {(row.name, row.part): row for row in analyze(path).phases}
+    assert found["prefill", None].cut_steps == found["decode", None].cut_steps == 1
+    assert found["prefill", None].comparable_sync_gap_ratio is None
+    decode = found["decode", None]
+    assert decode.steps == 9
+    assert decode.comparable_sync_gap_ratio == pytest.approx((8 * 2 + 8 * 2) / (8 * 10))
+    assert "1 decode, 1 prefill" in analyze(path).to_text()
+
+
 def test_less_than_a_microsecond_between_two_is_no_idle_time(path: Path) -> None:
     close = rows()[:2]
     close["begin"], close["end"] = (

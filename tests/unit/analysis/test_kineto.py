@@ -88,6 +88,37 @@ def test_what_calls_into_cuda_cost_an_operator_is_no_own_time_of_it() -> None:
     assert analyze(DATA / "transformers_h200_cuda.json.gz").host_operators == []  # none was recorded
 
 
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_sums_of_a_capture_of_a_server_are_those_of_its_events(name: str) -> None:
+    """Read as a whole by a JSON parser, and added up."""
+    report = analyze(DATA / f"vllm_h200_{name}.json.gz")
+    events = json.loads(gzip.decompress((DATA / f"vllm_h200_{name}.json.gz").read_bytes()))["traceEvents"]
+    ran = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    sums: dict[str, list[float]] = {}
+    for event in ran:
+        sums.setdefault(ours(event["name"]), []).append(event["dur"] / 1e6)
+    assert {row.name: row.count for row in report.kernels} == {name: len(row) for name, row in sums.items()}
+    for row in report.kernels:
+        assert row.seconds == pytest.approx(sum(sums[row.name]), rel=1e-3)
+    whole = sum(sum(row) for row in sums.values())
+    assert sum(row.seconds for row in report.operators) == pytest.approx(whole, rel=1e-3)
+    (gpu,) = report.gpus
+    assert gpu.busy_seconds <= whole * 1.001
+
+
+def test_steps_of_a_server_that_a_capture_has_in_part_are_told() -> None:
+    (decode,) = [row for row in analyze(DATA / "vllm_h200_decode.json.gz").phases if not row.part]
+    assert (decode.steps, decode.cut_steps) == (6, 2)  # the first of them ends 6 µs into the recording
+    assert decode.sync_gap_ratio == pytest.approx(0.053, abs=0.001)
+    # Most of it are half microseconds between kernels, as in windows: 0.004 live, 0.015 by `kernels`
+    assert decode.comparable_sync_gap_ratio == pytest.approx(0.012, abs=0.001)
+    rows = {row.name: row for row in analyze(DATA / "vllm_h200_prefill.json.gz").phases}
+    # 51 of its 190 ms
+    assert (rows["prefill"].steps, rows["prefill"].cut_steps) == (1, 1)
+    assert rows["prefill"].comparable_sync_gap_ratio is None
+    assert (rows["decode"].steps, rows["decode"].cut_steps) == (3, 1)
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 def test_a_trace_is_told_by_phase(tmp_path: Path, name: str) -> None:
     report = analyze(decoding().write(tmp_path / name))

@@ -113,3 +113,38 @@ def test_a_draft_inside_of_a_step_is_a_phase_of_its_own(tmp_path: Path) -> None:
     rows = {row.name: row for row in analyze(file.close()).phases}
     assert rows["draft"].seconds == pytest.approx(1000e-9)
     assert rows["decode"].seconds == pytest.approx(3000e-9)
+
+
+def test_a_step_of_which_something_had_yet_to_run_is_cut(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    step(file, "decode", 0, [(10_000, 20_000)])
+    step(file, "decode", 200, [(25_000, 35_000)])  # 5 µs later
+    step(file, "decode", 400, [(45_000, 46_000)])  # 10 µs later
+    for number in range(3):
+        file.call("cudaLaunchKernel_v7000", 420 + number)
+    step(file, "prefill", 600, [])
+    file.call("cudaLaunchKernel_v7000", 650)
+    report = analyze(file.close())
+    (row,) = report.phases
+    assert (row.steps, row.cut_steps) == (3, 1)
+    assert row.sync_gap_ratio == pytest.approx(15 / 36)
+    assert row.comparable_sync_gap_ratio == pytest.approx(5 / 25)
+    text = " ".join(report.to_text().split())
+    assert "of these in part only, for the recording began or ended in them: 1 decode" in text
+
+
+def test_gaps_that_the_device_itself_takes_are_not_held_against_a_live_figure(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.domain()
+    step(file, "decode", 0, [(10_000, 20_000), (20_900, 30_000), (32_000, 40_000)])
+    step(file, "decode", 200, [(40_800, 50_000)])
+    report = analyze(file.close())
+    (row,) = report.phases
+    assert row.cut_steps == 0
+    assert row.sync_gap_ratio == pytest.approx((900 + 2000 + 800) / 40_000)
+    assert row.comparable_sync_gap_ratio == pytest.approx(2000 / 40_000)
+    (gpu,) = report.gpus
+    assert gpu.back_to_back_idle_seconds == pytest.approx(1700e-9)
+    assert gpu.busy_seconds == pytest.approx(36_300e-9)
+    assert "gaps below 1 µs 1.7 µs" in report.to_text()

@@ -32,10 +32,12 @@ def test_the_keys_of_the_json_are_those_that_were_promised(tmp_path: Path) -> No
         "host_operators",
     ]
     assert document["schema_version"] == 1
-    assert {"name", "seconds", "busy_ratio", "idle_ratio"} <= set(document["gpus"][0])
+    gpu, phase = document["gpus"][0], document["phases"][0]
+    assert {"name", "seconds", "busy_ratio", "idle_ratio", "back_to_back_idle_seconds"} <= set(gpu)
     assert {"name", "share", "count", "seconds"} <= set(document["operators"][0])
     assert {"name", "share", "count", "seconds", "mean_seconds", "operator"} <= set(document["kernels"][0])
-    assert {"name", "part", "steps", "seconds", "busy_ratio", "idle_ratio"} <= set(document["phases"][0])
+    assert {"name", "part", "steps", "seconds", "busy_ratio", "idle_ratio"} <= set(phase)
+    assert {"sync_gap_ratio", "cut_steps", "comparable_sync_gap_ratio"} <= set(phase)
     assert document["source"] == {
         "path": str(tmp_path / "a.sqlite"),
         "tool": "nsys",

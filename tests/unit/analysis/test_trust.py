@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from llmprobe.analysis import Report, analyze
 from .kineto_file import KinetoFile
 from .nsys_file import THREAD, NsysFile, serving
 
+DATA = Path(__file__).parents[2] / "data"
 Build = Callable[[NsysFile], None]
 
 
@@ -137,6 +139,63 @@ def test_a_few_launches_whose_work_lies_behind_the_end_are_normal(tmp_path: Path
     for number in range(6):
         file.call("cudaLaunchKernel_v7000", 1_200_000_000 + number)
     assert analyze(file.close()).trust.verdict == "trusted"
+
+
+@pytest.mark.parametrize("what", ["cudaLaunchKernel_v7000", "cudaGraphLaunch_v10000"])
+def test_what_the_host_launched_ahead_of_the_device_is_not_lost(tmp_path: Path, what: str) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    decode(file)
+    for number in range(300):
+        file.call(what, 1_099_000_000 + number)
+    report = analyze(file.close())
+    assert report.trust.verdict == "trusted"
+    (reason,) = report.trust.reasons
+    assert (reason.check, reason.level) == ("queued_launches", "note")
+    assert "300 launches had yet to run" in reason.text
+
+
+def test_launches_before_something_that_ran_are_lost(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    decode(file)
+    for number in range(300):
+        file.call("cudaLaunchKernel_v7000", 1_099_000_000 + number)
+    file.copy(1, 1_099_950_000, 1_099_960_000, 8, launched=1_099_100_000)
+    (reason,) = analyze(file.close()).trust.reasons
+    assert (reason.check, reason.level) == ("missing_kernels", "untrusted")
+
+
+def test_a_process_that_is_not_seen_to_the_end_lost_what_it_launched(tmp_path: Path) -> None:
+    other = (1 << 56) | (5000 << 24) | 1
+    file = NsysFile(tmp_path / "a.sqlite")
+    decode(file)
+    for number in range(90):
+        at = 1_000_000_000 + number * 1_000_000
+        if number < 60:
+            file.kernel("nvjet", at, at + 900_000, launched=at - 10_000, device=1, thread=other)
+        else:
+            file.call("cudaLaunchKernel_v7000", at, thread=other)
+    (reason,) = analyze(file.close()).trust.reasons
+    assert (reason.check, reason.level) == ("missing_kernels", "untrusted")
+
+
+@pytest.mark.parametrize(
+    ("recording", "queued"),
+    [
+        ("nsys/vllm_h200_eager_prefill.sqlite.xz", 707),
+        ("nsys/vllm_h200_graphs_prefill.sqlite.xz", 310),
+        ("kineto/vllm_h200_decode.json.gz", 31),
+        ("kineto/vllm_h200_prefill.json.gz", 323),
+    ],
+)
+def test_a_real_server_runs_ahead_of_its_device_as_a_capture_ends(
+    tmp_path: Path, recording: str, queued: int
+) -> None:
+    path, raw = tmp_path / "a", (DATA / recording).read_bytes()
+    path.write_bytes(lzma.decompress(raw) if recording.endswith(".xz") else raw)
+    report = analyze(path)
+    assert report.trust.verdict == ("limited" if "graphs" in recording else "trusted")  # recorded whole
+    (reason,) = [reason for reason in report.trust.reasons if reason.check == "queued_launches"]
+    assert reason.text.startswith(f"{queued} launches had yet to run")
 
 
 def test_what_ran_when_a_server_was_no_longer_recorded_is_no_loss(tmp_path: Path) -> None:

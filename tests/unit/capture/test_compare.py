@@ -14,9 +14,9 @@ DATA = Path(__file__).parents[2] / "data"
 
 
 def report(ratio: float | None, verdict: str = "trusted") -> dict[str, Any]:
-    row = {"name": "decode", "part": None, "seconds": 0.9, "gap_seconds": 0.1, "sync_gap_ratio": ratio}
-    part = {**row, "part": "sample", "sync_gap_ratio": 0.9}
-    return {"trust": {"verdict": verdict}, "phases": [row, part]}
+    row = {"name": "decode", "part": None, "seconds": 0.9, "gap_seconds": 0.1, "sync_gap_ratio": 0.99}
+    part = {**row, "part": "sample", "comparable_sync_gap_ratio": 0.9}
+    return {"trust": {"verdict": verdict}, "phases": [{**row, "comparable_sync_gap_ratio": ratio}, part]}
 
 
 def live(*ratios: float | None) -> dict[str, Any]:
@@ -121,6 +121,15 @@ def test_what_the_recording_itself_made_of_idle_time_is_no_disagreement(shown: f
             "0.464 captured (0.330 without the 20% of the steps' time that the recording added)"
             in (found["why"])
         )
+
+
+def test_it_is_said_where_nothing_tells_what_the_recording_made_itself() -> None:
+    meanwhile = own(0.1)
+    words = "0.300 captured (how much of it the recording made is not known). Trust the capture"
+    assert words in compare(report(0.3), live(0.1), meanwhile)["why"]
+    assert "not known" not in compare(report(0.05), live(0.1), meanwhile)["why"]  # the less is captured
+    meanwhile["ranks"][0]["figures"]["decode"]["lengthened_ratio"] = 0.0
+    assert "not known" not in compare(report(0.3), live(0.1), meanwhile)["why"]
 
 
 def test_a_recording_that_added_more_than_was_idle_leaves_nothing() -> None:
