@@ -61,8 +61,12 @@ def signs(host: HostSignals | None, limits: Thresholds, cause: str | None = None
     if scheduler is not None and (scheduler.run_queue_ratio or 0.0) >= limits.run_queue_ratio:
         # Its wait is the device's; a worker that polls may well wait longer.
         starved, waits = scheduler, scheduler.run_queue_ratio
-    # PSI does not say whose tasks wait; where the engine's own are known not to, they are others'.
-    pressed = host.cpu_pressure_ratio if waits is None or waits >= limits.run_queue_ratio else None
+    # PSI does not say whose tasks wait; where the engine's own are known not to, they are others'. And a
+    # thread whose core is taken waits until it has one again: where none waits long, all switches together
+    # cost little. Whoever polls gives its core up by itself (sched_yield), which counts as taken too.
+    waiting = waits is None or waits >= limits.run_queue_ratio
+    pressed = host.cpu_pressure_ratio if waiting else None
+    taken = host.involuntary_switches_per_second if waiting else None
     seen: tuple[tuple[str, float | None, float, str], ...] = (
         (
             "throttled",
@@ -78,7 +82,7 @@ def signs(host: HostSignals | None, limits: Thresholds, cause: str | None = None
         ),
         (
             "involuntary_switches",
-            host.involuntary_switches_per_second,
+            taken,
             limits.involuntary_switches_per_second,
             "others took its core {value:.0f} times a second",
         ),

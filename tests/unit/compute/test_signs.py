@@ -38,7 +38,11 @@ def test_a_healthy_server_under_load_shows_none() -> None:
     ("changes", "name", "text"),
     [
         ({"throttled_ratio": 0.1}, "throttled", "the container's CPU quota stopped it 10% of the time"),
-        ({"involuntary_switches_per_second": 300.0}, "involuntary_switches", "300 times a second"),
+        (
+            {"involuntary_switches_per_second": 300.0, "run_queue_ratio": None, "threads": ()},
+            "involuntary_switches",
+            "300 times a second",
+        ),
         ({"major_faults_per_second": 9.0}, "major_faults", "9 page faults a second read from disk"),
         ({"memory_pressure_ratio": 0.2}, "memory_pressure", "tasks waited for memory 20% of the time"),
         ({"minor_faults_per_second": 2e6}, "minor_faults", "2000000 page faults a second mapped memory anew"),
@@ -136,6 +140,20 @@ def test_pressure_of_others_is_none_of_an_engine_whose_threads_do_not_wait() -> 
     assert names(cpu_pressure_ratio=1.0) == []
     waiting = (ThreadLoad("python", 0.4, 0.3),)
     assert names(cpu_pressure_ratio=1.0, threads=waiting) == ["run_queue", "cpu_pressure"]
+
+
+def test_switches_that_make_no_thread_wait_explain_nothing() -> None:
+    """A scheduler that slept for 30 ms before each step: worker and core polled, and gave their cores up."""
+    polls = host(threads=(ThreadLoad("VLLM::Worker", 0.97, 0.02),), involuntary_switches_per_second=500.0)
+    core = host(threads=(ThreadLoad("VLLM::EngineCor", 0.15, 0.04),), involuntary_switches_per_second=66.0)
+    asleep = classify(seen(figures(span=2.0, gap=8.0), host=together(polls, core)), LIMITS)
+    assert (asleep.cause, asleep.signs) == ("host_between_steps", ())
+    assert "566 times" not in asleep.reason
+    waiting = (ThreadLoad("python", 0.4, 0.3),)
+    assert names(involuntary_switches_per_second=500.0, threads=waiting) == [
+        "run_queue",
+        "involuntary_switches",
+    ]
 
 
 def test_many_nodes_are_told_of_a_wait_for_the_host_and_explain_nothing() -> None:
