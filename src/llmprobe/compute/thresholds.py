@@ -6,8 +6,9 @@ Start points, most of them not calibrated; docs/verdicts.md shows the table and 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,15 @@ def _brief(value: object) -> str:
     except (ValueError, RecursionError):  # Python writes no integer of more than 4300 digits
         return f"({type(value).__name__})"
     return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
+
+
+def _instead(key: str, value: object, names: Collection[str]) -> str:
+    """What may have been meant by a name that is none."""
+    if isinstance(value, Mapping):
+        return "they stand in no table, one `name = number` a line"
+    if near := difflib.get_close_matches(key[:_MOST_SHOWN], names, 2):  # all names would fill a screen
+        return f"perhaps {' or '.join(near)} is meant"
+    return f"there are {', '.join(names)}"
 
 
 @dataclass(frozen=True)
@@ -227,7 +237,7 @@ class Thresholds:
         values: dict[str, float] = {}
         for key, value in overrides.items():
             if (row := rows.get(key)) is None:
-                raise ThresholdError(key, value, f"no such threshold; there are {', '.join(rows)}")
+                raise ThresholdError(key, value, f"no such threshold; {_instead(key, value, rows)}")
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             # No NaN lies in a range, and an integer of any size can be compared, though not made a float.
             if not number or not row.lowest <= value <= row.highest:  # type: ignore[operator]

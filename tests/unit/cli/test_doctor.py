@@ -60,6 +60,18 @@ def test_settings_that_do_not_exist_are_named():
     assert not check.broken
 
 
+def test_a_file_of_thresholds_that_counts_for_nothing_is_told(tmp_path):
+    file = tmp_path / "thresholds.toml"
+    told = {"LLMPROBE": "1", "LLMPROBE_THRESHOLDS": str(file)}
+    file.write_text("sync_gap_ratio = 25")
+    check, _ = probe.settings(told)
+    assert check.state == "not ok"
+    assert "sync_gap_ratio=25 is not allowed: a number from 0.01 to 0.99" in check.found
+    assert not check.broken, "the agent goes on with the defaults"
+    file.write_text("sync_gap_ratio = 0.25")
+    assert probe.settings(told)[0].state == "ok"
+
+
 def test_settings_that_exist_are_fine():
     check, found = probe.settings({"LLMPROBE": "1", "LLMPROBE_SERVER": "mine", "HOME": "/root"})
     assert check.state == "ok"

@@ -28,7 +28,9 @@ def test_an_override_changes_one_value() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("sync_gap", 0.3, "no such threshold; there are idle_steps,"),
+        ("unlike_any", 0.3, "no such threshold; there are idle_steps,"),
+        ("sync_gap_rato", 0.3, "no such threshold; perhaps sync_gap_ratio"),
+        ("thresholds", {"sync_gap_ratio": 0.3}, "no such threshold; they stand in no table, one `name ="),
         ("sync_gap_ratio", 3, "a number from 0.01 to 0.99"),
         ("sync_gap_ratio", "0.3", "a number from 0.01 to 0.99"),
         ("sync_gap_ratio", True, "a number from 0.01 to 0.99"),

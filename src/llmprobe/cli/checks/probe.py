@@ -11,6 +11,7 @@ from pathlib import Path
 
 import llmprobe
 from llmprobe.cli.checks import Check
+from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.record.agent_launch import agent_info, agent_running
 from llmprobe.record.layout import DEFAULT_SIZE
 from llmprobe.settings import Settings, SettingsError
@@ -50,6 +51,15 @@ def settings(environ: Mapping[str, str]) -> tuple[Check, Settings]:
     if unknown:
         return Check(
             "settings", "not ok", f"{', '.join(unknown)}: no such variable", "it has no effect", "unset it"
+        ), found
+    _, problem = load_thresholds(found.thresholds)
+    if problem is not None:
+        return Check(
+            "settings",
+            "not ok",
+            problem,
+            "nothing in the file counts, not only what is wrong",
+            "mend the file, or unset the variable: docs/verdicts.md has names and ranges",
         ), found
     return Check("settings", "ok", ", ".join(ours) if ours else "all defaults"), found
 
