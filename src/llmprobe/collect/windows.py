@@ -19,6 +19,8 @@ from llmprobe.record.window_file import Seen, WindowFileError, read_window, wind
 _SETTLE_NS = 600_000_000
 #: Evidence of a phase is the newest windows with so many of its steps ...
 _ENOUGH_STEPS = 16
+#: ... and none with fewer than this: one or two mixed steps say little of all the others.
+_FEWEST_STEPS = 3
 #: ... no older than this, which is as old as evidence may be (`kernel_age_seconds`); the newest in any case.
 _TOGETHER_NS = 60 * 10**9
 _KEPT_NS = 120 * 10**9
@@ -124,7 +126,8 @@ class Windows:
                 if old or sum(one.steps for one in chosen) >= _ENOUGH_STEPS:
                     break
                 chosen.append(window)
-            found[phase] = newest, together(chosen)
+            if sum(one.steps for one in chosen) >= _FEWEST_STEPS:
+                found[phase] = newest, together(chosen)
         return found
 
     def _read(self) -> Seen | None:

@@ -177,6 +177,8 @@ class _Case:
 
     def _room_for_bubbles(self) -> str:
         why = "kernel windows are off"
+        if self._seen.windows_on:
+            why = "kernel windows have seen too few of its steps"
         if self._old_kernels and self._seen.kernels:
             why = f"the last kernel window is {self._seen.kernels.age_seconds:.0f} s old"
         near = f"MBU {self._mbu_span or 0:.2f} and MFU {self._mfu_span or 0:.2f} of the span"

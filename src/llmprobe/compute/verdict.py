@@ -50,7 +50,8 @@ class Observation:
         clock: ``cuda`` (events on the device) or ``host`` (a CPU: work is done when a call returns).
         peaks: roofs that MBU and MFU are ratios of; None where unknown.
         attainable: what the device reached when it was measured.
-        kernels: None while windows are off.
+        kernels: None while windows are off, or have seen too few steps of it.
+        windows_on: whether kernel windows are opened now and then.
         counters: None where the GPU has none.
         host: of the engine's process.
         one_graph: each step was launched as one CUDA graph, see `llmprobe.compute.graphs`.
@@ -67,6 +68,7 @@ class Observation:
     peaks: Peaks | None = None
     attainable: Peaks | None = None
     kernels: KernelEvidence | None = None
+    windows_on: bool = False
     counters: CounterEvidence | None = None
     host: HostSignals | None = None
     one_graph: bool = False

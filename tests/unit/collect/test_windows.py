@@ -111,6 +111,23 @@ def test_windows_of_a_minute_stand_together_until_they_hold_enough_steps(
     assert (kernels.steps, kernels.age_seconds) == (10, pytest.approx(58.0))
 
 
+def test_one_or_two_steps_are_no_evidence_until_more_windows_have_seen_some(
+    tmp_path: Path, clock: Clock, server: Server
+) -> None:
+    found = collector(tmp_path, clock, server)
+    start = clock.now
+    seen = []
+    for number, second in enumerate((0, 10), 1):
+        begin = start + second * SECOND
+        busy_second(server, begin)
+        leave_window(server, begin, begin + SECOND // 4, number)
+        clock.now = begin + 2 * SECOND
+        view = only(found)
+        kernels = view.ranks[0].kernels
+        seen.append((kernels["decode"].steps if kernels else 0, "launch_gap" in view.missing))
+    assert seen == [(0, True), (4, False)]
+
+
 def test_windows_that_lost_records_or_are_damaged_say_nothing(
     tmp_path: Path, clock: Clock, server: Server
 ) -> None:

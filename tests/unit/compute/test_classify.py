@@ -213,6 +213,14 @@ def test_each_witness_that_agrees_makes_it_surer() -> None:
     assert plain.confidence < windows.confidence < all_of_them.confidence < 1
 
 
+def test_windows_that_have_seen_nothing_of_a_phase_are_not_called_off() -> None:
+    eager = figures(mbu=0.17, mfu=0.001)
+    assert "kernel windows are off" in classify(seen(eager), LIMITS).reason
+    found = classify(seen(eager, windows_on=True), LIMITS)
+    assert (found.bottleneck, found.cause) == ("unknown", "no_kernel_windows")
+    assert "kernel windows have seen too few of its steps" in found.reason
+
+
 def test_a_counter_that_reads_what_the_model_says_confirms_it_short_of_its_own_threshold() -> None:
     """Seen on an H200: MBU 0.61 and DRAM counter 0.60; below 0.70 the counter used to say nothing."""
 
