@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmprobe.analysis.busy import Occupation, length_ns
-from llmprobe.analysis.events import GRAPH, KERNEL, UNKNOWN, Trace
+from llmprobe.analysis.events import GRAPH, KERNEL, UNKNOWN, Ints, Trace
 from llmprobe.analysis.phases import PhaseTimes, in_one_forward
 from llmprobe.analysis.trust import UNTRUSTED, Trust
 from llmprobe.analysis.wording import duration
+from llmprobe.compute.steps import Bools
 
 #: Idle share of a GPU from which it is worth words; the verdict's own threshold for ``sync_bound``.
 IDLE_RATIO = 0.20
@@ -24,7 +25,11 @@ _UNEVEN_RATIO = 0.10
 #: Most of the idle time has this cause.
 _MOST = 0.6
 _BUBBLE_NS = 50_000
+#: A launch takes no longer, with a profiler that looks on.
+_LAUNCH_NS = 100_000
 _MOST_NAMED = 3
+#: Gaps of one kind are at most so many times as long as the one in the middle.
+_USUAL = 4
 
 
 @dataclass(frozen=True)
@@ -186,11 +191,14 @@ def _idle(trace: Trace, label: str, occupation: Occupation, idle: float, phases:
     mean = float(np.mean(lasted)) / 1e3 if len(lasted) else 0.0
     brief = known & (length < _BUBBLE_NS)
     # However long: the host launches one kernel after the other, under a profiler all the more slowly.
-    inside = known & in_one_forward(trace, activities.where(gaps.before), activities.where(gaps.after))
-    if int(length[brief | inside].sum()) >= _MOST * total:
+    if worst is not None:
+        inside = in_one_forward(trace, activities.where(gaps.before), activities.where(gaps.after))
+    else:  # nothing marks a forward pass
+        inside = _from_kernel_to_kernel(length, int(kernels.sum()))
+    if int(length[brief | (inside & known)].sum()) >= _MOST * total:
         which = "gaps below 50 µs"
         if int(length[brief].sum()) < _MOST * total:
-            which = "gaps inside a forward pass,"
+            which = "gaps inside a forward pass," if worst else "gaps from each to the next,"
         return Finding(
             "launch_bubbles",
             f"{text}; most are {which} between kernels of {mean:.3g} µs on average",
@@ -203,3 +211,14 @@ def _idle(trace: Trace, label: str, occupation: Occupation, idle: float, phases:
         "the host prepares steps too slowly: async scheduling, less work per token, a faster or freer core",
         idle,
     )
+
+
+def _from_kernel_to_kernel(length: Ints, kernels: int) -> Bools:
+    """Which gaps come of kernels that the host launches one by one: those that follow most kernels.
+
+    Gaps between passes are fewer, and longer than any launch.
+    """
+    middle = float(np.median(length))
+    usual = length <= _USUAL * middle
+    often = middle <= _LAUNCH_NS and int(usual.sum()) >= _MOST * kernels
+    return usual if often else np.zeros_like(usual)

@@ -104,6 +104,7 @@ def build(path: Path, kernel_ns: int, gap_ns: int, lead_ns: int, count: int = 20
     ("kernel_ns", "gap_ns", "lead_ns", "finding"),
     [
         (5_000, 15_000, 4_000, "launch_bubbles"),
+        (5_000, 80_000, 4_000, "launch_bubbles"),
         (200_000, 400_000, 4_000, "host_bound"),
         (200_000, 400_000, 9_000_000, "idle_launched"),
         (200_000, 2_000, 4_000, "busy"),
@@ -125,6 +126,22 @@ def test_a_real_server_without_cuda_graphs_is_told_to_use_them(tmp_path: Path) -
     assert finding.name == "launch_bubbles"
     assert "inside a forward pass" in finding.text
     assert "CUDA graphs" in finding.next_step
+
+
+@pytest.mark.parametrize("activities", ["cuda", "cpu_cuda"])
+def test_a_program_without_marks_is_told_the_same_however_slow_its_profiler_makes_it(activities: str) -> None:
+    """With operators recorded too, most gaps of the same program are longer than 50 µs."""
+    (finding,) = analyze(DATA / "kineto" / f"transformers_h200_{activities}.json.gz").findings
+    assert finding.name == "launch_bubbles"
+    assert ("gaps below 50 µs" in finding.text) == (activities == "cuda")
+
+
+def test_few_long_gaps_of_a_program_without_marks_are_the_hosts(tmp_path: Path) -> None:
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number in range(400):
+        begin = number * 10_000 + number // 10 * 90_000
+        file.kernel("nvjet", begin, begin + 9_000, launched=begin - 4_000)
+    assert [one.name for one in analyze(file.close()).findings] == ["host_bound"]
 
 
 @pytest.mark.parametrize(("inside", "finding"), [(True, "launch_bubbles"), (False, "host_bound")])
