@@ -259,10 +259,11 @@ def _other_names(names: NameTable, kind: int, values: Ints) -> Ints:
 def _devices(data: Database, device: Ints, process: Ints) -> tuple[Ints, list[str]]:
     """Each activity's GPU as an index, and the GPUs' names.
 
-    ``deviceId`` counts what the process sees (CUDA_VISIBLE_DEVICES); where the file tells, it is led back to
-    the machine's GPU, so that two processes with one GPU each are not taken for one GPU.
+    ``deviceId`` counts what the process sees (CUDA_VISIBLE_DEVICES), as CUDA and the other tools do. Where it
+    is ambiguous, as of two processes with one GPU each, nsys's numbers of the machine's GPUs are taken, where
+    the file has them. They are another count: one calls a process's GPUs 0 to 3 there 2, 0, 1 and 3.
     """
-    gpu = device.copy()
+    gpu, one_to_one = device.copy(), False
     columns = data.read("TARGET_INFO_CUDA_DEVICE", ("gpuId", "cudaId", "pid"))
     seen_by = {(pid, cuda): gpu for gpu, cuda, pid in zip(*(one.tolist() for one in columns), strict=True)}
     if seen_by and len(device):
@@ -273,11 +274,16 @@ def _devices(data: Database, device: Ints, process: Ints) -> tuple[Ints, list[st
             pids = ((processes >> 24) & 0xFFFFFF).tolist()
             table = [[seen_by.get((pid, number), number) for number in ordinals.tolist()] for pid in pids]
             gpu = np.array(table, dtype=np.int64)[of_process, of_ordinal]
+            used = {divmod(one, len(ordinals)) for one in np.unique(of_process * len(ordinals) + of_ordinal)}
+            pairs = {(int(ordinals[at]), table[of][at]) for of, at in used}
+            one_to_one = len(pairs) == len({pair[0] for pair in pairs}) == len({pair[1] for pair in pairs})
     shown: dict[int, str] = {}
     if {"id", "name"} <= data.columns.get("TARGET_INFO_GPU", frozenset()):
         for number, name in data.rows("SELECT id, CAST(name AS TEXT) FROM TARGET_INFO_GPU LIMIT 1024"):
             if isinstance(number, int) and isinstance(name, str):
                 shown[number] = printable(name)
+    if one_to_one:
+        gpu, shown = device, {mine: shown[theirs] for mine, theirs in pairs if theirs in shown}
     return label_devices(gpu, shown, data.path)
 
 

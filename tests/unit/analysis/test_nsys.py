@@ -118,6 +118,30 @@ def test_two_processes_that_each_see_one_gpu_are_two_gpus(tmp_path: Path) -> Non
     assert [gpu.busy_ratio for gpu in report.gpus] == pytest.approx([0.6, 0.5])
 
 
+def test_gpus_are_numbered_as_their_process_numbers_them(tmp_path: Path) -> None:
+    """As in captures by other tools of the same server; nsys numbers the GPUs of a machine in another way."""
+    file = NsysFile(tmp_path / "a.sqlite")
+    for number, name in ((0, "NVIDIA L4"), (2, "NVIDIA L40S"), (3, "NVIDIA T4")):
+        file.gpu(number, name)
+    for gpu, mine in ((2, 0), (0, 1), (3, 3)):
+        file.row("TARGET_INFO_CUDA_DEVICE", gpuId=gpu, cudaId=mine, pid=4321)
+    file.kernel("a", 0, 600, launched=0)
+    file.kernel("b", 500, 1000, launched=0, device=1)
+    assert [gpu.name for gpu in analyze(file.close()).gpus] == ["GPU 0 (NVIDIA L40S)", "GPU 1 (NVIDIA L4)"]
+
+
+def test_a_gpu_that_two_processes_number_differently_is_one(tmp_path: Path) -> None:
+    other = (1 << 56) | (5000 << 24)
+    file = NsysFile(tmp_path / "a.sqlite")
+    file.gpu(3, "NVIDIA L4")
+    file.row("TARGET_INFO_CUDA_DEVICE", gpuId=3, cudaId=1, pid=4321)
+    file.row("TARGET_INFO_CUDA_DEVICE", gpuId=3, cudaId=0, pid=5000)
+    file.kernel("a", 0, 600, launched=0, device=1)
+    file.kernel("b", 500, 1000, launched=0, thread=other | 1)
+    (gpu,) = analyze(file.close()).gpus
+    assert (gpu.name, gpu.busy_ratio) == ("GPU 3 (NVIDIA L4)", 1.0)
+
+
 @pytest.mark.parametrize(
     "missing",
     [
@@ -365,6 +389,7 @@ def test_graphs_from_before_the_recording_count_and_the_time_between_them_does_n
     report = analyze(h200)
     assert "implausible_times" not in [reason.check for reason in report.trust.reasons]
     (gpu,) = report.gpus
+    assert gpu.name == "GPU 0 (NVIDIA H200)"
     assert gpu.graphs == {"graphs_decode": 70, "graphs_prefill": 6, "eager_prefill": 0}[h200.stem]
     assert [
         gap for gap in report.gaps if gap.before.startswith("CUDA graph") and gap.before == gap.after
