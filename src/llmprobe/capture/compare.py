@@ -23,12 +23,14 @@ def compare(
 
     Returns:
         ``phases`` (phase → ``live``, ``capture``: the report's ``comparable_sync_gap_ratio``, ``difference``,
-        ``live_is_lower_bound``: bubbles inside steps are not in it, and, where it is known by what share of
-        their time the recording itself made the steps longer, ``lengthened_ratio`` and ``undisturbed``: the
-        capture's ratio without that, all of which is taken for idle time), ``same_seconds`` (whether the live
-        ones are of the recording's own, neither of 30 s nor of seconds known only roughly), ``tolerance``,
+        ``live_is_lower_bound``: bubbles inside steps are not in it, where it is known by what share of their
+        time the recording itself made the steps longer, ``lengthened_ratio`` and ``undisturbed``: the capture's
+        ratio without that, all of which is taken for idle time, and ``counted``: what the verdict at the end
+        took from the GPU's counter, at least so much and of seconds of its own), ``same_seconds`` (whether the
+        live ones are of the recording's own, neither of 30 s nor of seconds known only roughly),
+        ``tolerance``,
         ``disagree``; if they do, ``trusted`` (``capture`` or ``live``) and ``why``. They agree where the live
-        one is within the tolerance of the capture's, of the undisturbed one, or between the two.
+        one, or the counted one, is within the tolerance of the capture's, of the undisturbed one, or between.
     """
     ranks = (meanwhile or {}).get("ranks") or ()
     live = _live(ranks)
@@ -39,7 +41,7 @@ def compare(
     else:
         ranks = (during.get("server") or {}).get("ranks") or ()
         live = _live(ranks)
-    seen, longer = _captured(report), _lengthened(ranks)
+    seen, longer, counted = _captured(report), _lengthened(ranks), _counted(during.get("server") or {})
     phases: dict[str, dict[str, Any]] = {}
     for phase in sorted(live.keys() & seen.keys()):
         phases[phase] = {
@@ -51,6 +53,8 @@ def compare(
         if phase in longer:
             phases[phase]["lengthened_ratio"] = longer[phase]
             phases[phase]["undisturbed"] = _without(seen[phase], longer[phase])
+        if phase in counted:
+            phases[phase]["counted"] = counted[phase]
     apart = {name: found for name, found in phases.items() if not _agree(found)}
     result: dict[str, Any] = {
         "phases": phases,
@@ -83,12 +87,16 @@ def _without(captured: float, lengthened: float) -> float:
 
 
 def _agree(found: Mapping[str, Any]) -> bool:
-    least = found.get("undisturbed", found["capture"])
-    return bool(least - TOLERANCE <= found["live"] <= found["capture"] + TOLERANCE)
+    least = found.get("undisturbed", found["capture"]) - TOLERANCE
+    shown = (found["live"], found.get("counted", found["live"]))
+    return any(least <= ratio <= found["capture"] + TOLERANCE for ratio in shown)
 
 
 def _said(phase: str, found: Mapping[str, Any]) -> str:
-    words = f"{phase} {found['live']:.3f} live, {found['capture']:.3f} captured"
+    words = f"{phase} {found['live']:.3f} live"
+    if "counted" in found:
+        words += f" (at least {found['counted']:.3f} by the GPU's counter)"
+    words += f", {found['capture']:.3f} captured"
     if found.get("lengthened_ratio", 0.0) >= _WORTH_SAYING:
         share = f"{found['lengthened_ratio']:.0%} of the steps' time"
         words += f" ({found['undisturbed']:.3f} without the {share} that the recording added)"
@@ -125,6 +133,17 @@ def _lengthened(ranks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         for phase, found in (rank.get("figures") or {}).items()
     )
     return _means(rows)
+
+
+def _counted(server: Mapping[str, Any]) -> dict[str, float]:
+    """By phase, where the server's verdict took its sync gap from the GPU's counter of activity."""
+    return {
+        phase: item["value"]
+        for phase, verdict in (server.get("verdicts") or {}).items()
+        for item in verdict.get("evidence") or ()
+        if (item.get("quantity"), item.get("source")) == ("sync_gap_ratio", "counter")
+        and item.get("value") is not None
+    }
 
 
 def _captured(report: Mapping[str, Any]) -> dict[str, float]:

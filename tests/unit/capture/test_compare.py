@@ -132,6 +132,20 @@ def test_it_is_said_where_nothing_tells_what_the_recording_made_itself() -> None
     assert "not known" not in compare(report(0.3), live(0.1), meanwhile)["why"]
 
 
+@pytest.mark.parametrize(("source", "value"), [("counter", 0.668), ("counter", 0.81), ("measured", 0.81)])
+def test_what_the_verdict_told_by_a_counter_was_live_too(source: str, value: float) -> None:
+    shown = live(0.069)
+    evidence = [{"quantity": "mbu_busy", "value": 0.5, "source": "counter"}]
+    evidence.append({"quantity": "sync_gap_ratio", "value": value, "source": source})
+    shown["server"]["verdicts"] = {"decode": {"evidence": evidence}, "prefill": {"evidence": None}}
+    found = compare(report(0.828), shown, own(0.069))
+    assert found["phases"]["decode"]["live"] == 0.069
+    assert found["phases"]["decode"].get("counted") == (value if source == "counter" else None)
+    assert found["disagree"] is not ((source, value) == ("counter", 0.81))
+    if found["disagree"]:
+        assert ("0.069 live (at least 0.668 by the GPU's counter), 0.828" in found["why"]) == (value < 0.8)
+
+
 def test_a_recording_that_added_more_than_was_idle_leaves_nothing() -> None:
     meanwhile = own(0.0)
     meanwhile["ranks"][0]["figures"]["decode"]["lengthened_ratio"] = 0.5
