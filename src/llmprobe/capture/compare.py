@@ -22,15 +22,15 @@ def compare(
         meanwhile: these, as `llmprobe.capture.meanwhile.meanwhile` makes them.
 
     Returns:
-        ``phases`` (phase → ``live``, ``capture``: the report's ``comparable_sync_gap_ratio``, ``difference``,
-        ``live_is_lower_bound``: bubbles inside steps are not in it, where it is known by what share of their
-        time the recording itself made the steps longer, ``lengthened_ratio`` and ``undisturbed``: the capture's
-        ratio without that, all of which is taken for idle time, and ``counted``: what the verdict at the end
-        took from the GPU's counter, at least so much and of seconds of its own), ``same_seconds`` (whether the
-        live ones are of the recording's own, neither of 30 s nor of seconds known only roughly),
-        ``tolerance``,
-        ``disagree``; if they do, ``trusted`` (``capture`` or ``live``) and ``why``. They agree where the live
-        one, or the counted one, is within the tolerance of the capture's, of the undisturbed one, or between.
+        ``phases`` (phase → ``live``, ``capture``: the report's ``comparable_sync_gap_ratio``,
+        ``difference``, ``live_is_lower_bound``: bubbles inside steps are not in it, where it is known by
+        what share of their time the recording itself made the steps longer, ``lengthened_ratio`` and
+        ``undisturbed``: the capture's ratio without that, all of which is taken for idle time, and
+        ``counted``: what the verdict at the end took from the GPU's counter, at least so much and of
+        seconds of its own), ``same_seconds`` (whether the live ones are of the recording's own, neither of
+        30 s nor of seconds known only roughly), ``tolerance``, ``disagree``; if they do, ``trusted``
+        (``capture`` or ``live``) and ``why``. They agree where the live one, or the counted one, is within
+        the tolerance of the capture's, of the undisturbed one, or between.
     """
     ranks = (meanwhile or {}).get("ranks") or ()
     live = _live(ranks)
