@@ -85,7 +85,7 @@ def vllm_entries() -> list[Entry]:
 def words(entry: Entry) -> list[str]:
     """What the advice tells people to put on the command line."""
     assert entry.change is not None
-    proposed = entry.change.proposed(CURRENT.get(entry.change.flag))
+    proposed = entry.change.proposed(CURRENT.get(entry.change.flag), {"@running": 40})
     assert proposed is not None, entry.finding
     return shlex.split(setting(entry.change.flag, proposed, "vllm"))
 

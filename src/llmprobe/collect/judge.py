@@ -300,12 +300,13 @@ def _load(engine: EngineView, full_steps: float | None, max_num_seqs: Any) -> En
 def _target(view: ServerView, rank: RankView | None = None) -> Target:
     """``rank``: whose process is meant, if not the first's."""
     rank = rank or (view.ranks[0] if view.ranks else None)
-    pid = rank.facts.get("pid") if rank else None
+    pid, core = (rank.facts.get(name) if rank else None for name in ("pid", "engine_core_pid"))
     return Target(
         view.server,
         view.framework,
         view.flags,
         pid if isinstance(pid, int) else None,
+        core_pid=core if isinstance(core, int) else None,
         clock=rank.clock if rank else "",
         measurable=rank is None or measurable(rank.facts),
     )

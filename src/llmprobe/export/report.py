@@ -245,13 +245,13 @@ def advice_lines(advice: Mapping[str, Any], most: int = 2) -> list[str]:
         fresh = [item for item in found if item["finding"] not in said and item["change"] not in said]
         for item in fresh[:most]:
             said |= {item["finding"], item["change"]} - {""}
+            risk = "" if item["risk"].startswith("None") else f" Risk: {item['risk']}"
             if item["change"]:
                 does = f"try {item['change']}" + (f"; {item['gain']}" if item["gain"] else "")
             else:
-                does = item["reason"] + (f" To gain: {item['gain']}." if item["gain"] else "")
+                does = item["reason"] + (f" To gain: {item['gain']}." if item["gain"] else "") + risk
             lines.append(f"{about}: {does}")
             if item["change"]:
-                risk = "" if item["risk"].startswith("None") else f" Risk: {item['risk']}"
                 lines.append(f"  {item['reason']}{risk}")
         if fresh and fresh[0]["look"] not in said:
             said.add(fresh[0]["look"])

@@ -79,7 +79,9 @@ def run_verdict(
     relief: dict[str, tuple[Advice, ...]] = {}
     for kind, pressing in pressure.items():
         if pressing.active and pressing.engine in loads:
-            load = _at_worst(loads[pressing.engine], seen.moments.get(kind))
+            # Preemptions are of the whole run; what ran when the cache was fullest is what it could not hold.
+            moment = seen.moments.get("kv_cache" if kind == "preemption" else kind)
+            load = _at_worst(loads[pressing.engine], moment)
             relief[kind] = advise_pressure(pressing, load, target)
     said = _no_verdict(verdicts, recorded) or headline(verdicts, pressure, loads, recorded=recorded)
     return {

@@ -63,12 +63,16 @@ def test_advice_says_change_gain_reason_risk_and_the_next_look() -> None:
     assert "next look: llmprobe status" in text
 
 
-def test_advice_that_changes_no_setting_says_its_gain_too() -> None:
+def test_advice_that_changes_no_setting_says_its_gain_and_risk_too() -> None:
     plain = dataclasses.replace(
         ADVICE, change="", reason="Others want its cores.", gain="at most 4.88 ms of a step"
     )
     text = "\n".join(shown(width=200, advice={"decode": (plain,)}))
-    assert "decode: Others want its cores. To gain: at most 4.88 ms of a step." in text
+    assert (
+        "decode: Others want its cores. To gain: at most 4.88 ms of a step. Risk: TPOT of single requests rises."
+    ) in text
+    look = dataclasses.replace(plain, risk="None: only a look.")
+    assert "Risk" not in "\n".join(shown(width=200, advice={"decode": (look,)}))
 
 
 def test_the_same_change_is_advised_once() -> None:

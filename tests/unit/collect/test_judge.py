@@ -15,7 +15,7 @@ from llmprobe.collect.process import Process
 from llmprobe.collect.telemetry import Telemetry
 from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.compute.evidence import CounterEvidence
-from llmprobe.compute.host import HostSignals, ThreadLoad
+from llmprobe.compute.host import HostSignals, ThreadLoad, together
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import BOTTLENECKS
 from llmprobe.export.report import report, text
@@ -204,6 +204,19 @@ def test_once_nothing_runs_the_last_queue_is_the_past(world: World) -> None:
     for _ in range(20):
         view = world.second(busy=False)
     assert view.headline.endswith("than a verdict needs; requests: 1 running, 0 waiting.")
+
+
+def test_who_looks_further_is_sent_to_the_process_whose_thread_waits(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.server.worker.update_facts(pid=4711, engine_core_pid=4242)
+    core = host(threads=(ThreadLoad("VLLM::EngineCor", 0.5, 0.3),))
+    both = together(host(threads=(ThreadLoad("VLLM::Worker", 0.9, 0.0),)), core)
+    monkeypatch.setattr(world.collector._watches, "signals", lambda process: both)
+    world.seconds(14, gap_ms=18)
+    view = world.second(gap_ms=18)
+    assert "thread VLLM::EngineCor waited for a core 30%" in view.headline
+    assert view.advice["decode"][0].look == "taskset -pc 4242 && uptime"
 
 
 def test_a_front_end_without_time_left_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -32,7 +33,7 @@ from .verdicts import counters, figures, kernels, seen, verdict
 
 SRC = Path(__file__).resolve().parents[3] / "src/llmprobe"
 ABOUT = {"@framework", "@clock", "@phase", "@operator", "@healthy", "@kv_usage", "@waiting"} | {
-    *("@measurable", "@batch", "@batch_ratio", "@running_ratio", "@front_end_wait")
+    *("@measurable", "@batch", "@batch_ratio", "@running", "@running_ratio", "@front_end_wait")
 }
 #: A stall lies in a step or between two.
 WHERE = ("step", "between_steps")
@@ -105,7 +106,7 @@ def test_entries_are_whole(entry: Entry) -> None:
         "pressure": set(KINDS),
         "stall": {*WHERE, None},
     }
-    assert entry.cause in causes.get(entry.bottleneck, {None})
+    assert {*(entry.causes or (None,))} <= causes.get(entry.bottleneck, {None})
     assert entry.reason.endswith(".")
     assert entry.risk.endswith(".")
     assert entry.gain in {"", *GAINS}
@@ -125,7 +126,8 @@ def test_entries_are_whole(entry: Entry) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.finding)
 def test_the_next_look_is_a_command_that_exists(entry: Entry) -> None:
-    words = shlex.split(entry.look.format(server="s", pid=1, metrics="http://localhost:8000/metrics"))
+    values = {"server": "s", "pid": 1, "core_pid": 2, "pids": "2,1"}
+    words = shlex.split(entry.look.format(**values, metrics="http://localhost:8000/metrics"))
     assert words[:2] != ["llmprobe", "status"], "that is where the advice is read"
     if words[0] == "llmprobe":
         VERBS[words[1]].load(words[1]).make_context(words[1], words[2:])  # raises for a wrong option
@@ -427,6 +429,48 @@ def test_on_a_processor_16_bit_products_are_no_advice_where_compute_binds() -> N
 def test_host_signals_come_before_settings() -> None:
     throttled = verdict("sync_bound", "host_between_steps", signs=("throttled",))
     assert advise(throttled, figures(), target())[0].finding == "sync_bound.throttled"
+
+
+@pytest.mark.parametrize(
+    ("cause", "sign"),
+    [
+        *itertools.product(
+            ("host_between_steps", "sampling"), sorted({*SIGNS} - {"thread_busy", "numa_spread"})
+        ),
+        # What else it costs the worker shows as its wait for a core.
+        *itertools.product(("launch_bubbles",), ("throttled", "run_queue", "memory_pressure")),
+    ],
+)
+def test_what_explains_a_wait_for_the_host_is_advised_upon(cause: str, sign: str) -> None:
+    """A quota stopped an engine for two thirds of the time, most of it before sampling: none was offered."""
+    explained, plain = (
+        {item.finding for item in advise(verdict("sync_bound", cause, signs=signs), figures(), target())}
+        for signs in ((sign,), ())
+    )
+    assert explained - plain
+
+
+def test_who_waits_for_a_core_between_steps_is_who_schedules() -> None:
+    """vLLM's workers often have processes of their own: the thread that the reason names is not in theirs."""
+    crowded = verdict("sync_bound", "host_between_steps", signs=("run_queue", "involuntary_switches"))
+    apart, alone = dataclasses.replace(target(), core_pid=4242), target()
+    for on, looks in (
+        (apart, ["taskset -pc 4242 && uptime", "pidstat -w -t -p 4242,4711 1 5"]),
+        (alone, ["taskset -pc 4711 && uptime", "pidstat -w -t -p 4711 1 5"]),
+    ):
+        assert [item.look for item in advise(crowded, figures(), on)][:2] == looks
+    inside = verdict("sync_bound", "launch_bubbles", signs=("run_queue",))
+    assert "taskset -pc 4711 && uptime" in [item.look for item in advise(inside, figures(), apart)]
+
+
+@pytest.mark.parametrize(("running", "proposed"), [(200, 128), (40, 40), (1, 1), (0, None), (None, None)])
+def test_a_limit_that_nobody_comes_near_is_lowered_to_what_runs(
+    running: int | None, proposed: int | None
+) -> None:
+    under = load(running=running, waiting=9, preemptions=50, max_num_seqs=256)
+    found = worst(pressures(under, Thresholds()))["preemption"]
+    limits = [item.proposed for item in advise_pressure(found, under, target()) if item.flag]
+    assert limits == ([] if proposed is None else [proposed])
 
 
 def test_healthy_is_said_to_be_healthy() -> None:

@@ -19,6 +19,8 @@ from llmprobe.compute.verdict import Verdict
 #: What is still possible once a run has ended.
 _RECORD, _AGAIN = "llmprobe run --nsys -- COMMAND", "llmprobe run -- COMMAND"
 _SERVED = re.compile(r"vllm-(\d+)")  # the label of a server that was given none
+#: What is of no use, or of another process, once a run has ended.
+_PASSING = ("{pid}", "{core_pid}", "{pids}", "{metrics}")
 MOST = 4  #: findings a phase: more is no advice
 
 
@@ -34,6 +36,7 @@ class Target:
     flags: Mapping[str, Any]
     pid: int | None = None
     running: bool = True  # else a finished run is advised upon
+    core_pid: int | None = None  # of the process that schedules, where that is another
     clock: str = ""
     measurable: bool = True
 
@@ -69,7 +72,7 @@ def advise(verdict: Verdict, figures: PhaseFigures | None, target: Target) -> tu
         **_batch(figures, target.flags),
     }
     found = (
-        _advice(entry, target, verdict, figures)
+        _advice(entry, target, facts, verdict, figures)
         for entry in _applying(verdict.bottleneck, verdict.cause, facts)
     )
     return tuple(item for item in found if item is not None)[:MOST]
@@ -83,17 +86,18 @@ def advise_pressure(pressure: Pressure, load: EngineLoad, target: Target) -> tup
         "@clock": target.clock or None,
         "@waiting": load.waiting,
         "@kv_usage": load.kv_most,
+        "@running": load.running,
         "@running_ratio": _of_limit(load.running, target.flags),
         "@front_end_wait": (load.front_end.run_queue_ratio or 0.0) if load.front_end else None,
     }
-    found = (_advice(entry, target, None, None) for entry in _applying("pressure", pressure.kind, facts))
+    found = (_advice(entry, target, facts) for entry in _applying("pressure", pressure.kind, facts))
     return tuple(item for item in found if item is not None)[:MOST]
 
 
 def advise_stall(stall: Stall, target: Target) -> tuple[Advice, ...]:
     """What to look at while a rank does not get on. ``target`` names its process."""
     facts = {**target.flags, "@framework": target.framework, "@clock": target.clock or None}
-    found = (_advice(entry, target, None, None) for entry in _applying("stall", stall.where, facts))
+    found = (_advice(entry, target, facts) for entry in _applying("stall", stall.where, facts))
     return tuple(item for item in found if item is not None)[:MOST]
 
 
@@ -117,7 +121,7 @@ def _applying(bottleneck: str, cause: str | None, facts: Mapping[str, Any]) -> I
         entry
         for entry in ENTRIES
         if entry.bottleneck == bottleneck
-        and entry.cause in (None, cause)
+        and entry.is_of(cause)
         and all(condition.holds(facts) for condition in entry.when)
     )
 
@@ -125,14 +129,15 @@ def _applying(bottleneck: str, cause: str | None, facts: Mapping[str, Any]) -> I
 def _advice(
     entry: Entry,
     target: Target,
-    verdict: Verdict | None,
-    figures: PhaseFigures | None,
+    facts: Mapping[str, Any],
+    verdict: Verdict | None = None,
+    figures: PhaseFigures | None = None,
 ) -> Advice | None:
     current = proposed = None
     change = ""
     if entry.change is not None:
         current = target.flags.get(entry.change.told_by or entry.change.flag)
-        proposed = entry.change.proposed(current)
+        proposed = entry.change.proposed(current, facts)
         if proposed is None or proposed == current:
             return None
         change = _said(entry.change, current, proposed, target.framework)
@@ -158,12 +163,14 @@ def _look(look: str, target: Target) -> str:
     if not target.running:
         if "{server}" in look:
             return _RECORD
-        if "{pid}" in look or "{metrics}" in look or look in OF_NOW:
+        if any(name in look for name in _PASSING) or look in OF_NOW:
             return _AGAIN
     served = _SERVED.fullmatch(target.server)
     return look.format(
         server=shlex.quote(target.server),
         pid=target.pid or "PID",
+        core_pid=target.core_pid or target.pid or "PID",
+        pids=",".join(str(pid) for pid in dict.fromkeys((target.core_pid, target.pid)) if pid) or "PID",
         metrics=f"http://{f'localhost:{served[1]}' if served else 'HOST:PORT'}/metrics",
     )
 

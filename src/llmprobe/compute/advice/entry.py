@@ -18,8 +18,9 @@ class When:
     ``@framework`` · ``@clock`` · ``@measurable`` (by ``llmprobe calibrate``) · ``@phase`` · ``@operator`` ·
     ``@healthy`` · ``@sign.NAME`` (`llmprobe.compute.signs.SIGNS`) · ``@batch`` (sequences that decode in a
     step) · ``@batch_ratio`` and, of pressure, ``@running_ratio`` (how many decode, or run, of
-    ``max_num_seqs``), ``@front_end_wait`` (share of the time that the front end's thread is known to have
-    waited for a core). A fact that is not known fulfils ``is_not`` and ``absent`` alone.
+    ``max_num_seqs``), ``@running`` (how many run), ``@front_end_wait`` (share of the time that the front
+    end's thread is known to have waited for a core). A fact that is not known fulfils ``is_not`` and
+    ``absent`` alone.
     ``above_fact`` compares with the fact that ``value`` names; so does ``doubled_at_most_fact``, with twice
     the fact: what a change to ``x2`` would set.
     """
@@ -52,7 +53,7 @@ class When:
 
 @dataclass(frozen=True)
 class Change:
-    """A setting by the engine's own name, and what to make of it: a value, ``x2`` or ``/2``.
+    """A setting by the engine's own name, and what to make of it: a value, ``x2``, ``/2``, or ``@running``.
 
     ``told_by`` is the fact that tells what is set now, where it is not the setting's own.
     """
@@ -61,8 +62,10 @@ class Change:
     to: Any
     told_by: str = ""
 
-    def proposed(self, current: Any) -> Any:
-        """The value to try; None if it depends on a current one that is not known."""
+    def proposed(self, current: Any, facts: Mapping[str, Any]) -> Any:
+        """The value to try; None if it depends on a current one, or a fact, that is not known."""
+        if self.to == "@running":
+            return facts.get(self.to)
         if self.to not in ("x2", "/2"):
             return self.to
         if isinstance(current, bool) or not isinstance(current, (int, float)):
@@ -77,25 +80,35 @@ class Entry:
     Attributes:
         finding: its name, unique; begins with the class.
         bottleneck: a class of `llmprobe.compute.verdict.BOTTLENECKS`, ``pressure`` or ``stall``.
-        cause: of that class (for pressure its kind, for a stall where it is); None for every one.
+        cause: of that class (for pressure its kind, for a stall where it is), or several; None for every one.
         reason: what is likely so, in one sentence.
         risk: what the change may cost.
         gain: a formula of `llmprobe.compute.advice.gain`; "" where nothing can be said.
         when: all must hold.
         change: None where no setting helps.
         look: the next thing to run, which says more than a status does; ``{server}``, ``{pid}`` (of rank 0,
-            or of the rank that is stalled) and ``{metrics}`` (where vLLM serves its own) are filled in.
+            or of the rank that is stalled), ``{core_pid}`` (of what schedules its steps, often the same),
+            ``{pids}`` (of both) and ``{metrics}`` (where vLLM serves its own) are filled in.
     """
 
     finding: str
     bottleneck: str
-    cause: str | None
+    cause: str | tuple[str, ...] | None
     reason: str
     risk: str
     look: str
     gain: str = ""
     when: tuple[When, ...] = ()
     change: Change | None = None
+
+    def is_of(self, cause: str | None) -> bool:
+        """Whether it is a finding about that cause of its class."""
+        return self.cause is None or cause in self.causes
+
+    @property
+    def causes(self) -> tuple[str, ...]:
+        """Those that it is about; empty where it is about every one."""
+        return (self.cause,) if isinstance(self.cause, str) else self.cause or ()
 
 
 VLLM = When("@framework", "is", "vllm")

@@ -170,8 +170,21 @@ PRESSURE = (
         "Fewer requests run at once; they queue instead.",
         _PREEMPTED,
         "",
-        (VLLM, When("max_num_seqs", "above", 1)),
+        (VLLM, When("max_num_seqs", "above", 1), When("@running_ratio", "above", 0.5)),
         Change("max_num_seqs", "/2"),
+    ),
+    Entry(
+        "pressure.preemption.seqs_now",
+        "pressure",
+        "preemption",
+        "More requests are let in than the KV cache holds to their end: a limit at what runs now keeps the "
+        "others from taking its room.",
+        "Fewer requests run at once; they queue instead.",
+        _PREEMPTED,
+        "",
+        # Half of a limit that nobody comes near limits nobody.
+        (VLLM, When("@running", "above", 0), When("@running_ratio", "at_most", 0.5)),
+        Change("max_num_seqs", "@running"),
     ),
     Entry(
         "pressure.preemption.room",

@@ -16,12 +16,16 @@ from llmprobe.compute.advice.entry import (
 )
 
 _SYNC = "sync_bound"
+#: Waits of which the engine core's process is a part: it prepares steps, and asks for sampling.
+_ASKED = ("host_between_steps", "sampling")
+#: All waits for the host.
+_HOST = (*_ASKED, "launch_bubbles")
 
 ENTRIES = (
     Entry(
         "sync_bound.throttled",
         _SYNC,
-        "host_between_steps",
+        _HOST,
         "The container's CPU quota stops the engine until the next period: raise it or take it away.",
         "None for the engine; the node must have the cores.",
         "cat /sys/fs/cgroup/cpu.stat",
@@ -31,27 +35,27 @@ ENTRIES = (
     Entry(
         "sync_bound.crowded",
         _SYNC,
-        "host_between_steps",
+        _ASKED,
         "A thread of the engine waits for a core: give it some that others do not use, or more of them.",
         "Cores given to the engine are missing elsewhere.",
-        "taskset -pc {pid} && uptime",
+        "taskset -pc {core_pid} && uptime",
         "stall",
         (When("@sign.run_queue"),),
     ),
     Entry(
         "sync_bound.preempted",
         _SYNC,
-        "host_between_steps",
+        _ASKED,
         "Other tasks take the engine's core many times a second: keep them off it (taskset, a cpuset).",
         "Cores given to the engine are missing elsewhere.",
-        "pidstat -w -t -p {pid} 1 5",
+        "pidstat -w -t -p {pids} 1 5",
         "stall",
         (When("@sign.involuntary_switches"),),
     ),
     Entry(
         "sync_bound.paging",
         _SYNC,
-        "host_between_steps",
+        _ASKED,
         "Pages are read back from disk while the device waits: the host needs more memory, or less to do.",
         "Swapped-out pages come back once, slowly.",
         "cat /proc/pressure/memory && free -m",
@@ -59,19 +63,29 @@ ENTRIES = (
         (When("@sign.major_faults"),),
     ),
     Entry(
+        "sync_bound.memory",
+        _SYNC,
+        _HOST,
+        "Tasks of this container or machine wait for memory: raise its limit, or run less beside the engine.",
+        "Memory given to the engine is missing elsewhere.",
+        "cat /proc/pressure/memory && free -m",
+        "stall",
+        (When("@sign.memory_pressure"),),
+    ),
+    Entry(
         "sync_bound.remapping",
         _SYNC,
-        "host_between_steps",
+        _ASKED,
         "Memory is mapped anew all the time: an allocator gives pages back and takes them again.",
         "An allocator that keeps its pages (jemalloc, tcmalloc) holds more memory.",
-        "pidstat -r -p {pid} 1 5",
+        "pidstat -r -p {pids} 1 5",
         "stall",
         (When("@sign.minor_faults"),),
     ),
     Entry(
         "sync_bound.pressed",
         _SYNC,
-        "host_between_steps",
+        _ASKED,
         "Tasks of this container or machine wait for cores, likely the engine's too: give it more of them.",
         "Cores given to the engine are missing elsewhere.",
         "cat /proc/pressure/cpu && uptime",
@@ -203,6 +217,16 @@ ENTRIES = (
         "stall",
         (TRANSFORMERS, When("cache_implementation", "is_not", "static")),
         Change("cache_implementation", "static"),
+    ),
+    Entry(
+        "sync_bound.bubbles_crowded",
+        _SYNC,
+        "launch_bubbles",
+        "A thread of the worker waits for a core, and with it the kernels that it would launch: give it one.",
+        "Cores given to the engine are missing elsewhere.",
+        "taskset -pc {pid} && uptime",
+        "stall",
+        (When("@sign.run_queue"),),
     ),
     Entry(
         "sync_bound.bubbles",
