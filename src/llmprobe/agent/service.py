@@ -23,6 +23,7 @@ import llmprobe
 from llmprobe.agent import captures, events, files, sessions
 from llmprobe.agent.door import Door, DoorKeeper
 from llmprobe.agent.event_log import EventLog
+from llmprobe.agent.head import Head
 from llmprobe.agent.limits import Audit, Limits
 from llmprobe.agent.problems import RESPONSES, Problem
 from llmprobe.capture.manager import Manager
@@ -144,6 +145,7 @@ def create_app(state: State, door: Door) -> FastAPI:
     )
     # The last one added comes first: who asks is checked before anything of it is read.
     # Who comes through the Unix socket is the server's own user, whose machine it is.
+    app.add_middleware(Head)
     app.add_middleware(Limits, bounded=door.kind != "unix")
     app.add_middleware(DoorKeeper, door=door)
     app.add_middleware(Audit, kind=door.kind)

@@ -168,6 +168,22 @@ def test_unknown_paths_and_methods_are_problems(client: TestClient) -> None:
     problem(client.get("/api/probe"), 405)
 
 
+@pytest.mark.parametrize("path", ["/", "/metrics", "/healthz", "/api/status"])
+def test_head_is_answered_as_get_without_its_body(client: TestClient, path: str) -> None:
+    whole, head = client.get(path), client.head(path)
+    assert whole.content
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert (
+        client.head(path, headers={"Host": "evil.example"}).status_code
+        == client.get(path, headers={"Host": "evil.example"}).status_code
+    )
+
+
+def test_head_of_what_does_not_end_is_refused(client: TestClient) -> None:
+    assert client.head("/api/events").status_code == 405
+
+
 def test_another_host_is_refused_before_anything_runs(client: TestClient) -> None:
     problem(client.get("/metrics", headers={"Host": "evil.example"}), 403)
 
