@@ -22,6 +22,7 @@ ACTIVITY = np.dtype(
     [("begin", "<i8"), ("end", "<i8"), ("name", "<u4"), ("stream", "<u4"), ("device", "u1"), ("kind", "u1")]
 )
 STEP = np.dtype([("begin", "<i8"), ("end", "<i8"), ("name", "u1"), ("tokens", "<i8")])
+DATA = Path(__file__).parents[2] / "data"
 MS = 1_000_000
 
 
@@ -119,6 +120,29 @@ def test_less_than_a_microsecond_between_two_is_no_idle_time(path: Path) -> None
     close["begin"][1] = 11_500
     write_kernels(path, header(), close, steps()[:0])
     assert analyze(path).gpus[0].busy_ratio == pytest.approx(18.5 / 20)
+
+
+def test_captures_of_one_server_by_two_tools_agree() -> None:
+    """On an H200, one after the other; see tests/data/PROVENANCE.md."""
+    kernels = analyze(DATA / "kernels" / "vllm_h200_decode.npz")
+    torch = analyze(DATA / "kineto" / "vllm_h200_decode.json.gz")
+    (mine,), (theirs,) = ([row for row in one.phases if not row.part] for one in (kernels, torch))
+    assert (mine.name, mine.steps, mine.cut_steps) == ("decode", 12, 0)
+    assert mine.tokens == 12 * 4
+    assert mine.comparable_sync_gap_ratio == pytest.approx(theirs.comparable_sync_gap_ratio, abs=0.02)
+    large = [row for row in kernels.kernels if row.share > 0.02]
+    other = {row.name: row for row in torch.kernels}
+    assert len(large) > 5
+    for row in large:
+        assert row.mean_seconds == pytest.approx(other[row.name].mean_seconds, rel=0.02), row.name
+        assert row.share == pytest.approx(other[row.name].share, abs=0.01), row.name
+        assert row.operator == other[row.name].operator
+    with np.load(DATA / "kernels" / "vllm_h200_decode.npz") as file:
+        ran = file["activities"]
+    assert sum(row.count for row in kernels.operators) == len(ran)
+    assert sum(row.seconds for row in kernels.operators) == pytest.approx(
+        int((ran["end"] - ran["begin"]).sum()) / 1e9
+    )
 
 
 def test_kernels_that_were_dropped_make_it_untrusted(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import os
@@ -10,6 +11,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -332,12 +334,19 @@ def test_nsys_itself_still_reads_a_copy(tmp_path: Path) -> None:
         assert nsys_report(target, report, tmp_path / f"{report}-copy") == before
 
 
+def unzipped(raw: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist())
+
+
 @pytest.mark.parametrize(
-    "path", sorted(DATA.glob("nsys/*")) + sorted(DATA.glob("kineto/*")), ids=lambda path: path.name
+    "path",
+    [path for folder in ("nsys", "kineto", "kernels") for path in sorted(DATA.glob(f"{folder}/*"))],
+    ids=lambda path: path.name,
 )
 def test_test_data_holds_no_path_and_no_environment(path: Path) -> None:
     raw = path.read_bytes()
-    opened = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
+    opened = {".gz": gzip.decompress, ".xz": lzma.decompress, ".npz": unzipped}.get(path.suffix, bytes)
     raw = opened(raw)
     for sign in (b"/home/", b"/root", b"/usr/", b"PATH=", b"HOME=", b"/tmp/", SECRET.encode()):
         assert sign not in raw
