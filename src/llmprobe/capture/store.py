@@ -43,6 +43,8 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 LEAST_FREE_BYTES = 512 << 20
 #: Less than this free, and a recording is ended early.
 STOP_FREE_BYTES = 256 << 20
+#: A folder without a state is one that is being made, for so long.
+_BEING_MADE_SECONDS = 60.0
 #: So many captures that have ended are kept, failed ones too.
 MOST_ENDED = 200
 
@@ -182,15 +184,18 @@ class Store:
 
     def all(self) -> list[Capture]:
         """Every capture that can be read, newest first."""
-        try:
-            names = sorted((path.name for path in self.root.iterdir() if is_id(path.name)), reverse=True)
-        except OSError:
-            return []
         found = []
-        for name in names:
+        for name in self._names():
             with contextlib.suppress(KeyError):
                 found.append(self.read(name))
         return found
+
+    def _names(self) -> list[str]:
+        """The ids that have folders, newest first."""
+        try:
+            return sorted((path.name for path in self.root.iterdir() if is_id(path.name)), reverse=True)
+        except OSError:
+            return []
 
     def remove(self, capture_id: str) -> None:
         """Delete a capture and its files.
@@ -229,10 +234,11 @@ class Store:
         Returns:
             Their ids.
         """
-        captures = self.all()
-        sizes = {capture.id: self.size(capture.id) for capture in captures}
-        ended = [capture for capture in captures if capture.state in FINAL]
-        may_go = [capture.id for capture in reversed(ended) if capture.id != keep]
+        states = {capture.id: capture.state for capture in self.all()}
+        names = self._names()
+        sizes = {name: self.size(name) for name in names}
+        ended = [name for name in names if (states[name] in FINAL if name in states else self._lost(name))]
+        may_go = [name for name in reversed(ended) if name != keep]
         too_many, too_large = len(ended) - self._most_ended, sum(sizes.values()) - self.max_bytes
         missing = self._missing_bytes()
         if missing > sum(sizes[one] for one in may_go):
@@ -246,6 +252,12 @@ class Store:
                 removed.append(one)
                 too_many, too_large, missing = too_many - 1, too_large - sizes[one], missing - sizes[one]
         return removed
+
+    def _lost(self, capture_id: str) -> bool:
+        """Whether one whose state cannot be read is nobody's: shown nowhere, it takes room all the same."""
+        with contextlib.suppress(OSError):
+            return self._clock() - self.folder(capture_id).stat().st_mtime > _BEING_MADE_SECONDS
+        return False
 
     def _missing_bytes(self) -> int:
         """How much more must be free for a capture to start."""

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from llmprobe.capture.session import Capture, Request
-from llmprobe.capture.store import LIVE, RAW, REPORT_JSON, Store, StoreError, default_directory, write_json
+from llmprobe.capture.store import (
+    LIVE,
+    RAW,
+    REPORT_JSON,
+    STATE_NAME,
+    Store,
+    StoreError,
+    default_directory,
+    write_json,
+)
 
 
 def store(root: Path, max_bytes: int = 10_000) -> Store:
@@ -65,6 +74,18 @@ def test_what_was_just_made_stays_whatever_it_takes(tmp_path: Path) -> None:
     assert kept.trim(keep=large.id) == [old.id]
     assert ids(kept) == [large.id]
     assert kept.trim() == [large.id]
+
+
+def test_one_whose_state_cannot_be_read_takes_no_room_for_ever(tmp_path: Path) -> None:
+    kept = store(tmp_path, max_bytes=20_000)
+    made, torn, good = (add(kept, number, size=4000) for number in (1, 2, 3))
+    for one in (made, torn):
+        (kept.folder(one.id) / STATE_NAME).write_text("{")
+    os.utime(kept.folder(torn.id), (1, 1))
+    kept.max_bytes = 9000
+    assert kept.trim() == [torn.id]
+    assert (kept.folder(torn.id).exists(), ids(kept)) == (False, [good.id])
+    assert kept.folder(made.id).exists(), "it may be one that is just being made"
 
 
 def test_captures_come_newest_first(tmp_path: Path) -> None:
