@@ -68,9 +68,8 @@ def test_advice_that_changes_no_setting_says_its_gain_and_risk_too() -> None:
         ADVICE, change="", reason="Others want its cores.", gain="at most 4.88 ms of a step"
     )
     text = "\n".join(shown(width=200, advice={"decode": (plain,)}))
-    assert (
-        "decode: Others want its cores. To gain: at most 4.88 ms of a step. Risk: TPOT of single requests rises."
-    ) in text
+    does = "decode: Others want its cores. To gain: at most 4.88 ms of a step."
+    assert f"{does} Risk: TPOT of single requests rises." in text
     look = dataclasses.replace(plain, risk="None: only a look.")
     assert "Risk" not in "\n".join(shown(width=200, advice={"decode": (look,)}))
 
