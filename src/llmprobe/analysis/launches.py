@@ -13,7 +13,7 @@ from llmprobe.compute.steps import Bools
 
 _GRAPH = re.compile(r"^(cuda|cu)GraphLaunch")
 _KERNEL = re.compile(r"^(cuda|cu)LaunchKernel")
-#: A thread whose work is seen up to so much of the recording before its end is seen to the end.
+#: Work that is seen up to so much of the recording before a launch is seen up to it.
 _END_RATIO = 0.05
 
 
@@ -31,8 +31,8 @@ def launches_of(trace: Trace) -> Launches:
     """The launches of a recording.
 
     The host runs ahead of the device, by a whole step and more. What it launched last had yet to run when the
-    recording ended: all behind the last thing of the thread that is seen, be it a copy, where what the thread
-    launched is seen up to the end. Any other launch that left no trace was lost.
+    recording ended: all behind the last thing of the thread that is seen, be it a copy, where its work is
+    seen up to about its last launch. Any other launch that left no trace was lost.
     """
     if not len(trace.calls):
         nothing = np.zeros(0, dtype=np.bool_)
@@ -57,7 +57,7 @@ def launches_of(trace: Trace) -> Launches:
             continue
         # What ran as the recording ended is not in it either.
         longest = int((activities.end_ns - activities.begin_ns)[ran].max())
-        unseen = end - int(activities.end_ns[ran].max())
+        unseen = int(calls.begin_ns[mine].max()) - int(activities.end_ns[ran].max())
         if unseen <= max(longest, _END_RATIO * (end - begin)):
             queued |= mine & missing & (calls.begin_ns > activities.launched_ns[ran].max())
     return Launches(calls, graph, missing, queued)

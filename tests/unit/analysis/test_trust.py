@@ -164,18 +164,22 @@ def test_launches_before_something_that_ran_are_lost(tmp_path: Path) -> None:
     assert (reason.check, reason.level) == ("missing_kernels", "untrusted")
 
 
-def test_a_process_that_is_not_seen_to_the_end_lost_what_it_launched(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("apart_ns", "lost"), [(1_000_000, True), (1_000, False)])
+def test_a_process_that_goes_on_launching_and_is_not_seen_to_run_lost_it(
+    tmp_path: Path, apart_ns: int, lost: bool
+) -> None:
+    """And one that launched ahead and was recorded for less long than another one did not."""
     other = (1 << 56) | (5000 << 24) | 1
     file = NsysFile(tmp_path / "a.sqlite")
     decode(file)
-    for number in range(90):
+    for number in range(60):
         at = 1_000_000_000 + number * 1_000_000
-        if number < 60:
-            file.kernel("nvjet", at, at + 900_000, launched=at - 10_000, device=1, thread=other)
-        else:
-            file.call("cudaLaunchKernel_v7000", at, thread=other)
+        file.kernel("nvjet", at, at + 900_000, launched=at - 10_000, device=1, thread=other)
+    for number in range(30):
+        file.call("cudaLaunchKernel_v7000", 1_060_000_000 + number * apart_ns, thread=other)
     (reason,) = analyze(file.close()).trust.reasons
-    assert (reason.check, reason.level) == ("missing_kernels", "untrusted")
+    expected = ("missing_kernels", "untrusted") if lost else ("queued_launches", "note")
+    assert (reason.check, reason.level) == expected
 
 
 @pytest.mark.parametrize(
