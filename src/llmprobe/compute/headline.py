@@ -114,7 +114,7 @@ def stalled(rank: int, stall: Stall) -> str:
             known.append(f"{stall.tokens} tokens")
         doing = f"in step {stall.step}" + (f" ({', '.join(known)})" if known else "")
     else:
-        doing = f"without a step since step {stall.step}, with requests waiting"
+        doing = f"without a step since step {stall.step}, with requests unfinished"
     last = f"; the last step took {stall.last_steps[-1].seconds:.3g} s" if stall.last_steps else ""
     who = f"rank {rank}" if stall.engine is None else f"engine {stall.engine}, rank {rank}"
     return f"STALLED: {who} has been {doing} for {stall.seconds:.0f} s{last}."

@@ -81,6 +81,8 @@ def run_verdict(
         if pressing.active and pressing.engine in loads:
             # Preemptions are of the whole run; what ran when the cache was fullest is what it could not hold.
             moment = seen.moments.get("kv_cache" if kind == "preemption" else kind)
+            if moment is not None and moment.engine != pressing.engine:
+                moment = None
             load = _at_worst(loads[pressing.engine], moment)
             relief[kind] = advise_pressure(pressing, load, target)
     said = _no_verdict(verdicts, recorded) or headline(verdicts, pressure, loads, recorded=recorded)

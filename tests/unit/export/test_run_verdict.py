@@ -322,6 +322,19 @@ def test_pressure_of_a_moment_is_kept_and_says_for_how_long() -> None:
     assert not found["pressure"]["kv_cache"]["active"]
 
 
+@pytest.mark.parametrize(("of_engine", "proposed"), [(0, [40]), (1, [])])
+def test_what_ran_when_the_cache_was_fullest_is_what_it_could_not_hold(
+    of_engine: int, proposed: list[int]
+) -> None:
+    full = pressure(kind="kv_cache", engine=of_engine, high=True, value=0.99, text="KV cache 99% full")
+    busy = engine(engine=of_engine, requests_running=40, requests_waiting=7, kv_usage=0.99)
+    looks = watched(*(decode(second + 1, pressure={"kv_cache": full}, engines=[busy]) for second in range(3)))
+    ended = engine(requests_running=0, requests_waiting=0, preemptions=9)
+    found = of(decode(4, engines=[ended], flags={"max_num_seqs": 256}), looks=looks)
+    assert found["pressure"]["preemption"]["active"]
+    assert [item["proposed"] for item in found["advice"]["preemption"] if item["flag"]] == proposed
+
+
 def test_looks_before_a_block_are_none_of_it() -> None:
     """``measure()`` in a program that worked before: only what the block did weighs."""
     before: RankView = decode(100, kernels={"decode": kernels()}).ranks[0]
