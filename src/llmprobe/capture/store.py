@@ -254,7 +254,16 @@ class Store:
         return removed
 
     def _lost(self, capture_id: str) -> bool:
-        """Whether one whose state cannot be read is nobody's: shown nowhere, it takes room all the same."""
+        """Whether a capture's state is torn or gone: shown nowhere, it takes room all the same."""
+        try:
+            with self.open(capture_id, STATE_NAME, (STATE_NAME,)) as fd:
+                Capture.from_json(json.loads(_read_all(fd)))
+            return False
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # there may be one, and it may run
+                return False
+        except (ValueError, RecursionError):
+            pass
         with contextlib.suppress(OSError):
             return self._clock() - self.folder(capture_id).stat().st_mtime > _BEING_MADE_SECONDS
         return False

@@ -88,6 +88,17 @@ def test_one_whose_state_cannot_be_read_takes_no_room_for_ever(tmp_path: Path) -
     assert kept.folder(made.id).exists(), "it may be one that is just being made"
 
 
+def test_one_whose_state_cannot_be_opened_stays(tmp_path: Path) -> None:
+    """Too many open files, say: it may be the one that runs."""
+    kept = store(tmp_path, max_bytes=100)
+    one = add(kept, 1, size=4000)
+    state = kept.folder(one.id) / STATE_NAME
+    state.unlink()
+    state.symlink_to(tmp_path / "nowhere")
+    os.utime(kept.folder(one.id), (1, 1))
+    assert kept.trim() == []
+
+
 def test_captures_come_newest_first(tmp_path: Path) -> None:
     kept = store(tmp_path)
     made = [add(kept, number).id for number in (1, 3, 2)]
