@@ -41,5 +41,7 @@ def _no_windows(rank: RankView) -> str:
     if rank.clock != "cuda":
         return "gaps inside a step need kernel windows, and those a CUDA device"
     said = rank.facts.get("kernel_windows") or {}
-    why = str(said.get("reason") or "none has seen enough steps yet") if said else "LLMPROBE_KERNEL_WINDOWS is off"
+    why = "LLMPROBE_KERNEL_WINDOWS is off"
+    if said:
+        why = str(said.get("reason") or "none has seen enough steps yet")
     return f"gaps inside a step need kernel windows: {why}"
