@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-#: Class → the quantities that decide it. Host signals explain any wait.
+#: Class → the quantities that decide it.
 _DECIDING = {
     "unknown": ("sync_gap_ratio", "mbu_busy", "mfu_busy"),
     "sync_bound": ("sync_gap_ratio", "launch_gap_ratio", "graphics_active_ratio"),
@@ -17,6 +17,8 @@ _DECIDING = {
     "compute_bound": ("mfu_busy", "tensor_active_ratio"),
     "inefficient_kernels": ("mbu_busy", "mfu_busy"),
 }
+#: Classes that host signals explain: a wait, or a step that is slow for no reason of its own.
+_EXPLAINED = ("sync_bound", "inefficient_kernels")
 _WORDS = {
     "sync_gap_ratio": "sync gap",
     "mbu_busy": "MBU of busy time",
@@ -31,11 +33,12 @@ _WORDS = {
 
 def deciding(verdict: Mapping[str, Any]) -> str:
     """The evidence that decided, in one line: value, threshold, source and age of each; maybe empty."""
-    names = _DECIDING.get(verdict["bottleneck"], ())
+    bottleneck = verdict["bottleneck"]
+    names = _DECIDING.get(bottleneck, ())
     return "; ".join(
         _said(item)
         for item in verdict["evidence"]
-        if item["quantity"] in names or item["quantity"].startswith("host_")
+        if item["quantity"] in names or (bottleneck in _EXPLAINED and item["quantity"].startswith("host_"))
     )
 
 

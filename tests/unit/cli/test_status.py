@@ -114,6 +114,22 @@ def test_the_deciding_evidence_is_shown_and_all_of_it_on_demand(
     assert ["DRAM", "active", "0.61", "0.70", "counter", "2", "s", "ago"] in rows
 
 
+@pytest.mark.parametrize(("bottleneck", "told"), [("sync_bound", True), ("memory_bound", False)])
+def test_the_host_decides_nothing_of_a_phase_that_the_device_binds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bottleneck: str, told: bool
+) -> None:
+    """On a CPU the thread that uses all of a core is the device at work."""
+    evidence = (
+        Evidence("sync_gap_ratio", 0.3, 0.2, "measured"),
+        Evidence("mbu_busy", 0.9, 0.5, "modelled"),
+        Evidence("host_thread_busy", 0.97, 0.9, "measured"),
+    )
+    one = {"verdicts": {"decode": verdict(bottleneck=bottleneck, evidence=evidence)}}
+    assert ("host thread busy" in " ".join(status(monkeypatch, tmp_path, one=one).split())) is told
+    shown = " ".join(status(monkeypatch, tmp_path, "--evidence", one=one).split())
+    assert "host thread busy 0.97" in shown
+
+
 def test_what_the_host_did_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     busy = host(threads=(ThreadLoad("python", 0.99, 0.0),), throttled_ratio=0.25, cpu_pressure_ratio=None)
     text = status(monkeypatch, tmp_path, one={"ranks": [rank(host=busy)]})

@@ -405,6 +405,9 @@ def test_on_a_cpu_nothing_is_proposed_that_only_a_gpu_has() -> None:
         clock: advise_pressure(pressed, under, Target("s", "vllm", VLLM_FLAGS, clock=clock))
         for clock in ("cuda", "host")
     }
+    waits = figures(span=6.0, gap=3.0)
+    scheduled = {clock: findings(seen(waits, clock=clock), async_scheduling=False) for clock in on}
+    assert ["sync_bound.async_scheduling" in scheduled[clock] for clock in ("cuda", "host")] == [True, False]
     assert {item.flag for item in on["cuda"]} >= {"kv_cache_dtype", "gpu_memory_utilization"}
     assert not {item.flag for item in on["host"]} & {"kv_cache_dtype", "gpu_memory_utilization"}
 

@@ -102,6 +102,7 @@ ENTRIES = (
         "stall",
         (
             VLLM,
+            GPU,  # on a CPU vLLM schedules after each step, whatever is set
             When("async_scheduling", "is_not", True),
             When("speculative_method", "absent"),  # with most methods vLLM refuses to start
             When("pipeline_parallel_size", "at_most", 1),
