@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,6 +12,18 @@ from rich.text import Text
 
 from llmprobe.cli.evidence_view import host_line
 
+#: What is no floor of a step, in the order in which it is told.
+_PARTS = {
+    "inefficiency": "slow kernels",
+    "launch": "launch bubbles",
+    "host": "host between steps",
+    "sample": "host before sampling",
+    "communication": "communication",
+    "transfer": "copies",
+    "remainder": "not told apart",
+}
+_LEAST_SHARE = 0.005  # of a step; what is less would read 0 %
+
 
 def server_panel(server: dict[str, Any]) -> RenderableType:
     """A panel over one entry of ``/api/status``."""
@@ -19,6 +32,7 @@ def server_panel(server: dict[str, Any]) -> RenderableType:
         parts.append(
             _phases(rank) if rank["figures"] else Text(f"rank {rank['rank']}: no steps in the last 30 s")
         )
+        parts += [Text(line) for line in step_parts(rank.get("attribution") or {})]
         if gpu := rank.get("gpu"):
             parts.append(Text(f"GPU of rank {rank['rank']}: {_gpu(gpu)}", style="dim"))
         if host := rank.get("host"):
@@ -72,6 +86,36 @@ def _phases(rank: dict[str, Any]) -> Table:
             "–" if gap is None else f"{bound}{gap:.1%}",
         )
     return table
+
+
+def step_parts(attribution: Mapping[str, Any]) -> list[str]:
+    """Where the time of a mean step went, a line for each phase. The shares are of its time with the gap."""
+    lines = []
+    for phase, found in attribution.items():
+        total, seconds = found["total_seconds"], found["seconds"]
+        if total <= 0 or found["steps"] <= 0:
+            continue
+        shares = {name: value / total for name, value in seconds.items()}
+        told = [_floor(roof, shares) for roof in ("memory", "compute")]
+        told += [f"{words} {shares[part]:.0%}" for part, words in _PARTS.items() if _worth(shares.get(part))]
+        lines.append(
+            f"{phase} step of {_seconds(total / found['steps'])}: {', '.join(filter(None, told)) or '–'}"
+        )
+    return lines
+
+
+def _floor(roof: str, shares: Mapping[str, float]) -> str:
+    """``memory floor 30% (attention 21%, linear 9%)``; empty where there is none."""
+    own = {name.partition(".")[2]: share for name, share in shares.items() if name.startswith(f"{roof}.")}
+    if not _worth(total := sum(own.values())):
+        return ""
+    ranked = sorted(own.items(), key=lambda item: -item[1])
+    operators = ", ".join(f"{name} {share:.0%}" for name, share in ranked if _worth(share))
+    return f"{roof} floor {total:.0%}" + (f" ({operators})" if operators else "")
+
+
+def _worth(share: float | None) -> bool:
+    return share is not None and share >= _LEAST_SHARE
 
 
 def _gpu(gpu: dict[str, Any]) -> str:
