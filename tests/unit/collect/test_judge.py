@@ -88,6 +88,7 @@ def test_the_first_load_of_a_server_is_not_held_against_counters_from_before_it(
 
 
 def test_waiting_for_the_host_is_advised_upon_by_the_flags(world: World) -> None:
+    world.server.worker.update_facts(clock="cuda")
     world.seconds(15, span_ms=18, gap_ms=54)
     view = world.second(span_ms=18, gap_ms=54)
     verdict = view.verdicts["decode"]
