@@ -125,7 +125,7 @@ class Judge:
                     rank.peaks,
                     rank.attainable,
                     kernels=shown.kernels.get(phase),
-                    windows_on=bool((shown.facts.get("kernel_windows") or {}).get("on")),
+                    windows_on=shown.windows_on,
                     counters=_counters_within(shown, long_seconds),
                     host=shown.host,
                     one_graph=launched_whole(shown.facts.get("flags") or {}, phase, tokens),

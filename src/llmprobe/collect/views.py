@@ -152,6 +152,11 @@ class RankView:
     #: The file that its process writes.
     journal: Path | None = None
 
+    @property
+    def windows_on(self) -> bool:
+        """Whether its process opens kernel windows now and then."""
+        return bool((self.facts.get("kernel_windows") or {}).get("on"))
+
 
 @dataclass
 class EngineView:

@@ -105,6 +105,7 @@ def _observation(
         rank.peaks,
         rank.attainable,
         kernels=looked.kernels.get(phase),
+        windows_on=rank.windows_on,
         counters=looked.counters,
         host=looked.host,
         one_graph=phase in looked.one_graph,

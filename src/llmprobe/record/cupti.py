@@ -31,6 +31,9 @@ _INJECTED = re.compile(r"/lib(ToolsInjection64|cuda-injection)\.so[\d.]*$")
 _MAPS = Path("/proc/self/maps")
 _SUCCESS = 0
 _SHORTEST_NS = 1_000_000
+#: Kernels that had not run when a window closed have no times: of four steps as many as three, where the host
+#: runs ahead. If it is more than this of all kernels, CUPTI is at its limit (`llmprobe.record.cupti_memory`).
+_MOST_UNTIMED_RATIO = 0.9
 _OLDEST_VERSION = 12  # CUDA 10: `cupti_records` holds from there on
 
 _Requested = ctypes.CFUNCTYPE(
@@ -151,8 +154,7 @@ class Cupti:
         ]
         activities = activities[np.argsort(activities["begin"], kind="stable")]
         dropped = self._buffers.refused
-        # Some without times are those that had not run when it closed. Most: CUPTI is at its limit.
-        if self._untimed > self._kernels - self._untimed:
+        if self._untimed > _MOST_UNTIMED_RATIO * self._kernels:
             dropped += self._untimed
         return Window(self._begin_ns, end_ns, activities, self._names.names, dropped)
 

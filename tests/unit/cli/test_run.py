@@ -93,6 +93,20 @@ def test_thresholds_that_did_not_count_are_told_in_the_report(tmp_path: Path) ->
     assert done.stderr.count("no_such_threshold") == 2  # before the command, and in the summary
 
 
+def program(tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """``program.py`` by itself, not under `llmprobe run`."""
+    place = {"LLMPROBE_DIR": str(tmp_path / "shared"), "LLMPROBE_AGENT": "off", "LLMPROBE_GROUP": "g"}
+    return subprocess.run(
+        [sys.executable, "program.py"],
+        env={**os.environ, **place, **more},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def test_a_measured_block_tells_them_too(tmp_path: Path) -> None:
     (tmp_path / "limits.toml").write_text("no_such_threshold = 1\n")
     (tmp_path / "program.py").write_text(
@@ -100,21 +114,7 @@ def test_a_measured_block_tells_them_too(tmp_path: Path) -> None:
         + "".join(f"    {line}\n" for line in PROGRAM.splitlines())
         + "print(m.report['servers'][0]['notes'])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "program.py"],
-        env={
-            **os.environ,
-            "LLMPROBE_DIR": str(tmp_path / "shared"),
-            "LLMPROBE_AGENT": "off",
-            "LLMPROBE_GROUP": "g",
-            "LLMPROBE_THRESHOLDS": str(tmp_path / "limits.toml"),
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = program(tmp_path, LLMPROBE_THRESHOLDS=str(tmp_path / "limits.toml"))
     assert "no_such_threshold" in done.stdout, done.stderr
 
 
@@ -129,18 +129,5 @@ def test_a_probe_that_is_switched_off_in_a_measured_block_says_nothing_of_it(tmp
         "    time.sleep(2.5)\n"
         "print([server['server'] for server in m.report['servers']])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "program.py"],
-        env={
-            **os.environ,
-            "LLMPROBE_DIR": str(tmp_path / "shared"),
-            "LLMPROBE_AGENT": "off",
-            "LLMPROBE_GROUP": "g",
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = program(tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "['mine']\n", "")
