@@ -5,7 +5,8 @@
 
 A step clock records two events a step: this is the part of its cost that is the driver's. A graph like an 8B
 decoder's step is launched; before each event the processor's caches are emptied, as an engine's own code does
-between two steps. torch's call, what of it the step clock calls, and the driver's (`cuEventRecord`) in turns.
+between two steps. In turns: torch's method, torch's function below it, the driver's (`cuEventRecord`) giving
+the interpreter lock away meanwhile, and as the step clock calls it, which keeps it.
 Needs an NVIDIA GPU with 20 GB and torch.
 """
 
@@ -16,6 +17,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +47,10 @@ def main() -> int:
     event = torch.cuda.Event(enable_timing=True)
     event.record()  # torch makes it at its first use
     calls = {
-        "by torch": event.record,
-        "as the step clock does": _clock(event),
-        "by the driver's own function": _driver(event),
+        "by torch's method": event.record,
+        "by torch's function below it": _below(event),
+        "by the driver's function, without the lock": _driver(event, ctypes.CDLL),
+        "by the driver's function, with it": _driver(event, ctypes.PyDLL),
     }
     times: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for step in range(options.steps):
@@ -81,13 +84,13 @@ def _three(call: Callable[[], None]) -> tuple[int, int, int]:
     return first - begin, second - first, _now() - second
 
 
-def _clock(event: torch.cuda.Event) -> Callable[[], None]:
+def _below(event: torch.cuda.Event) -> Callable[[], None]:
     record, stream = CudaClock()._record, torch.cuda.current_stream()
     return lambda: record(event, stream)
 
 
-def _driver(event: torch.cuda.Event) -> Callable[[], None]:
-    record = ctypes.CDLL("libcuda.so.1").cuEventRecord
+def _driver(event: torch.cuda.Event, library: Callable[[str], Any]) -> Callable[[], None]:
+    record = library("libcuda.so.1").cuEventRecord
     record.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     handle, stream = event.cuda_event, torch.cuda.current_stream().cuda_stream
 

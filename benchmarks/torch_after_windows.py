@@ -1,11 +1,12 @@
 """Whether torch's profiler sees kernels in a process in which CUPTI has recorded for llmprobe before.
 
     python benchmarks/torch_after_windows.py
-    python benchmarks/torch_after_windows.py --windows 40 --idle 20
+    python benchmarks/torch_after_windows.py --times 20 --windows 40 --idle 20
 
-Each row is a process of its own, in which one thread launches kernels one by one, or as a CUDA graph: some
-windows are opened and closed as kernel windows are, or torch's profiler runs once before them; then torch's
-profiler records twice. Kernels in its traces beside calls that launch some. Needs an NVIDIA GPU and torch.
+Each row is so many processes, in each of which one thread launches kernels one by one, or as a CUDA graph:
+some windows are opened and closed as kernel windows are, or torch's profiler runs once before them; then it
+records twice. How many of these traces hold the kernels of the calls in them that launch some, and
+what its log says of records that it left out because of their times. Needs an NVIDIA GPU and torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,20 +34,30 @@ from llmprobe.record.torch_trace import TorchTrace
 _WINDOW_SECONDS = 0.1
 _TRACE_SECONDS = 1.0
 _MOST_SECONDS = 180.0
-_HEADER = ("launched", "before torch's profiler", "kernels of launches, first trace", "second trace")
+_HEADER = (
+    "launched",
+    "before torch's profiler",
+    "traces with all kernels",
+    "with some",
+    "with none",
+    "records left out of these for their times",
+    "processes that ended badly",
+)
 _CASES = (
     ("one by one", "nothing"),
     ("one by one", "windows"),
     ("one by one", "windows, idle"),
     ("one by one", "torch, windows"),
     ("as a graph", "windows"),
-    ("as a graph", "windows, idle"),
 )
+_STAGE = re.compile(r"^stage: (.*)$", re.MULTILINE)
+_LEFT_OUT = re.compile(r"Out-of-range\s*=\s*(\d+)")
 
 
 def main() -> int:
     """Print the table; returns 1 if a trace lost kernels."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--times", type=int, default=3, help="processes in each row [3]")
     parser.add_argument("--windows", type=int, default=12, help="windows before torch's profiler [12]")
     parser.add_argument(
         "--idle", type=float, default=10.0, help="seconds without work, where there are some [10]"
@@ -59,35 +72,57 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("torch_after_windows.py needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         return 1
-    rows, lost = [], False
+    rows, saved, bad = [], [], False
     for launched, before in _CASES:
-        found = _apart(launched, before, options)
-        if isinstance(found, str):
-            rows.append([launched, before, found, ""])
-            lost = True
-            continue
-        rows.append([launched, before, *(f"{kernels} of {launches}" for kernels, launches in found)])
-        lost |= any(kernels < 0.95 * launches for kernels, launches in found)
-    notes = [f"{options.windows} windows of {_WINDOW_SECONDS:g} s; traces of {_TRACE_SECONDS:g} s."]
+        found = [_apart(launched, before, options) for _ in range(options.times)]
+        traces = [trace for one in found if not isinstance(one, str) for trace in one]
+        wrong = [one for one in found if isinstance(one, str)]
+        none = [trace for trace in traces if trace[1] and not trace[0]]
+        some = [trace for trace in traces if 0 < trace[0] < 0.95 * trace[1]]
+        bad |= bool(none or some or wrong)
+        left_out = ", ".join(f"{trace[2]} of {trace[1]}" for trace in none + some)
+        rows.append(
+            [
+                launched,
+                before,
+                f"{len(traces) - len(none) - len(some)} of {len(traces)}",
+                str(len(some)),
+                str(len(none)),
+                left_out,
+                "; ".join(wrong) or "0",
+            ]
+        )
+        saved.append({"launched": launched, "before": before, "found": found})
+    notes = [
+        f"{options.windows} windows of {_WINDOW_SECONDS:g} s; two traces of {_TRACE_SECONDS:g} s a process."
+    ]
     title, machine = "torch's profiler after kernel windows", machine_line()
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        options.json.write_text(json.dumps({"machine": machine, "rows": saved}, indent=1))
     Results(title, command("torch_after_windows.py"), machine, _HEADER, rows, notes).show(options.markdown)
-    return int(lost)
+    return int(bad)
 
 
 def _apart(launched: str, before: str, options: argparse.Namespace) -> list[list[int]] | str:
-    """In a process of its own; a text says how that ended badly."""
-    line = [sys.executable, __file__, "--windows", str(options.windows), "--idle", str(options.idle)]
-    line += ["--one", launched, before]
+    """In a process of its own: kernels, launches, records left out of each trace, or how badly it ended."""
+    line = [sys.executable, "-X", "faulthandler", __file__]
+    line += ["--windows", str(options.windows), "--idle", str(options.idle), "--one", launched, before]
+    environment = {**os.environ, "KINETO_LOG_LEVEL": "1"}  # where what it leaves out is said
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=_MOST_SECONDS, check=False)
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=_MOST_SECONDS, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         return f"not over after {_MOST_SECONDS:g} s"
+    said = done.stdout + done.stderr
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        return f"exit status {done.returncode}: {last}"
-    return list(json.loads(done.stdout.strip().splitlines()[-1]))
+        print(said, file=sys.stderr)
+        where = _STAGE.findall(done.stderr)
+        return f"exit status {done.returncode} {where[-1] if where else 'before the windows'}"
+    traces = [list(map(int, trace)) for trace in json.loads(done.stdout.strip().splitlines()[-1])]
+    left_out = [int(count) for count in _LEFT_OUT.findall(said)][-len(traces) :]
+    left_out = [0] * (len(traces) - len(left_out)) + left_out
+    return [[*trace, count] for trace, count in zip(traces, left_out, strict=True)]
 
 
 class _Work(threading.Thread):
@@ -131,6 +166,7 @@ def _one(launched: str, before: str, options: argparse.Namespace) -> list[tuple[
         if before.startswith("torch"):
             _traced()
         if "windows" in before:
+            print("stage: in the windows", file=sys.stderr, flush=True)
             cupti = Cupti()
             for _ in range(options.windows):
                 cupti.open()
@@ -141,7 +177,11 @@ def _one(launched: str, before: str, options: argparse.Namespace) -> list[tuple[
                     time.sleep(options.idle / options.windows)
                     work.resting.clear()
                 time.sleep(_WINDOW_SECONDS)
-        return [_traced(), _traced()]
+        found = []
+        for stage in ("in the first trace", "in the second trace"):
+            print(f"stage: {stage}", file=sys.stderr, flush=True)
+            found.append(_traced())
+        return found
     finally:
         work.over.set()
         work.join()

@@ -73,7 +73,21 @@ def window_of(trace: Trace) -> tuple[int, int]:
     device was silent before the first launch would depend on that. Nor from a CUDA graph on that was launched
     before nsys recorded calls: it gives such graphs, but nothing that ran between them.
     """
-    activities = trace.activities
+    return _window(trace.activities)
+
+
+def windows_of(trace: Trace) -> list[tuple[int, int]]:
+    """The same for each GPU: of anything on any GPU of the recording that it is from."""
+    if trace.recordings is None or not len(trace.recordings):
+        return [window_of(trace)] * len(trace.devices)
+    of_row = trace.recordings[trace.activities.device]
+    windows = [
+        _window(trace.activities.where(of_row == one)) for one in range(int(trace.recordings.max()) + 1)
+    ]
+    return [windows[one] for one in trace.recordings.tolist()]
+
+
+def _window(activities: Activities) -> tuple[int, int]:
     if not len(activities):
         return 0, 0
     beside = (activities.kind != GRAPH) | (activities.launched_ns != UNKNOWN)
@@ -81,8 +95,8 @@ def window_of(trace: Trace) -> tuple[int, int]:
 
 
 def occupations(trace: Trace) -> list[Occupation]:
-    """Each GPU of the trace, over the same window."""
-    window = window_of(trace)
+    """Each GPU of the trace, over the same window where one tool recorded all."""
+    windows = windows_of(trace)
     communicates = np.array([label == COMMUNICATION_CLASS for label in classes_of(trace)] or [False])
     found = []
     for device in range(len(trace.devices)):
@@ -92,6 +106,7 @@ def occupations(trace: Trace) -> list[Occupation]:
         role = np.where((mine.kind == KERNEL) & communicates[mine.name], COMMUNICATION, COMPUTE)
         role[(mine.kind == COPY) | (mine.kind == SET)] = TRANSFER
         ran = device_activity(np.stack((mine.begin_ns, mine.end_ns), axis=1), role)
+        window = windows[device]
         busy = _within(ran.busy, window)
         if trace.source.tool == "kernels":  # as live windows see it, with which such a capture is compared
             busy = bridge(busy, BACK_TO_BACK_NS)

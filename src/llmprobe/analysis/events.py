@@ -124,6 +124,8 @@ class Trace:
     device_ranges: Spans = field(default_factory=no_spans)
     host_operators: list[HostOperator] = field(default_factory=list)
     recorded: Intervals | None = None  #: (1, 2): when the tool recorded, if it says so
+    #: (devices,): which of several recordings each is from, each of its own seconds; None: all of one
+    recordings: Ints | None = None
     lost: list[str] = field(default_factory=list)  #: what the tool says about events it lost
     implausible: int = 0  #: activities left out because no clock gives their times
     cuda_traced: bool = True  #: whether the tool was asked for CUDA at all, as far as the file tells

@@ -158,6 +158,7 @@ def _operators(kernels: Iterable[KernelRow]) -> list[OperatorRow]:
 
 def _gaps(trace: Trace, gpus: list[Occupation]) -> list[GapRow]:
     rows = []
+    first = min((one.window_ns[0] for one in gpus if len(one.activities)), default=0)
     for one in gpus:
         gaps = one.gaps
         longest = np.argsort(-gaps.length_ns, kind="stable")[:LONGEST_GAPS]
@@ -170,7 +171,7 @@ def _gaps(trace: Trace, gpus: list[Occupation]) -> list[GapRow]:
             rows.append(
                 GapRow(
                     gpu=trace.devices[one.device],
-                    begin_seconds=float(gaps.begin_ns[at] - one.window_ns[0]) / 1e9,
+                    begin_seconds=float(gaps.begin_ns[at] - first) / 1e9,
                     seconds=float(gaps.length_ns[at]) / 1e9,
                     before=names[0],
                     after=names[1],

@@ -1,4 +1,4 @@
-"""Several recordings of the same seconds, one of each process of a server, as one."""
+"""Several recordings of about the same seconds, one of each process of a server, as one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def together(traces: Sequence[tuple[str, Trace]]) -> Trace:
         traces: the name of each process, such as ``rank0``, and what was recorded of it, all on one clock.
 
     Returns:
-        Devices carry the names of their processes where there are several.
+        Devices carry the names of their processes where there are several. How idle each was is told by the
+        seconds in which its own process recorded: they begin and end some tenths of a second apart.
     """
     if len(traces) == 1:
         return traces[0][1]
@@ -59,6 +60,7 @@ def together(traces: Sequence[tuple[str, Trace]]) -> Trace:
         device_ranges=Spans(*_joined(on_devices)),
         host_operators=_operators([trace for _, trace in traces]),
         recorded=_outer(np.concatenate(recorded)) if recorded else None,
+        recordings=np.repeat(np.arange(len(traces)), [len(trace.devices) for _, trace in traces]),
         lost=[f"{name}: {text}" for name, trace in traces for text in trace.lost],
         implausible=sum(trace.implausible for _, trace in traces),
         cuda_traced=any(trace.cuda_traced for _, trace in traces),

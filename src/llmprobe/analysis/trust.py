@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprobe.analysis.busy import window_of
+from llmprobe.analysis.busy import window_of, windows_of
 from llmprobe.analysis.events import COPY, GRAPH, KERNEL, UNKNOWN, Spans, Trace
 from llmprobe.analysis.launches import Launches
 from llmprobe.analysis.phases import PHASES
@@ -241,13 +241,12 @@ def _ends(trace: Trace) -> list[Reason]:
 
 def _late_gpus(trace: Trace) -> list[Reason]:
     activities = trace.activities
-    whole = max(1, int(activities.end_ns.max() - activities.begin_ns.min()))
     reasons = []
-    for device, label in enumerate(trace.devices):
+    for device, (label, (begin, end)) in enumerate(zip(trace.devices, windows_of(trace), strict=True)):
         mine = activities.device == device
         if len(trace.devices) < 2 or not mine.any():
             continue
-        covered = int(activities.end_ns[mine].max() - activities.begin_ns[mine].min()) / whole
+        covered = int(activities.end_ns[mine].max() - activities.begin_ns[mine].min()) / max(1, end - begin)
         if covered < _ABSENT_RATIO:
             text = f"{label} was seen in {covered:.0%} of the recording only: the rest counts as idle"
             reasons.append(Reason("gpu_partly_seen", LIMITED, text))

@@ -134,7 +134,7 @@ def bench_command(port: int, model: Path, name: str, load: Load, folder: Path) -
     }
     flags = ["--ignore-eos", "--save-result", "--disable-tqdm"]
     return [
-        str(vllm_command()),
+        *vllm_command(),
         "bench",
         "serve",
         *(str(part) for option in options.items() for part in option),

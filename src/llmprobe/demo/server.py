@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -69,7 +70,7 @@ class VllmServer:
         port = port or free_port()
         command = [
             *prefix,
-            str(vllm_command()),
+            *vllm_command(),
             "serve",
             str(model),
             "--host",
@@ -203,12 +204,18 @@ def _start_guard(group: int) -> subprocess.Popen[bytes]:
     )
 
 
-def vllm_command() -> Path:
-    """The ``vllm`` beside this Python. Raises ServerFailed if there is none."""
+def vllm_command() -> list[str]:
+    """How to run this Python's vLLM: the ``vllm`` beside it, or the module where only that was installed.
+
+    Raises:
+        ServerFailed: there is neither.
+    """
     path = Path(sys.executable).with_name("vllm")
-    if not path.exists():
+    if path.exists():
+        return [str(path)]
+    if find_spec("vllm") is None:
         raise ServerFailed(f"no vllm beside {sys.executable}: install vLLM there (`make setup` does)")
-    return path
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def server_environment(directory: Path, environ: Mapping[str, str] | None = None) -> dict[str, str]:

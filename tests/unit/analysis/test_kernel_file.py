@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmprobe.analysis import AnalysisError, analyze
-from llmprobe.analysis.events import COPY, UNKNOWN
+from llmprobe.analysis.events import COPY, UNKNOWN, Activities, Source, Trace, no_spans
 from llmprobe.analysis.kernel_file import read_kernels, write_kernels
+from llmprobe.analysis.report import make_report
 from llmprobe.analysis.together import together
 
 ACTIVITY = np.dtype(
@@ -185,6 +186,29 @@ def test_two_processes_together_are_both(path: Path, tmp_path: Path) -> None:
     assert set(trace.activities.thread.tolist()) == {UNKNOWN}
     assert (trace.device_ranges.thread == 1).sum() == 20
     assert together([("rank0", one)]) is one
+
+
+def test_how_idle_a_gpu_was_is_told_by_the_seconds_of_its_own_process(path: Path, tmp_path: Path) -> None:
+    later = rows()
+    shift = 300 * MS
+    for name in ("begin", "end"):
+        later[name] += shift
+    other = tmp_path / "other.npz"
+    times = {name: header()[name] + shift for name in ("begin_ns", "end_ns")}
+    write_kernels(other, header(**times), later, steps())
+    alone = make_report(read_kernels(path)).gpus[0]
+    trace = together([("rank0", read_kernels(path)), ("rank1", read_kernels(other))])
+    report = make_report(trace)
+    assert [(gpu.seconds, gpu.idle_ratio) for gpu in report.gpus] == [(alone.seconds, alone.idle_ratio)] * 2
+    assert "gpu_partly_seen" not in {reason.check for reason in report.trust.reasons}
+    begins = {gap.gpu.partition(":")[0]: gap.begin_seconds for gap in report.gaps}
+    assert begins["rank1"] > 0.3 > begins["rank0"]  # on one scale
+    assert make_report(together([("rank0", read_kernels(path)), ("rank1", without_gpu())])).gpus[1:] == []
+
+
+def without_gpu() -> Trace:
+    nothing = np.empty(0, dtype=np.int64)
+    return Trace(Source("x", "torch", "f"), [], [], Activities(*[nothing] * 8), no_spans(), no_spans())
 
 
 def repacked(path: Path, **members: bytes) -> None:
