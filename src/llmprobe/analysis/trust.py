@@ -95,8 +95,8 @@ def _nothing(trace: Trace, launches: Launches) -> list[Reason]:
         text = "copies and sets were recorded, but not one kernel and no CUDA graph"
         if trace.source.tool == "torch":
             text += (
-                ". If kernels were recorded in this process before (kernel windows, kernels captures), CUPTI "
-                "may stamp them by another clock than torch's, which drops them: take a kernels capture"
+                ". After another recording in the same process CUPTI may stamp kernels by another clock than "
+                "torch's, which then drops them, by chance: record once more, or take a kernels capture"
             )
         return [Reason("no_kernels", UNTRUSTED, text)]
     if not trace.cuda_traced:

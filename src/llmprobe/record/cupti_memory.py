@@ -1,8 +1,9 @@
-"""How many kernels CUPTI may record in one process: of each it keeps memory on the device, for good.
+"""How many kernels CUPTI may record in one process: of each it may keep memory on the device, for good.
 
-It notes times in buffers on the device and uses none of them twice: 4 MiB for some 110 000 kernels, whatever
-is disabled and flushed in between (CUPTI 13.0, docs/decisions/kernel-windows.md). After 250 of them, its
-default limit, kernels get times that are none.
+It notes times in buffers on the device, and in a vLLM server uses none of them twice: 4 MiB for some 110 000
+kernels, whatever is disabled and flushed in between. After 250 of them, its default limit, kernels get times
+that are none. Simple programs have it use them again; which do not is not known, so it is taken to be all
+(CUPTI 13.0, docs/decisions/kernel-windows.md).
 """
 
 from __future__ import annotations
@@ -35,6 +36,6 @@ def _spent(most: int, what_helps: str) -> str | None:
     if seen < most:
         return None
     return (
-        f"{seen} kernels were recorded in this process, and CUPTI keeps memory on the device for each "
-        f"({seen * _BYTES_EACH / 2**20:.0f} MiB by now): {what_helps}"
+        f"{seen} kernels were recorded in this process, and CUPTI may keep memory on the device for each "
+        f"(up to {seen * _BYTES_EACH / 2**20:.0f} MiB by now): {what_helps}"
     )
