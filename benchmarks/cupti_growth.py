@@ -25,7 +25,7 @@ from support.gpm import device_memory
 from support.machine import machine_line
 from support.table import Results, command
 
-from llmprobe.record.cupti import Cupti
+from llmprobe.record.cupti import of_process
 
 _MOST_SECONDS = 240.0
 _TIMED, _AT_ONCE = 40, 200  # launches: so many times so many
@@ -95,7 +95,7 @@ def _one(name: str, kernels: int) -> list[str]:
     recordings, seen_by_one = _CASES[name]
     in_flight = name == _IN_FLIGHT
     x = torch.zeros(_LARGE if in_flight else _SMALL, device="cuda")
-    cupti = Cupti()
+    cupti = of_process()
     if recordings:  # what CUPTI takes once is not what grows
         cupti.open()
         _launch(x, 1000)

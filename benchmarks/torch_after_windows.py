@@ -28,7 +28,7 @@ import torch
 from support.machine import machine_line
 from support.table import Results, command
 
-from llmprobe.record.cupti import Cupti
+from llmprobe.record.cupti import of_process
 from llmprobe.record.torch_trace import TorchTrace
 
 _WINDOW_SECONDS = 0.1
@@ -167,7 +167,7 @@ def _one(launched: str, before: str, options: argparse.Namespace) -> list[tuple[
             _traced()
         if "windows" in before:
             print("stage: in the windows", file=sys.stderr, flush=True)
-            cupti = Cupti()
+            cupti = of_process()
             for _ in range(options.windows):
                 cupti.open()
                 time.sleep(_WINDOW_SECONDS)

@@ -20,7 +20,7 @@ from support.decode_graph import decode_graph
 from support.machine import machine_line
 from support.table import Results, command
 
-from llmprobe.record.cupti import Cupti
+from llmprobe.record.cupti import of_process
 
 _REPLAYS, _SKIPPED = 60, 5
 
@@ -33,7 +33,7 @@ def main() -> int:
     machine = machine_line()
     graph = decode_graph()
     rows = [_row("before CUPTI was used", graph) for _ in range(3)]
-    cupti = Cupti()
+    cupti = of_process()
     cupti.open()
     cupti.close()
     rows += [_row("after an empty window", graph) for _ in range(3)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmprobe.compute.intervals import union
-from llmprobe.record.cupti import Cupti
+from llmprobe.record.cupti import Cupti, of_process
 from llmprobe.record.cupti_records import COPY, KERNEL, SET, Window
 from llmprobe.record.kernels import KernelWindowThread, profiling
 from llmprobe.record.recorder import Recorder
@@ -29,7 +29,7 @@ LAYERS = 20
 @pytest.fixture(scope="module")
 def cupti() -> Cupti:
     torch.cuda.init()
-    return Cupti()
+    return of_process()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from llmprobe.record.cupti_memory import Recorded
 from llmprobe.record.cupti_records import ACTIVITY, KERNEL, KINDS, Names, Records, Window, untimed
 
 BUFFER_BYTES = 4 << 20  #: holds about 19 000 kernels
-MOST_BUFFERS = 8
+MOST_BUFFERS = 8  #: in one recording
 _ALIGNMENT = 8
 _LIBRARY = re.compile(r"/libcupti\.so(\.[\d.]+)?$")
 _INJECTED = re.compile(r"/lib(ToolsInjection64|cuda-injection)\.so[\d.]*$")
@@ -75,7 +75,7 @@ class CuptiError(Exception):
 
 
 class Cupti:
-    """One window at a time: `open`, then `close`."""
+    """One window at a time: `open`, then `close`. Once opened it has to live as long as the process."""
 
     def __init__(self) -> None:
         """Raises CuptiError if this process has no usable libcupti."""
@@ -99,7 +99,6 @@ class Cupti:
         self._names = Names()
         self._parts: list[np.ndarray] = []
         self._kernels = self._untimed = 0
-        # Kept, because CUPTI calls them for as long as the process lives.
         self._requested = _Requested(self._buffers.requested)
         self._completed = _Completed(self._buffers.completed)
 
@@ -111,6 +110,8 @@ class Cupti:
     def open(self) -> None:
         """Record from now on. Raises CuptiError if something else holds CUPTI."""
         self._buffers.reset()
+        if self.filling:
+            raise CuptiError(f"CUPTI gave back none of {self._buffers.held} buffers of earlier recordings")
         self._records.forget()
         self._names, self._parts = Names(), []
         self._kernels = self._untimed = 0
@@ -195,23 +196,54 @@ class Cupti:
             raise CuptiError(f"{function} refused: {said}")
 
 
+class _Process:
+    """See `of_process`."""
+
+    cupti: Cupti | None = None
+    making = threading.Lock()
+
+
+def of_process() -> Cupti:
+    """This process's one, made when it is first asked for and then kept. Raises CuptiError.
+
+    CUPTI calls what was registered, and writes into buffers that it was given, for as long as the process
+    lives, also between recordings. And one that was given in a window may come back in a capture.
+    """
+    with _Process.making:
+        if _Process.cupti is None:
+            _Process.cupti = Cupti()
+        return _Process.cupti
+
+
 class _Buffers:
-    """The memory that CUPTI writes into: at most `MOST_BUFFERS`, made when first asked for, then kept."""
+    """The memory that CUPTI writes into, made when first asked for, then kept.
+
+    At most `MOST_BUFFERS` a recording. What CUPTI still holds of those before does not count, up to as many:
+    another profiler may have been given them, and does not give them back.
+    """
 
     def __init__(self) -> None:
         self._made: dict[int, np.ndarray] = {}  # by address
         self._free: list[int] = []
         self._full: list[tuple[int, int]] = []
+        self._most = MOST_BUFFERS
         self.refused = 0
+
+    @property
+    def held(self) -> int:
+        """How many CUPTI has not given back."""
+        return len(self._made) - len(self._free)
 
     @property
     def left(self) -> int:
         """How many CUPTI may still ask for."""
-        return len(self._free) + MOST_BUFFERS - len(self._made)
+        return self._most - self.held
 
     def reset(self) -> None:
         """Nothing is recorded yet."""
-        self._full.clear()
+        for address, _, _ in self.take():
+            self.free(address)
+        self._most = MOST_BUFFERS + min(self.held, MOST_BUFFERS)
         self.refused = 0
 
     def requested(self, buffer: Any, size: Any, most_records: Any) -> None:
@@ -233,6 +265,7 @@ class _Buffers:
         full = []
         while self._full:  # while a recording goes on, another thread may add one at any moment
             full.append(self._full.pop(0))
+        # Another profiler's may come back to who was registered last.
         return [(address, self._made[address], valid) for address, valid in full if address in self._made]
 
     def free(self, address: int) -> None:
@@ -240,7 +273,7 @@ class _Buffers:
         self._free.append(address)
 
     def _make(self) -> int:
-        if len(self._made) >= MOST_BUFFERS:
+        if len(self._made) >= self._most:
             return 0
         memory = np.empty(BUFFER_BYTES + _ALIGNMENT, dtype=np.uint8)
         skip = -memory.ctypes.data % _ALIGNMENT

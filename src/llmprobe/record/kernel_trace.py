@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmprobe.record.cupti import Cupti, CuptiError, loaded_library
+from llmprobe.record.cupti import Cupti, CuptiError, loaded_library, of_process
 from llmprobe.record.cupti_memory import captures_spent
 from llmprobe.record.cupti_records import ACTIVITY, Window
 from llmprobe.record.kernels import forbidden, profiling
@@ -40,12 +40,6 @@ def beginning(window: Window) -> Window:
     return Window(window.begin_ns, end, kept, window.names, window.dropped)
 
 
-class _Kept:
-    """CUPTI calls what was registered for as long as the process lives, so it is made once and kept."""
-
-    cupti: Cupti | None = None
-
-
 def unavailable(recorder: Recorder) -> str | None:
     """Why no kernels can be recorded in this process; None if they can."""
     if recorder.facts.get("clock") != "cuda":
@@ -71,15 +65,14 @@ class KernelTrace:
 
     def start(self) -> None:
         """Record from now on. Raises CuptiError or OSError."""
-        if _Kept.cupti is None:
-            _Kept.cupti = Cupti()
+        cupti = of_process()
         self._latch.open_window()
         try:
-            _Kept.cupti.open()
+            cupti.open()
         except BaseException:
             self._latch.close_window()
             raise
-        self._cupti = _Kept.cupti
+        self._cupti = cupti
         self._drained_at = time.monotonic()
 
     def look(self) -> str | None:

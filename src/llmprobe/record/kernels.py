@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, injected
+from llmprobe.record.cupti import IN_USE, Cupti, CuptiError, injected, of_process
 from llmprobe.record.cupti_memory import windows_spent
 from llmprobe.record.cupti_records import Window
 from llmprobe.record.latch import Latch, ProgramEndsError, died_in_a_window, ending
@@ -72,7 +72,7 @@ class KernelWindowThread(threading.Thread):
         cupti = None
         if reason is None:
             try:
-                cupti = Cupti()
+                cupti = of_process()
                 if not self._plan.spare_graphs or self._recorder.facts.get("framework") == "vllm":
                     # The first one sets CUPTI up, which takes longest: before the engine has work. A program
                     # may still turn out to launch graphs: there the first one comes with the first due.

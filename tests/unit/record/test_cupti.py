@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +266,62 @@ def test_a_window_nearly_all_of_whose_kernels_have_no_times_says_nothing(
 ) -> None:
     """Else the rest of its time would be told to be launch bubbles."""
     assert recorded([(10, 20), *[(0, 0)] * 18, (60, 50)], monkeypatch).dropped == 19
+
+
+def test_what_cupti_was_given_lives_as_long_as_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls back, and writes, also after the last recording: into memory of ours, or of nobody."""
+    library = Recording([(10, 20)])
+    monkeypatch.setattr(cupti, "loaded_library", lambda: "libcupti.so")
+    monkeypatch.setattr(cupti.ctypes, "CDLL", lambda path: library)
+    monkeypatch.setattr(cupti._Process, "cupti", None)
+    one = cupti.of_process()
+    one.open()
+    one.close()
+    registered = [weakref.ref(call) for call in (library._requested, library._completed)]
+    buffer, size, most = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
+    library._requested(ctypes.pointer(buffer), ctypes.pointer(size), ctypes.pointer(most))
+    del one, library._requested, library._completed
+    gc.collect()
+    assert [call() is None for call in registered] == [False, False]
+    assert cupti.of_process()._buffers.held == 1
+    ctypes.memset(buffer.value or 0, 7, size.value)
+    registered[1]()(None, 0, buffer.value, size.value, 0)
+    other = cupti.of_process()
+    other.open()
+    assert (other._buffers.held, other.close().dropped) == (0, 0)
+
+
+def ask(buffers: cupti._Buffers) -> int:
+    buffer, size, most = (ctypes.c_void_p * 1)(), (ctypes.c_size_t * 1)(), (ctypes.c_size_t * 1)()
+    buffers.requested(buffer, size, most)
+    return int(buffer[0] or 0)
+
+
+def test_buffers_that_do_not_come_back_are_no_loss_for_a_while() -> None:
+    buffers = cupti._Buffers()
+    for lost in range(cupti.MOST_BUFFERS + 1):
+        buffers.reset()
+        assert (buffers.held, buffers.left) == (lost, cupti.MOST_BUFFERS)
+        assert ask(buffers)
+    buffers.reset()
+    assert buffers.left == cupti.MOST_BUFFERS - 1
+    while address := ask(buffers):
+        last = address
+    assert (len(buffers._made), buffers.refused) == (2 * cupti.MOST_BUFFERS, 1)
+    buffers.completed(None, 0, last, cupti.BUFFER_BYTES, 0)
+    buffers.completed(None, 0, 12345, cupti.BUFFER_BYTES, 0)  # another profiler's
+    buffers.reset()
+    assert buffers.left == 1
+    assert ask(buffers) == last
+
+
+def test_nothing_opens_without_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupti, "loaded_library", lambda: "libcupti.so")
+    monkeypatch.setattr(cupti.ctypes, "CDLL", lambda path: Recording([(10, 20)]))
+    made = cupti.Cupti()
+    for _ in range(2):
+        made._buffers.reset()
+        while ask(made._buffers):
+            pass
+    with pytest.raises(cupti.CuptiError, match="gave back none of 16 buffers"):
+        made.open()

@@ -55,8 +55,8 @@ def capture(recorder: Recorder, target: Path) -> None:
 def test_its_beginning_is_left_for_the_verdict_too(
     tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_trace, "Cupti", Scripted)
-    monkeypatch.setattr(kernel_trace._Kept, "cupti", None)
+    scripted = Scripted()
+    monkeypatch.setattr(kernel_trace, "of_process", lambda: scripted)
     numbers = []
     for _ in range(2):
         capture(recorder, tmp_path / "asked")
@@ -71,8 +71,8 @@ def test_its_beginning_is_left_for_the_verdict_too(
 def test_a_capture_is_there_though_nothing_can_be_left_for_the_verdict(
     tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_trace, "Cupti", Scripted)
-    monkeypatch.setattr(kernel_trace._Kept, "cupti", None)
+    scripted = Scripted()
+    monkeypatch.setattr(kernel_trace, "of_process", lambda: scripted)
     trace = KernelTrace(recorder)
     trace.start()
     trace.stop()
@@ -92,7 +92,7 @@ def test_it_ends_early_while_what_it_holds_still_fits(
             return self.held
 
     scripted, mib = Held(), 1 << 20
-    monkeypatch.setattr(kernel_trace._Kept, "cupti", scripted)
+    monkeypatch.setattr(kernel_trace, "of_process", lambda: scripted)
     size = SimpleNamespace(f_blocks=64 * mib, f_bavail=40 * mib, f_frsize=1)
     monkeypatch.setattr(kernel_trace, "Room", lambda folder: Room(folder, lambda folder: size))  # 8 MiB left
     trace = KernelTrace(recorder)

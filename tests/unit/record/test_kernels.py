@@ -58,7 +58,7 @@ class Engine(threading.Thread):
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     made = Scripted()
-    monkeypatch.setattr(kernels, "Cupti", lambda: made)
+    monkeypatch.setattr(kernels, "of_process", lambda: made)
     return made
 
 

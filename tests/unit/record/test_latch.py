@@ -55,7 +55,7 @@ def failed(where, error):
 
 if what == "window":
     first = 1  # the one that sets CUPTI up
-    kernels.Cupti = Scripted
+    kernels.of_process = Scripted
     def engine():
         while True:
             recorder.begin(1, 1, time.monotonic_ns())
@@ -65,7 +65,8 @@ if what == "window":
     kernels.KernelWindowThread(recorder, plan, active=lambda: True, failed=failed).start()
 else:
     first = 0
-    kernel_trace.Cupti = Scripted
+    scripted = Scripted()
+    kernel_trace.of_process = lambda: scripted
     kernel_trace.loaded_library = lambda *a: "libcupti.so"
     paths = Paths.of(recorder.writer.path)
     write(paths.ask, Ask("20260101-000000-abcdef", "kernels", 60.0, None, False, False, time.monotonic_ns()))
@@ -119,7 +120,7 @@ def test_a_window_ends_with_its_recorder(tmp_path: Path, monkeypatch: pytest.Mon
         def close(self) -> Window:
             return Window(1, 2, np.zeros(0, ACTIVITY), [], 0)
 
-    monkeypatch.setattr(kernels, "Cupti", Scripted)
+    monkeypatch.setattr(kernels, "of_process", Scripted)
     recorder = Recorder.open(tmp_path, "worker", {})
     thread = KernelWindowThread(
         recorder, KernelWindows(600.0, 0.01, False), active=lambda: True, failed=lambda where, error: None
