@@ -16,10 +16,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from llmprobe.record import cupti_clock
 from llmprobe.record.cupti_memory import Recorded
 from llmprobe.record.cupti_records import ACTIVITY, KERNEL, KINDS, Names, Records, Window, untimed
 
@@ -30,10 +31,11 @@ _LIBRARY = re.compile(r"/libcupti\.so(\.[\d.]+)?$")
 _INJECTED = re.compile(r"/lib(ToolsInjection64|cuda-injection)\.so[\d.]*$")
 _MAPS = Path("/proc/self/maps")
 _SUCCESS = 0
-_SHORTEST_NS = 1_000_000
 #: Kernels that had not run when a window closed have no times: of four steps as many as three, where the host
 #: runs ahead. If it is more than this of all kernels, CUPTI is at its limit (`llmprobe.record.cupti_memory`).
 _MOST_UNTIMED_RATIO = 0.9
+#: What ran until CUPTI had been told to stop is in its records too; that takes milliseconds.
+_LATEST_NS = 10 * 10**9
 _OLDEST_VERSION = 12  # CUDA 10: `cupti_records` holds from there on
 
 _Requested = ctypes.CFUNCTYPE(
@@ -47,27 +49,6 @@ _Completed = ctypes.CFUNCTYPE(
 #: Held by whoever records through CUPTI in this process, a torch profiler of ours included. Only ever tried,
 #: or waited for by threads of our own.
 IN_USE = threading.Lock()
-
-
-class _Reading(NamedTuple):
-    """CUPTI's clock and CLOCK_MONOTONIC at one moment, to within ``uncertainty`` nanoseconds."""
-
-    uncertainty: int
-    monotonic: int
-    cupti: int
-
-
-def monotonic_ns(times: np.ndarray, first: _Reading, last: _Reading) -> np.ndarray:
-    """CUPTI's times (N,) as nanoseconds of CLOCK_MONOTONIC, on the line through two readings.
-
-    Not by an offset alone: torch's profiler makes CUPTI count the processor's ticks instead of nanoseconds,
-    and leaves it so. Over less than a millisecond the slope is not known; there nothing of interest ran.
-    """
-    ticks, passed = last.cupti - first.cupti, last.monotonic - first.monotonic
-    slope = passed / ticks if ticks > 0 and passed > _SHORTEST_NS else 1.0
-    # Differences first: the times themselves have more digits than a float.
-    found = (times - first.cupti) * slope
-    return np.asarray(first.monotonic + np.rint(found).astype(np.int64))
 
 
 class CuptiError(Exception):
@@ -95,7 +76,7 @@ class Cupti:
         self._records = Records(self._library)
         self._enabled: list[int] = []
         self._begin_ns = 0
-        self._opened = _Reading(0, 0, 0)
+        self._opened = cupti_clock.Reading(0, 0, 0, 0)
         self._names = Names()
         self._parts: list[np.ndarray] = []
         self._kernels = self._untimed = 0
@@ -121,7 +102,7 @@ class Cupti:
             for kind in KINDS:
                 self._check("cuptiActivityEnable", ctypes.c_int(kind))
                 self._enabled.append(kind)
-            self._opened = self._read_clocks()
+            self._opened = cupti_clock.read(self._now)
         except BaseException:  # nobody closes what did not open
             self._disable()
             raise
@@ -149,18 +130,21 @@ class Cupti:
         self._take()
         parts, self._parts = self._parts, []
         activities = np.concatenate(parts) if parts else np.zeros(0, ACTIVITY)
-        # What is left from before, or never ended.
-        activities = activities[
-            (activities["begin"] >= self._begin_ns) & (activities["end"] >= activities["begin"])
-        ]
-        activities = activities[np.argsort(activities["begin"], kind="stable")]
-        dropped = self._buffers.refused
-        if self._untimed > _MOST_UNTIMED_RATIO * self._kernels:
-            dropped += self._untimed
+        begin = activities["begin"]
+        late = begin > end_ns + _LATEST_NS
+        # What is left from before, never ended, or was stamped by no clock.
+        kept = activities[(begin >= self._begin_ns) & (activities["end"] >= begin) & ~late]
+        dropped, nowhere = (
+            self._buffers.refused,
+            self._untimed + int((late & (activities["kind"] == KERNEL)).sum()),
+        )
+        if nowhere > _MOST_UNTIMED_RATIO * self._kernels:
+            dropped += nowhere
+        activities = kept[np.argsort(kept["begin"], kind="stable")]
         return Window(self._begin_ns, end_ns, activities, self._names.names, dropped)
 
     def _take(self) -> None:
-        now = self._read_clocks()
+        now = cupti_clock.read(self._now)
         for address, buffer, valid in self._buffers.take():
             for part in self._records.decode(buffer, valid, self._names):
                 if part["kind"][0] == KERNEL:
@@ -168,7 +152,7 @@ class Cupti:
                     self._untimed += untimed(part)
                     Recorded.kernels += len(part)
                 for name in ("begin", "end"):
-                    part[name] = monotonic_ns(part[name], self._opened, now)
+                    part[name] = cupti_clock.monotonic_ns(part[name], self._opened, now)
                 self._parts.append(part)
             self._buffers.free(address)
 
@@ -176,16 +160,10 @@ class Cupti:
         while self._enabled:
             self._library.cuptiActivityDisable(ctypes.c_int(self._enabled.pop()))
 
-    def _read_clocks(self) -> _Reading:
-        """Both clocks at one moment, the best of a few readings."""
+    def _now(self) -> int:
         stamp = ctypes.c_uint64()
-        readings = []
-        for _ in range(8):
-            before = time.monotonic_ns()
-            self._check("cuptiGetTimestamp", ctypes.byref(stamp))
-            after = time.monotonic_ns()
-            readings.append(_Reading(after - before, (before + after) // 2, stamp.value))
-        return min(readings)
+        self._check("cuptiGetTimestamp", ctypes.byref(stamp))
+        return stamp.value
 
     def _check(self, function: str, *arguments: Any) -> None:
         status = getattr(self._library, function)(*arguments)
