@@ -116,6 +116,15 @@ def test_deleting_one_ends_what_works_on_it_and_leaves_nothing(
     another(one)
 
 
+def test_one_that_is_deleted_as_nsys_begins_is_not_the_last(lasting: tuple[Gates, Wrapped]) -> None:
+    _, one = lasting
+    url = one.begin(seconds=60)
+    one.state(url, "recording")
+    assert one.ask("DELETE", url)[0] in (200, 202)
+    until(lambda: one.ask("GET", url)[0] == 404, "end of it")
+    another(one)
+
+
 def test_an_nsys_that_dies_before_it_records_fails_the_capture(gates: Gates) -> None:
     one = gates.start()
     url = begin_and_hold(one, gates, "pending")

@@ -29,6 +29,8 @@ from llmprobe.record.agent_launch import agent_environment
 
 #: States of a session, as ``nsys sessions list`` shows them. From the last one nsys never comes back.
 IDLE, RECORDING, LEAVING = "Launched", "Collection", "Shutdown"
+#: As it begins to record; where that was cut short it stays so, and refuses to start and to stop.
+_BEGINNING = "ConfiguredLaunched"
 NOTES_NAME = "nsys"
 TEMPORARY_PREFIX = "llmprobe-nsys-"
 RAW_SQLITE = "raw.sqlite"
@@ -44,6 +46,7 @@ _IMPORT_SECONDS = 900.0
 _POLL_SECONDS = 0.1
 #: nsys waits 30 s for a process that does not answer, and then writes what the others recorded.
 _SETTLE_SECONDS = 90.0
+_AGAIN = "start the server again with llmprobe run --nsys"
 
 
 class NsysError(ToolError):
@@ -196,6 +199,8 @@ class Nsys:
             raise NsysError(why)
         if state == RECORDING:
             raise NsysError("somebody else records in the server's nsys session already")
+        if state == _BEGINNING:
+            raise NsysError(f"nsys was ended as it began to record, and cannot record any more: {_AGAIN}")
         if state != IDLE:
             raise NsysError(f"nsys has not been done with the recording before for {_SETTLE_SECONDS:g} s")
 
@@ -261,11 +266,10 @@ class Nsys:
 
 
 def _why_lost(state: str | None) -> str | None:
-    again = "start the server again with llmprobe run --nsys"
     if state is None:
-        return f"the server's nsys session is gone: {again}"
+        return f"the server's nsys session is gone: {_AGAIN}"
     if state == LEAVING:
-        return f"nsys's own process of the server's session has failed or is ending: {again}"
+        return f"nsys's own process of the server's session has failed or is ending: {_AGAIN}"
     return None
 
 

@@ -84,8 +84,8 @@ class NsysTool:
         Args:
             folder: the capture's.
             directory: the agent's shared directory, in which sessions are noted.
-            cancelled: ends a running command of nsys. An agent that leaves lets nsys finish what it was told;
-                the next one finds the outcome.
+            cancelled: ends a running command of nsys, but not its start. An agent that leaves lets nsys
+                finish what it was told; the next one finds the outcome.
             interrupted: ends a wait.
         """
         self._folder = folder
@@ -103,7 +103,8 @@ class NsysTool:
 
     def start(self, seconds: float, steps: int | None) -> None:
         """Begin."""
-        nsys = self._nsys()
+        # Not to be cancelled: a session whose start is killed can neither start nor stop from then on.
+        nsys = Nsys(self._session())
         self._allow(nsys.session, seconds + _GRACE_SECONDS)
         nsys.start(self._folder)
 

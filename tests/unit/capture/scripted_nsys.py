@@ -26,7 +26,10 @@ for word; do
 done
 case "$1" in
   sessions) echo "ID TIME STATE LAUNCH NAME"; [ -e gone ] || echo "1 00:01 $(cat state) 1 {name}";;
-  start) echo Collection > state; echo "$out" > out;;
+  start)
+    echo ConfiguredLaunched > state
+    while [ -e hang-start ]; do sleep 0.05; done
+    echo Collection > state; echo "$out" > out;;
   stop) echo Launched > state; [ -e silent-stop ] || echo report > "$(cat out).nsys-rep";;
   export)
     [ -e database ] && cp database "$out" && exit
@@ -59,7 +62,7 @@ class ScriptedNsys:
         return (self._folder / "state").read_text().strip()
 
     def does(self, what: str, words: str = "") -> None:
-        """Such as ``fail-start`` with its last words, ``silent-stop``, ``hang`` or ``gone``."""
+        """Such as ``fail-start`` with its last words, ``silent-stop``, ``hang-start`` or ``gone``."""
         (self._folder / what).write_text(words)
 
     def undo(self, what: str) -> None:

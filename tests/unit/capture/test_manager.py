@@ -194,6 +194,28 @@ def test_a_session_that_is_gone_is_never_started(manager: Manager, nsys: Scripte
     assert nsys.calls() == []  # `nsys start` would have made a new one
 
 
+def test_an_nsys_that_begins_is_not_cut_short(manager: Manager, nsys: ScriptedNsys) -> None:
+    nsys.does("hang-start")
+    capture = manager.request("g", "s", ask(seconds=60.0))
+    while nsys.state() != "ConfiguredLaunched":
+        time.sleep(0.01)
+    assert not manager.delete(capture.id, wait_seconds=0.5)
+    nsys.undo("hang-start")
+    assert manager.delete(capture.id, wait_seconds=60.0)
+    assert [call.split()[0] for call in nsys.calls()] == ["start", "stop"]
+    assert nsys.state() == "Launched"
+
+
+def test_an_nsys_that_was_cut_short_as_it_began_is_said(
+    manager: Manager, nsys: ScriptedNsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Nsys.settled, "__defaults__", (0.2,))
+    nsys.set_state("ConfiguredLaunched")
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert "cannot record any more: start the server again" in (failed.reason or "")
+    assert nsys.calls() == []
+
+
 def test_somebody_elses_recording_is_left_alone(manager: Manager, nsys: ScriptedNsys) -> None:
     nsys.set_state("Collection")
     failed = until(manager, manager.request("g", "s", ask()), "failed")
