@@ -16,7 +16,8 @@ CAPTURES := $(patsubst %,tests/integration/test_%.py,agent captures capture_deat
 
 # Benchmarks, without those that need a GPU where there is none, or nsys.
 ON_GPU := $(addprefix benchmarks/,accuracy.py counter_gaps.py event_cost.py gpu_scenarios.py traffic_ncu.py \
-	window_cost.py windows_endurance.py)
+	window_cost.py windows_endurance.py \
+	cupti_growth.py torch_after_windows.py)
 BY_NSYS := benchmarks/nsys_memory.py
 BENCHMARKS = $(filter-out $(if $(wildcard /dev/nvidiactl),,$(ON_GPU)) $(if $(shell command -v nsys),,$(BY_NSYS)),\
 	$(wildcard benchmarks/*.py))

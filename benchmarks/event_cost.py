@@ -5,8 +5,8 @@
 
 A step clock records two events a step: this is the part of its cost that is the driver's. A graph like an 8B
 decoder's step is launched; before each event the processor's caches are emptied, as an engine's own code does
-between two steps. In turns: torch's method, torch's function below it, the driver's (`cuEventRecord`) giving
-the interpreter lock away meanwhile, and as the step clock calls it, which keeps it.
+between two steps. In turns: torch's method, torch's function below it, which the step clock calls, and the
+driver's (`cuEventRecord`) giving the interpreter lock away meanwhile and keeping it.
 Needs an NVIDIA GPU with 20 GB and torch.
 """
 

@@ -14,6 +14,9 @@ from llmprobe.compute.kernel_classes import kernel_class
 from llmprobe.compute.kernel_windows import BACK_TO_BACK_NS
 from llmprobe.compute.steps import Bools
 
+#: Recordings whose lengths differ by less than this are of processes that just begin and end apart.
+_SILENT_RATIO = 0.8
+
 
 @dataclass(frozen=True)
 class Gaps:
@@ -77,14 +80,26 @@ def window_of(trace: Trace) -> tuple[int, int]:
 
 
 def windows_of(trace: Trace) -> list[tuple[int, int]]:
-    """The same for each GPU: of anything on any GPU of the recording that it is from."""
+    """The same for each GPU, in nanoseconds: of anything on any GPU of the recording that it is from.
+
+    Recordings of one capture are of equal length; one in which nothing ran any more before it ended has a
+    window as long as the longest.
+    """
     if trace.recordings is None or not len(trace.recordings):
         return [window_of(trace)] * len(trace.devices)
     of_row = trace.recordings[trace.activities.device]
+    spans = [_window(trace.activities.where(of_row == one)) for one in range(int(trace.recordings.max()) + 1)]
+    longest = max(end - begin for begin, end in spans)
     windows = [
-        _window(trace.activities.where(of_row == one)) for one in range(int(trace.recordings.max()) + 1)
+        (begin, begin + longest) if end - begin < _SILENT_RATIO * longest and end else (begin, end)
+        for begin, end in spans
     ]
     return [windows[one] for one in trace.recordings.tolist()]
+
+
+def longest_window_ns(trace: Trace) -> int:
+    """Of all GPUs: what was recorded is about that long, whatever lies between recordings."""
+    return max((end - begin for begin, end in windows_of(trace)), default=0)
 
 
 def _window(activities: Activities) -> tuple[int, int]:

@@ -75,7 +75,7 @@ class GapRow:
     """One idle time between two activities of a GPU."""
 
     gpu: str
-    begin_seconds: float  #: since the window's begin
+    begin_seconds: float  #: since the first window's begin
     seconds: float
     before: str
     after: str

@@ -49,9 +49,11 @@ def find(
     if trust.verdict == UNTRUSTED or not occupations:
         return []
     found: list[tuple[str, Finding]] = []
-    communicate = [length_ns(one.exposed_communication) for one in occupations]
+    communicate = [
+        length_ns(one.exposed_communication) / 1e9 / one.seconds for one in occupations if one.seconds
+    ]
     # One that never does is none of those that the others could wait for in it.
-    least_communication = min((one for one in communicate if one), default=0)
+    least_communication = min((one for one in communicate if one), default=0.0)
     for occupation in occupations:
         label = trace.devices[occupation.device]
         about = _about_gpu(trace, label, occupation, phases, least_communication)
@@ -101,7 +103,7 @@ def _uneven(occupations: list[Occupation]) -> list[Finding]:
 
 
 def _about_gpu(
-    trace: Trace, label: str, occupation: Occupation, phases: list[PhaseTimes], least_communication: int
+    trace: Trace, label: str, occupation: Occupation, phases: list[PhaseTimes], least_communication: float
 ) -> list[Finding]:
     window = occupation.window_ns[1] - occupation.window_ns[0]
     if not window:
@@ -115,7 +117,7 @@ def _about_gpu(
     communication = length_ns(occupation.exposed_communication) / window
     if communication >= _EXPOSED_COMMUNICATION_RATIO:
         how = "fewer GPUs a replica if the model fits, a faster link, or another all-reduce"
-        waited = communication - least_communication / window
+        waited = communication - least_communication
         if waited > _UNEVEN_RATIO:
             how = f"{waited:.1%} more than another GPU, for which it waits: see why the GPUs are uneven first"
         found.append(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprobe.analysis.busy import window_of
+from llmprobe.analysis.busy import longest_window_ns
 from llmprobe.analysis.events import UNKNOWN, Spans, Trace
 from llmprobe.compute.steps import Bools
 
@@ -49,7 +49,7 @@ def launches_of(trace: Trace) -> Launches:
     at = np.searchsorted(known, calls.begin_ns)
     missing = known[np.minimum(at, len(known) - 1)] != calls.begin_ns if len(known) else ~np.zeros_like(graph)
     queued = np.zeros_like(missing)
-    begin, end = window_of(trace)
+    window = longest_window_ns(trace)
     for thread in np.unique(calls.thread[missing]).tolist():
         mine = calls.thread == thread
         ran = (activities.thread == thread) & (activities.launched_ns != UNKNOWN)
@@ -58,6 +58,6 @@ def launches_of(trace: Trace) -> Launches:
         # What ran as the recording ended is not in it either.
         longest = int((activities.end_ns - activities.begin_ns)[ran].max())
         unseen = int(calls.begin_ns[mine].max()) - int(activities.end_ns[ran].max())
-        if unseen <= max(longest, _END_RATIO * (end - begin)):
+        if unseen <= max(longest, _END_RATIO * window):
             queued |= mine & missing & (calls.begin_ns > activities.launched_ns[ran].max())
     return Launches(calls, graph, missing, queued)

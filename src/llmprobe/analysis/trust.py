@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprobe.analysis.busy import window_of, windows_of
+from llmprobe.analysis.busy import longest_window_ns, window_of, windows_of
 from llmprobe.analysis.events import COPY, GRAPH, KERNEL, UNKNOWN, Spans, Trace
 from llmprobe.analysis.launches import Launches
 from llmprobe.analysis.phases import PHASES
@@ -194,7 +194,7 @@ def _loading(trace: Trace) -> list[Reason]:
     to_device &= activities.kind == COPY
     size = float(activities.moved_bytes[to_device].sum(dtype=np.float64))
     seconds = float((activities.end_ns - activities.begin_ns)[to_device].sum(dtype=np.float64)) / 1e9
-    window = float(activities.end_ns.max() - activities.begin_ns.min()) / 1e9
+    window = longest_window_ns(trace) / 1e9
     if size >= _LOADING_BYTES and seconds >= _LOADING_RATIO * window:
         text = (
             f"weights were being loaded: {size / 1e9:.1f} GB went to the device in {seconds:.2f} of "
@@ -213,7 +213,7 @@ def _loading(trace: Trace) -> list[Reason]:
 
 def _short(trace: Trace) -> list[Reason]:
     activities = trace.activities
-    seconds = float(activities.end_ns.max() - activities.begin_ns.min()) / 1e9
+    seconds = longest_window_ns(trace) / 1e9
     if seconds < _SHORT_SECONDS or len(activities) < _FEW_KERNELS:
         text = (
             f"only {len(activities)} activities in {seconds * 1e3:.3g} ms: too little to tell what is usual"

@@ -213,7 +213,8 @@ def vllm_command() -> list[str]:
     path = Path(sys.executable).with_name("vllm")
     if path.exists():
         return [str(path)]
-    if find_spec("vllm") is None:
+    found = find_spec("vllm")
+    if found is None or found.origin is None:  # a folder that is only called so
         raise ServerFailed(f"no vllm beside {sys.executable}: install vLLM there (`make setup` does)")
     return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 

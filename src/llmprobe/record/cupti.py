@@ -25,17 +25,19 @@ from llmprobe.record.cupti_memory import Recorded
 from llmprobe.record.cupti_records import ACTIVITY, KERNEL, KINDS, Names, Records, Window, untimed
 
 BUFFER_BYTES = 4 << 20  #: holds about 19 000 kernels
-MOST_BUFFERS = 8  #: in one recording
+MOST_BUFFERS = 8  #: for one recording
 _ALIGNMENT = 8
 _LIBRARY = re.compile(r"/libcupti\.so(\.[\d.]+)?$")
 _INJECTED = re.compile(r"/lib(ToolsInjection64|cuda-injection)\.so[\d.]*$")
 _MAPS = Path("/proc/self/maps")
 _SUCCESS = 0
 #: Kernels that had not run when a window closed have no times: of four steps as many as three, where the host
-#: runs ahead. If it is more than this of all kernels, CUPTI is at its limit (`llmprobe.record.cupti_memory`).
-_MOST_UNTIMED_RATIO = 0.9
-#: What ran until CUPTI had been told to stop is in its records too; that takes milliseconds.
-_LATEST_NS = 10 * 10**9
+#: runs ahead. If it is more than this of all kernels, CUPTI is at its limit (`llmprobe.record.cupti_memory`),
+#: or stamps them by a clock that nobody knows.
+_MOST_NOWHERE_RATIO = 0.9
+#: What ran until CUPTI had been told to stop is in its records too; that takes milliseconds. And what one
+#: recording left may come in the next.
+_LATEST_NS, _EARLIEST_NS = 10 * 10**9, 3600 * 10**9
 _OLDEST_VERSION = 12  # CUDA 10: `cupti_records` holds from there on
 
 _Requested = ctypes.CFUNCTYPE(
@@ -79,7 +81,6 @@ class Cupti:
         self._opened = cupti_clock.Reading(0, 0, 0, 0)
         self._names = Names()
         self._parts: list[np.ndarray] = []
-        self._kernels = self._untimed = 0
         self._requested = _Requested(self._buffers.requested)
         self._completed = _Completed(self._buffers.completed)
 
@@ -91,13 +92,17 @@ class Cupti:
     def open(self) -> None:
         """Record from now on. Raises CuptiError if something else holds CUPTI."""
         self._buffers.reset()
-        if self.filling:
-            raise CuptiError(f"CUPTI gave back none of {self._buffers.held} buffers of earlier recordings")
         self._records.forget()
         self._names, self._parts = Names(), []
-        self._kernels = self._untimed = 0
         # Each time anew: whatever profiler ran since then had its own.
         self._check("cuptiActivityRegisterCallbacks", self._requested, self._completed)
+        if self.filling:
+            self._check("cuptiActivityFlushAll", ctypes.c_uint32(1))
+            self._buffers.reset()
+            if self.filling:
+                raise CuptiError(
+                    f"CUPTI gave back none of {self._buffers.held} buffers of earlier recordings"
+                )
         try:
             for kind in KINDS:
                 self._check("cuptiActivityEnable", ctypes.c_int(kind))
@@ -131,30 +136,32 @@ class Cupti:
         parts, self._parts = self._parts, []
         activities = np.concatenate(parts) if parts else np.zeros(0, ACTIVITY)
         begin = activities["begin"]
-        late = begin > end_ns + _LATEST_NS
-        # What is left from before, never ended, or was stamped by no clock.
-        kept = activities[(begin >= self._begin_ns) & (activities["end"] >= begin) & ~late]
-        dropped, nowhere = (
-            self._buffers.refused,
-            self._untimed + int((late & (activities["kind"] == KERNEL)).sum()),
-        )
-        if nowhere > _MOST_UNTIMED_RATIO * self._kernels:
+        timed = activities["end"] >= begin
+        elsewhere = (begin > end_ns + _LATEST_NS) | (begin < self._begin_ns - _EARLIEST_NS)
+        kept = activities[(begin >= self._begin_ns) & timed & ~elsewhere]  # not what is left from before
+        kernels = activities["kind"] == KERNEL
+        dropped, nowhere = self._buffers.refused, int((kernels & (elsewhere | ~timed)).sum())
+        if nowhere > _MOST_NOWHERE_RATIO * kernels.sum():
             dropped += nowhere
         activities = kept[np.argsort(kept["begin"], kind="stable")]
         return Window(self._begin_ns, end_ns, activities, self._names.names, dropped)
 
     def _take(self) -> None:
         now = cupti_clock.read(self._now)
-        for address, buffer, valid in self._buffers.take():
-            for part in self._records.decode(buffer, valid, self._names):
-                if part["kind"][0] == KERNEL:
-                    self._kernels += len(part)
-                    self._untimed += untimed(part)
-                    Recorded.kernels += len(part)
-                for name in ("begin", "end"):
-                    part[name] = cupti_clock.monotonic_ns(part[name], self._opened, now)
-                self._parts.append(part)
-            self._buffers.free(address)
+        taken = self._buffers.take()
+        try:
+            for _, buffer, valid in taken:
+                for part in self._records.decode(buffer, valid, self._names):
+                    if part["kind"][0] == KERNEL:
+                        Recorded.kernels += len(part)
+                    never = untimed(part)
+                    for name in ("begin", "end"):
+                        part[name] = cupti_clock.monotonic_ns(part[name], self._opened, now)
+                    part["end"][never] = part["begin"][never] - 1  # wherever no time at all may lie
+                    self._parts.append(part)
+        finally:  # what cannot be read is no reason to have fewer
+            for address, _, _ in taken:
+                self._buffers.free(address)
 
     def _disable(self) -> None:
         while self._enabled:
@@ -190,14 +197,16 @@ def of_process() -> Cupti:
     with _Process.making:
         if _Process.cupti is None:
             _Process.cupti = Cupti()
+            # Not even when Python takes itself down: memory that CUPTI may write into has to stay.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(_Process.cupti))
         return _Process.cupti
 
 
 class _Buffers:
     """The memory that CUPTI writes into, made when first asked for, then kept.
 
-    At most `MOST_BUFFERS` a recording. What CUPTI still holds of those before does not count, up to as many:
-    another profiler may have been given them, and does not give them back.
+    `MOST_BUFFERS` for a recording, beside what CUPTI still holds of those before, up to as many: another
+    profiler may have been given them, and does not give them back.
     """
 
     def __init__(self) -> None:
@@ -227,7 +236,10 @@ class _Buffers:
     def requested(self, buffer: Any, size: Any, most_records: Any) -> None:
         """CUPTI wants a buffer. Runs in any thread, also the engine's."""
         most_records[0] = 0
-        address = self._free.pop() if self._free else self._make()
+        try:
+            address = self._free.pop()
+        except IndexError:
+            address = self._make()
         if address:
             buffer[0], size[0] = address, BUFFER_BYTES
         else:  # CUPTI drops what it has no room for

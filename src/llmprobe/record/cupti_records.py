@@ -145,9 +145,9 @@ class Records:
         return size
 
 
-def untimed(rows: np.ndarray) -> int:
-    """How many of these have no times, by CUPTI's clock: never run, or run without being timed."""
-    return int(((rows["begin"] == 0) | (rows["end"] < rows["begin"])).sum())
+def untimed(rows: np.ndarray) -> np.ndarray:
+    """Which of these have no times, by CUPTI's clock: never run, or run without being timed."""
+    return np.asarray((rows["begin"] == 0) | (rows["end"] < rows["begin"]))
 
 
 def _rows(raw: np.ndarray, size: int, kind: int, names: Names) -> np.ndarray:

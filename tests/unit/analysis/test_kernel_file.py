@@ -206,6 +206,48 @@ def test_how_idle_a_gpu_was_is_told_by_the_seconds_of_its_own_process(path: Path
     assert make_report(together([("rank0", read_kernels(path)), ("rank1", without_gpu())])).gpus[1:] == []
 
 
+def test_a_process_that_fell_silent_was_idle(path: Path, tmp_path: Path) -> None:
+    early = rows()[:4]
+    other = tmp_path / "other.npz"
+    write_kernels(other, header(), early, steps())
+    report = make_report(together([("rank0", read_kernels(path)), ("rank1", read_kernels(other))]))
+    assert report.gpus[1].seconds == report.gpus[0].seconds
+    assert report.gpus[1].idle_ratio > 0.8
+    assert "gpu_partly_seen" in {reason.check for reason in report.trust.reasons}
+    assert "uneven_gpus" in {finding.name for finding in report.findings}
+
+
+def test_short_recordings_far_apart_are_short(path: Path, tmp_path: Path) -> None:
+    traces = []
+    for rank in range(2):
+        brief = np.tile(rows(), 3)
+        brief["begin"] = rank * 300 * MS + np.arange(60) * 50_000
+        brief["end"] = brief["begin"] + 40_000
+        other = tmp_path / f"brief{rank}.npz"
+        times = {"begin_ns": rank * 300 * MS, "end_ns": rank * 300 * MS + 4 * MS}
+        write_kernels(other, header(**times), brief, steps()[:0])
+        traces.append((f"rank{rank}", read_kernels(other)))
+    for trace in (traces[0][1], together(traces)):
+        assert "short" in {reason.check for reason in make_report(trace).trust.reasons}
+
+
+def test_gpus_that_communicate_alike_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Though one process recorded for longer than the other."""
+    traces = []
+    for rank, count in enumerate((20, 17)):
+        ran = rows()[:count]
+        ran["kind"] = 0
+        step = np.arange(count) // 2 * 10 * MS  # a product for 1 ms, an all-reduce for 8
+        ran["begin"] = step + np.arange(count) % 2 * MS
+        ran["end"] = ran["begin"] + np.where(np.arange(count) % 2, 8, 1) * MS
+        other = tmp_path / f"rank{rank}.npz"
+        write_kernels(other, header(names=["gemm", "ncclDevKernel_AllReduce"]), ran, steps())
+        traces.append((f"rank{rank}", read_kernels(other)))
+    report = make_report(together(traces))
+    (found,) = [one for one in report.findings if one.name == "exposed_communication"]
+    assert "than another GPU" not in found.next_step
+
+
 def without_gpu() -> Trace:
     nothing = np.empty(0, dtype=np.int64)
     return Trace(Source("x", "torch", "f"), [], [], Activities(*[nothing] * 8), no_spans(), no_spans())

@@ -231,6 +231,8 @@ class Recording(Refusing):
                 records[at : at + 8].view("<u8")[0] = now + value if value else 0
         buffer, size, most = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
         self._requested(ctypes.pointer(buffer), ctypes.pointer(size), ctypes.pointer(most))
+        if buffer.value is None:
+            return 0
         ctypes.memmove(buffer.value or 0, records.ctypes.data, length)
         self._completed(None, 0, buffer.value, size.value, length)
         return 0
@@ -275,9 +277,35 @@ def test_kernels_are_seen_though_cupti_does_not_stamp_them_by_its_clock(
     assert before <= window.activities["begin"].min() <= time.monotonic_ns() + 1_000_000
 
 
-def test_a_window_whose_kernels_are_stamped_by_no_clock_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = recorded([(10, 20), (30, 40)], monkeypatch, lambda: 5 * 10**18, ticks)
+@pytest.mark.parametrize(("stamps", "says"), [(lambda: 5 * 10**18, ticks), (ticks, time.time_ns)])
+def test_a_window_whose_kernels_are_stamped_by_no_clock_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, stamps: Callable[[], int], says: Callable[[], int]
+) -> None:
+    """Neither far behind it, nor far before."""
+    window = recorded([(10, 20), (30, 40)], monkeypatch, stamps, says)
     assert (len(window.activities), window.dropped) == (0, 2)
+
+
+def test_what_cannot_be_read_costs_no_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupti, "loaded_library", lambda: "libcupti.so")
+    monkeypatch.setattr(cupti.ctypes, "CDLL", lambda path: Recording([(10, 20)]))
+    made = cupti.Cupti()
+    decode = made._records.decode
+    for failing in (True, False):
+
+        def decoded(*arguments: Any, failing: bool = failing) -> Any:
+            if failing:
+                raise MemoryError("no room")
+            return decode(*arguments)
+
+        monkeypatch.setattr(made._records, "decode", decoded)
+        made.open()
+        if failing:
+            with pytest.raises(MemoryError):
+                made.close()
+        else:
+            assert len(made.close().activities) == 1
+        assert made._buffers.held == 0
 
 
 def test_what_cupti_was_given_lives_as_long_as_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,3 +365,13 @@ def test_nothing_opens_without_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None
             pass
     with pytest.raises(cupti.CuptiError, match="gave back none of 16 buffers"):
         made.open()
+    held = list(made._buffers._made)[:3]
+
+    def flush(*arguments: Any) -> None:
+        if arguments[0] == "cuptiActivityFlushAll":
+            while held:
+                made._buffers.completed(None, 0, held.pop(), BUFFER_BYTES, 0)
+
+    monkeypatch.setattr(made, "_check", flush)  # who is asked for them gives some back
+    made.open()
+    assert made._buffers.left == 3

@@ -21,10 +21,10 @@ _WITHOUT = "launch bubbles, exposed communication and copies stay unknown, and `
 #: In a process of its own: CUPTI stays attached to one that it once recorded in.
 _TRY = """
 import sys
-from llmprobe.record.cupti import Cupti, CuptiError
+from llmprobe.record.cupti import CuptiError, of_process
 try:
     import torch
-    cupti = Cupti()
+    cupti = of_process()
     cupti.open()
     cupti.close()
     print("version", cupti.version)
