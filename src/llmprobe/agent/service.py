@@ -238,7 +238,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        said = "; ".join(f"{_place(item['loc'])}: {_wrong(item)}" for item in error.errors())
+        media = request.headers.get("content-type", "")
+        said = "; ".join(
+            _no_object(item, media) or f"{_place(item['loc'])}: {_wrong(item)}" for item in error.errors()
+        )
         return Problem(422, f"{said}.", "See GET /openapi.json for what is allowed.").response()
 
     @app.exception_handler(Exception)
@@ -249,8 +252,26 @@ def _add_error_handlers(app: FastAPI) -> None:
         ).response()
 
 
+def _no_object(item: Mapping[str, Any], media: str) -> str | None:
+    """What to say where the body as a whole is not what can be looked at; pydantic speaks of itself there."""
+    if item["type"] == "json_invalid":
+        return f"The body is no JSON, at character {item['loc'][-1]}: {item.get('ctx', {}).get('error')}"
+    if tuple(item["loc"]) != ("body",):
+        return None
+    if item["type"] == "missing":
+        return "The body is empty, and a JSON object is wanted; {} will do where nothing is to be said"
+    if item["type"] not in ("model_attributes_type", "model_type", "dict_type"):
+        return None
+    if isinstance(item.get("input"), bytes):  # curl -d says that it sends a form
+        sent = repr(media[:_MOST_SHOWN]) if media else "none"
+        return f"The body is JSON only with the header Content-Type: application/json, and there is {sent}"
+    return "The body is JSON, but no object"
+
+
 def _wrong(item: Mapping[str, Any]) -> str:
     """What is wrong with a value, and the value itself where it is short enough to be one of ours."""
+    if item["type"] == "extra_forbidden":
+        return "there is no such member"
     message, given = str(item["msg"]).removeprefix("Value error, "), item.get("input")
     if isinstance(given, (str, int, float)) and len(shown := repr(given)) <= _MOST_SHOWN:
         return f"{message}, not {shown}"

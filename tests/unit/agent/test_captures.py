@@ -135,10 +135,29 @@ def test_a_tool_that_cannot_is_409_with_what_the_process_says(
         ({"seconds": -1.5}, "body.seconds: Input should be greater than 0, not -1.5."),
         ({"seconds": 1.0, "steps": 2}, "body: seconds and steps exclude each other."),
         ({"server": "x" * 1000}, "body.server: String should have at most 128 characters."),
+        ({"second": 2}, "body.second: there is no such member."),
+        ([], "The body is JSON, but no object."),
     ],
 )
-def test_what_is_wrong_is_said_with_its_value(client: TestClient, body: dict[str, Any], said: str) -> None:
+def test_what_is_wrong_is_said_with_its_value(client: TestClient, body: Any, said: str) -> None:
     assert problem(client.post("/api/captures", json=body), 422)["detail"] == said
+
+
+@pytest.mark.parametrize(
+    ("content", "media", "said"),
+    [
+        (b"{}", "application/x-www-form-urlencoded", "Content-Type: application/json, and there is 'appl"),
+        (b"{}", None, "Content-Type: application/json, and there is none."),
+        (b"", "application/json", "The body is empty, and a JSON object is wanted"),
+        (b"", None, "The body is empty, and a JSON object is wanted"),
+        (b"{seconds: 2}", "application/json", "The body is no JSON, at character 1: Expecting property name"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_what_it_lacks(
+    client: TestClient, content: bytes, media: str | None, said: str
+) -> None:
+    headers = {} if media is None else {"Content-Type": media}
+    assert said in problem(client.post("/api/captures", content=content, headers=headers), 422)["detail"]
 
 
 @pytest.mark.parametrize(
