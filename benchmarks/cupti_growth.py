@@ -66,7 +66,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("cupti_growth.py needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         return 1
-    rows = [_apart(name, options.kernels) for name in _CASES]
+    rows = []
+    for name in _CASES:
+        rows.append(_apart(name, options.kernels))
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)  # whenever this is ended
     Results(
         "What CUPTI's recordings leave in a process",
         command("cupti_growth.py"),

@@ -77,7 +77,7 @@ def main() -> int:
         found = [_apart(launched, before, options) for _ in range(options.times)]
         traces = [trace for one in found if not isinstance(one, str) for trace in one]
         wrong = [one for one in found if isinstance(one, str)]
-        none = [trace for trace in traces if trace[1] and not trace[0]]
+        none = [trace for trace in traces if not trace[0]]  # without a launch it was no trace
         some = [trace for trace in traces if 0 < trace[0] < 0.95 * trace[1]]
         bad |= bool(none or some or wrong)
         left_out = ", ".join(f"{trace[2]} of {trace[1]}" for trace in none + some)
@@ -93,6 +93,7 @@ def main() -> int:
             ]
         )
         saved.append({"launched": launched, "before": before, "found": found})
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)  # whenever this is ended
     notes = [
         f"{options.windows} windows of {_WINDOW_SECONDS:g} s; two traces of {_TRACE_SECONDS:g} s a process."
     ]

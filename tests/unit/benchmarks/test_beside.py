@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -14,11 +13,12 @@ import pytest
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "beside.py"
 
 
-def run(tmp_path: Path, lines: str, *options: str) -> tuple[int, str]:
+def run(tmp_path: Path, lines: str, *options: str, gpus: str = "7") -> tuple[int, str]:
     path = tmp_path / "list"
     path.write_text(lines)
     command = [sys.executable, str(SCRIPT), str(path), "--results", str(tmp_path / "results"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, env=environment)
     return done.returncode, done.stderr
 
 
@@ -27,30 +27,53 @@ def test_each_has_a_gpu_and_a_folder(tmp_path: Path) -> None:
     status, said = run(tmp_path, lines)
     assert status == 1
     folder = tmp_path / "results"
-    assert (folder / "a" / "out.txt").read_text() == f"0 {folder / 'a'}\n"
+    assert (folder / "a" / "out.txt").read_text() == f"7 {folder / 'a'}\n"
     assert (folder / "b" / "err.txt").read_text() == "no\n"
     assert "b: exit status 3" in said
     assert run(tmp_path, lines, "--only", "a")[0] == 0
 
 
-def test_nothing_that_took_too_long_stays(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    program = tmp_path / "program.py"
+_ENGINE = """
+import subprocess, sys, time
+engine = [sys.executable, "-c", "import time; time.sleep(300)"]
+engine = subprocess.Popen(engine, start_new_session=True, env={{}})
+open({pid!r}, "w").write(str(engine.pid))
+{then}
+"""
+
+
+@pytest.mark.parametrize(("then", "status"), [("time.sleep(300)", 124), ("sys.exit(3)", 3)])
+def test_nothing_of_it_stays(tmp_path: Path, then: str, status: int) -> None:
+    """Not what a session of its own hides, whether it takes too long or fails."""
+    pid, program = tmp_path / "pid", tmp_path / "program.py"
+    program.write_text(_ENGINE.format(pid=str(pid), then=then))
+    _, said = run(tmp_path, f"long 1 8 {sys.executable} {program}; exit $?\n")
+    assert f"long: exit status {status}" in said
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
+def test_one_that_is_told_to_end_can_clean_up(tmp_path: Path) -> None:
+    program, told = tmp_path / "program.py", tmp_path / "told"
     program.write_text(
-        "import subprocess, sys, time\n"
-        "engine = [sys.executable, '-c', 'import time; time.sleep(300)']\n"
-        "engine = subprocess.Popen(engine, start_new_session=True)\n"
-        f"open({str(pid)!r}, 'w').write(str(engine.pid))\n"
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), open({str(told)!r}, 'w'), sys.exit(0)))\n"
         "time.sleep(300)\n"
     )
-    status, said = run(tmp_path, f"long 1 8 {sys.executable} {program}; true\n")
-    assert status == 1
-    assert "long: exit status 124" in said
-    gone = psutil.Process(int(pid.read_text())) if psutil.pid_exists(int(pid.read_text())) else None
-    until = time.monotonic() + 10
-    while gone is not None and gone.is_running() and gone.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < until, "what it started goes on"
-        time.sleep(0.05)
+    run(tmp_path, f"long 1 3 {sys.executable} {program}; true\n")
+    assert told.exists()
+
+
+def test_gpus_are_those_that_may_be_used(tmp_path: Path) -> None:
+    status, _ = run(tmp_path, "a 2 20 echo $CUDA_VISIBLE_DEVICES\n", gpus="3, GPU-1f")
+    assert status == 0
+    assert (tmp_path / "results" / "a" / "out.txt").read_text() == "3,GPU-1f\n"
+
+
+def test_names_are_those_of_the_list_and_each_is_one(tmp_path: Path) -> None:
+    status, said = run(tmp_path, "a 1 20 true\n", "--only", "b")
+    assert (status, "no line named b" in said) == (1, True)
+    status, said = run(tmp_path, "a 1 20 true\na 1 20 true\n")
+    assert (status, "list:2: 'a' is the name of a line before" in said) == (1, True)
 
 
 @pytest.mark.parametrize("line", ["a 1 echo", "a x 20 echo hi", "a 0 20 echo hi", "a 1 soon echo hi"])
@@ -68,7 +91,7 @@ def test_what_there_is_no_time_for_is_not_begun(tmp_path: Path) -> None:
 
 
 def test_more_gpus_than_there_are(tmp_path: Path) -> None:
-    status, said = run(tmp_path, f"a {os.cpu_count() or 1}00 5 echo hi\n")
+    status, said = run(tmp_path, "a 2 5 echo hi\n")
     assert status == 2
     assert "and there are" in said
 
