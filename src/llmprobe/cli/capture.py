@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -86,6 +87,7 @@ def capture(
     own, and a table at the end holds them side by side.
     """
     targets = _targets(target or [], token_file)
+    _check_output(output)
     wanted = {
         "tool": tool,
         "server": server,
@@ -123,6 +125,14 @@ def _targets(named_ones: Sequence[str], token_file: Path | None) -> list[Target]
         fail(str(error), code=2)
 
 
+def _check_output(output: Path) -> None:
+    """Before anything is recorded: what cannot be saved is of no use to who has waited for it."""
+    places = (output.absolute(), *output.absolute().parents)
+    there = next(place for place in places if os.path.lexists(place))  # the root at last
+    if not os.access(f"{there}/.", os.W_OK | os.X_OK):
+        fail(f"cannot save in {output}: {there} is no directory that may be written to", code=2)
+
+
 def _begin(targets: list[Target], wanted: dict[str, Any]) -> list[Followed]:
     """Ask all at the same moment."""
 
@@ -155,9 +165,9 @@ def _said(target: Target, status: int, answer: Any) -> str:
             f"{target.agent.name} does not take the token in {target.token_file}: copy the one in "
             "`token` of LLMPROBE_DIR, or in LLMPROBE_TOKEN_FILE, from its node"
         )
-    if isinstance(answer, dict) and "detail" in answer:
-        return f"{answer['detail']} {answer.get('next', '')}".strip()
-    return f"{target.agent.name} answered {status}"
+    if isinstance(answer, dict) and {"detail", "next"} <= answer.keys():
+        return f"{answer['detail']} {answer['next']}"
+    return str(target.agent.foreign(f"it answers {status}"))  # such as the engine, on its own port
 
 
 def _follow(followed: list[Followed]) -> None:
@@ -192,7 +202,7 @@ def _fetch(one: Followed, output: Path, raw: bool) -> None:
         one.error = str(error)
         return
     except OSError as error:
-        one.error = f"cannot save in {folder}: {error.strerror}"
+        one.error = f"cannot save in {folder}: {error.strerror}. {one.agent.name} keeps it as {one.url}"
         return
     except ValueError as error:
         one.error = f"{folder}: {error}"

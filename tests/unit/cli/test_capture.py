@@ -207,6 +207,29 @@ def test_what_no_agent_takes_is_wrong_usage(
     assert run(tmp_path, *targets, "--token-file", token).exit_code == 1
 
 
+def test_an_engine_that_is_taken_for_an_agent_is_said(node: Elsewhere, token: Path, tmp_path: Path) -> None:
+    node.begun = (404, {"detail": "Not Found"})  # as FastAPI, and so vLLM, answers
+    result = run(tmp_path, "--target", node.node, "--token-file", token)
+    assert result.exit_code == 1
+    assert f"what answers as {node.node} is no llmprobe agent (it answers 404)" in result.stderr
+
+
+def test_nothing_is_recorded_that_cannot_be_saved(node: Elsewhere, token: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    result = run(tmp_path, "--target", node.node, "--token-file", token)
+    assert result.exit_code == 2
+    assert "is no directory" in result.stderr
+    assert not node.tokens  # nobody was asked
+
+
+def test_what_could_not_be_saved_is_still_to_be_had(node: Elsewhere, token: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "out" / node.node.replace(":", "-") / ID
+    taken.mkdir(parents=True)
+    result = run(tmp_path, "--target", node.node, "--token-file", token)
+    assert result.exit_code == 1
+    assert f"{node.node} keeps it as /api/captures/{ID}" in result.stderr
+
+
 @pytest.mark.parametrize("evil", ["../escaped", "/tmp/x", "..", "", ID + "/..", ID.upper(), None, 7])
 def test_an_id_that_is_none_writes_nothing(node: Elsewhere, token: Path, tmp_path: Path, evil: Any) -> None:
     node.begun = (202, node.capture(id=evil))
