@@ -258,7 +258,7 @@ def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path
         except KeyError:
             raise _no_capture(capture_id) from None
         except StoreError as error:
-            raise Problem(409, f"{error}.", "`llmprobe doctor` looks at it too.") from None
+            raise Problem(409, f"{error}.", "Ask again once that is mended.") from None
         response.status_code = 200 if removed else 202
         return {"schema_version": SCHEMA_VERSION, "id": capture_id, "removed": removed}
 

@@ -176,7 +176,7 @@ class Manager:
             try:
                 self.store.create(capture)
             except StoreError as error:
-                raise Refused("unavailable", f"{error}.", "`llmprobe doctor` looks at it too.") from None
+                raise Refused("unavailable", f"{error}.", "Ask again once that is so.") from None
             self._starts.append(self._clock())
             self._entered(capture)
             self._enqueue(capture)
@@ -201,7 +201,9 @@ class Manager:
                 other.id,
             )
         if len(waiting) > _MOST_QUEUED:
-            raise Refused("rate", f"{len(waiting)} captures wait already.", "Wait, or DELETE some of them.")
+            raise Refused(
+                "rate", f"{len(waiting) - 1} captures wait already.", "Wait, or DELETE some of them."
+            )
         now = self._clock()
         while self._starts and now - self._starts[0] > 60:
             self._starts.popleft()

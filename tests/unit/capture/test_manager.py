@@ -77,7 +77,7 @@ def test_a_queued_one_waits_and_follows(manager: Manager) -> None:
 def test_a_queue_has_an_end(manager: Manager) -> None:
     for _ in range(9):
         manager.request("g", "s", ask(NEVER), queue=True)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refused, match="8 captures wait already") as caught:  # behind the one whose turn it is
         manager.request("g", "s", ask(NEVER), queue=True)
     assert caught.value.kind == "rate"
 
