@@ -100,9 +100,10 @@ class Condition:
 
     def holds(self, live: Live) -> bool:
         """Whether the comparison holds right now."""
-        return any(_OPERATORS[self.op](value, self.number) for value in self._values(live))
+        return any(_OPERATORS[self.op](value, self.number) for value in self.values(live))
 
-    def _values(self, live: Live) -> list[float]:
+    def values(self, live: Live) -> list[float]:
+        """The known values of its figure, of which one that compares is enough."""
         if self.figure in ENGINE_FIGURES:
             # The largest: one crowded engine is a crowded server.
             known = [engine[self.figure] for engine in live.engines if self.figure in engine]
@@ -168,6 +169,12 @@ class Watch:
         self._when = when
         self._since: float | None = None
         self._before: Live | None = None
+        self._known = not isinstance(when, Condition)
+
+    @property
+    def never_known(self) -> str | None:
+        """The figure that is asked about, if no value of it has been seen so far."""
+        return self._when.figure if isinstance(self._when, Condition) and not self._known else None
 
     def come(self, live: Live | None, now: float) -> bool:
         """Whether it is time, given what is seen at ``now`` (seconds of a monotonic clock).
@@ -182,6 +189,7 @@ class Watch:
             before, self._before = self._before, live
             # A mixed step prefills too; a pure phase alone would never come under chunked prefill.
             return before is not None and live.steps_since(before, (self._when.phase, "mixed")) > 0
+        self._known = self._known or (live is not None and bool(self._when.values(live)))
         if live is None or not self._when.holds(live):
             self._since = None
             return False

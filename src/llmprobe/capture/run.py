@@ -145,7 +145,8 @@ class Run:
         until = self._clock() + request.wait_seconds  # from its turn on, where it was queued
         while not watch.come(self._look(), time.monotonic()):
             if self._clock() > until:
-                raise Failed(f"{request.when!r} did not come true within {request.wait_seconds:g} s")
+                why = f": {unknown} was not known in all that time" if (unknown := watch.never_known) else ""
+                raise Failed(f"{request.when!r} did not come true within {request.wait_seconds:g} s{why}")
             self._pause()
         self._tool.check()
         self._keep_live("before")

@@ -187,3 +187,13 @@ def test_every_figure_is_one_of_the_views() -> None:
 
     assert set(PHASE_FIGURES) <= {field.name for field in dataclasses.fields(PhaseFigures)}
     assert set(ENGINE_FIGURES) <= {field.name for field in dataclasses.fields(EngineView)}
+
+
+def test_a_figure_that_was_never_known_is_named() -> None:
+    watch = Watch(parse("decode.mbu_step > 0.9"))
+    assert not watch.come(None, 0.0)
+    assert not watch.come(Live(figures={"decode": ({"sync_gap_ratio": 0.1},)}), 1.0)
+    assert watch.never_known == "mbu_step"
+    assert not watch.come(Live(figures={"decode": ({"mbu_step": 0.1},)}), 2.0)
+    assert watch.never_known is None
+    assert Watch(parse("next decode")).never_known is None

@@ -226,6 +226,7 @@ def test_somebody_elses_recording_is_left_alone(manager: Manager, nsys: Scripted
 def test_a_condition_that_never_comes_fails_in_time(manager: Manager, nsys: ScriptedNsys) -> None:
     failed = until(manager, manager.request("g", "s", ask(NEVER, wait=0.2)), "failed")
     assert NEVER in (failed.reason or "")
+    assert (failed.reason or "").endswith(" was not known in all that time")  # the server shows no figures
     assert nsys.calls() == []
 
 
