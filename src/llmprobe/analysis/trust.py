@@ -100,7 +100,7 @@ def _nothing(trace: Trace, launches: Launches) -> list[Reason]:
             )
         return [Reason("no_kernels", UNTRUSTED, text)]
     if not trace.cuda_traced:
-        how = "activities=[ProfilerActivity.CUDA]"
+        how = "activities=[ProfilerActivity.CUDA] (llmprobe's captures are)"
         if trace.source.tool == "nsys":
             how = "--trace cuda,nvtx"
         return [
