@@ -14,12 +14,11 @@ SCORED := tests/integration/test_scenario_harness.py
 CAPTURES := $(patsubst %,tests/integration/test_%.py,agent captures capture_deaths capture_hangs capture_nodes \
 	nsys_range run_nsys operator_verbs)
 
-# Benchmarks, without those that need a GPU where there is none, or nsys.
-ON_GPU := $(addprefix benchmarks/,accuracy.py counter_gaps.py event_cost.py gpu_scenarios.py traffic_ncu.py \
-	window_cost.py windows_endurance.py \
-	cupti_growth.py torch_after_windows.py)
+# Benchmarks, without those that need a GPU where there is none, or nsys, and what runs a list of them.
+ON_GPU := $(addprefix benchmarks/,accuracy.py counter_gaps.py cupti_growth.py event_cost.py gpu_scenarios.py \
+	torch_after_windows.py traffic_ncu.py window_cost.py windows_endurance.py)
 BY_NSYS := benchmarks/nsys_memory.py
-BENCHMARKS = $(filter-out $(if $(wildcard /dev/nvidiactl),,$(ON_GPU)) $(if $(shell command -v nsys),,$(BY_NSYS)),\
+BENCHMARKS = $(filter-out benchmarks/beside.py $(if $(wildcard /dev/nvidiactl),,$(ON_GPU)) $(if $(shell command -v nsys),,$(BY_NSYS)),\
 	$(wildcard benchmarks/*.py))
 
 help: ## List these targets

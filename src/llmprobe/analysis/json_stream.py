@@ -51,7 +51,9 @@ class Document:
             yield from self._items()
             return
         if first != "{":
-            raise AnalysisError(f"{self._path}: not a trace: neither SQLite, nor JSON, nor .nsys-rep, nor .npz")
+            raise AnalysisError(
+                f"{self._path}: not a trace: neither SQLite, nor JSON, nor .nsys-rep, nor .npz"
+            )
         self._at += 1
         while True:
             mark = self._peek()

@@ -265,7 +265,10 @@ class _Buffers:
     def _make(self) -> int:
         if len(self._made) >= self._most:
             return 0
-        memory = np.empty(BUFFER_BYTES + _ALIGNMENT, dtype=np.uint8)
+        try:
+            memory = np.empty(BUFFER_BYTES + _ALIGNMENT, dtype=np.uint8)
+        except MemoryError:  # nothing may be raised into CUPTI
+            return 0
         skip = -memory.ctypes.data % _ALIGNMENT
         memory = memory[skip : skip + BUFFER_BYTES]
         self._made[memory.ctypes.data] = memory

@@ -375,3 +375,12 @@ def test_nothing_opens_without_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(made, "_check", flush)  # who is asked for them gives some back
     made.open()
     assert made._buffers.left == 3
+
+
+def test_without_memory_cupti_is_refused_and_nothing_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **named: Any) -> None:
+        raise MemoryError
+
+    buffers = cupti._Buffers()
+    monkeypatch.setattr(cupti.np, "empty", full)
+    assert (ask(buffers), buffers.refused) == (0, 1)
