@@ -78,6 +78,7 @@ def _measure_vllm(
         model,
         [*flags, *options.flags],
         dict(options.env),
+        options.spread_seconds,
         options.most_blocks,
     )
     print(f"takes {plan.seconds:.0f} s once the server is up", file=sys.stderr, flush=True)
@@ -140,6 +141,8 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
         f"{options.prompt_tokens} + {options.output_tokens} tokens; {cost.own.steps} steps with the "
         f"probe on, {cost.steps_per_second:.0f} a second; {cost.windows} kernel windows in them"
     ]
+    if options.spread_seconds:
+        notes.append(f"the first requests were sent over {options.spread_seconds:g} s")
     if cost.tpot_alike is not None:
         notes.append(
             "without any switching TPOT of neighbouring blocks (off and off, on and on) differs by "
@@ -220,6 +223,13 @@ def _options() -> argparse.Namespace:
     group.add_argument("--prompt-tokens", type=int, default=32, help="of each request [32]")
     group.add_argument("--output-tokens", type=int, default=64, help="of each request [64]")
     group.add_argument(
+        "--spread-seconds",
+        type=float,
+        default=0.0,
+        help="send the first requests over that long: about a request's length, and they end and begin one "
+        "by one, not in waves [0]",
+    )
+    group.add_argument(
         "--model",
         metavar="PATH",
         help=f"a model directory, or a configuration without weights: {', '.join(CONFIGURATIONS)} "
@@ -238,8 +248,12 @@ def _options() -> argparse.Namespace:
         or options.block_seconds <= 0
         or min(options.concurrency) < 1
         or options.output_tokens < 2
+        or options.spread_seconds < 0
     ):
-        parser.error("--blocks and --concurrency from 1, --block-seconds above 0, --output-tokens from 2")
+        parser.error(
+            "--blocks and --concurrency from 1, --block-seconds above 0, --output-tokens from 2, "
+            "--spread-seconds from 0"
+        )
     return options
 
 

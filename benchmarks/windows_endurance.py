@@ -4,8 +4,9 @@
     python benchmarks/windows_endurance.py --eager --layers 4 --plan 0.001/0.002
 
 Windows follow each other as fast as they can while requests stream. Watched: that the server answers every
-request in full, time per token in the first and the last tenth, the engine's memory on host and device, and
-that no window was lost. Exit status 1 if one of that fails. Needs an NVIDIA GPU and vLLM.
+request in full, time per token in the first and the last tenth (and, for comparison, with llmprobe off before
+and after), the engine's memory on host and device, and that no window was lost. Exit status 1 if one of that
+fails. Needs an NVIDIA GPU and vLLM.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ import psutil
 from support.gpm import device_memory
 from support.gpu_models import CONFIGURATIONS, make_configuration
 from support.journals import live_journals
-from support.load import Load
+from support.load import Load, Seen
 from support.machine import machine_line
 from support.serving import NAME, running_server
-from support.switch import wait_known
+from support.switch import switch, wait_known
 from support.table import Results, bar, command
 
 from llmprobe.agent.client import request
 from llmprobe.record.window_file import WindowFileError, read_window, window_path
 
-_WARM_UP_SECONDS = 10.0
+_WARM_UP_SECONDS, _OFF_SECONDS = 10.0, 10.0
 _FLAGS = ("--load-format", "dummy", "--max-model-len", "2048", "--max-num-seqs", "16")
 _GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16]}')
 _DRIFT, _HOST_MIB, _DEVICE_MIB = 3.0, 64.0, 64.0
@@ -57,6 +58,7 @@ def main() -> int:
             load = Load(server.port, NAME, options.concurrency, 64, 128)
             with load:
                 load.wait(_WARM_UP_SECONDS)
+                before = _switched_off(server.directory, load)
                 host, device, first = engine.memory_info().rss, device_memory(engine.pid), _number(path)
                 begin, until = time.monotonic(), time.monotonic() + options.seconds
                 marks = [time.monotonic_ns()]
@@ -65,9 +67,10 @@ def main() -> int:
                     marks.append(time.monotonic_ns())
                 took, windows = time.monotonic() - begin, _number(path) - first
                 host_after, device_after = engine.memory_info().rss, device_memory(engine.pid)
+                status = request(server.directory, "GET", "/api/status")[1]["servers"][0]["ranks"][0]
+                afterwards = _switched_off(server.directory, load)
             tenth = max(len(marks) // 10, 1)
             early, late = load.seen(marks[0], marks[tenth]), load.seen(marks[-1 - tenth], marks[-1])
-            status = request(server.directory, "GET", "/api/status")[1]["servers"][0]["ranks"][0]
             errors = worker.counters()["errors"]
             said = worker.facts().get("kernel_windows")
     drift = (late.tpot_seconds / early.tpot_seconds - 1) * 100
@@ -77,6 +80,8 @@ def main() -> int:
         ["requests answered in full", str(len(load.requests())), ""],
         ["TPOT, first tenth", f"{early.tpot_seconds * 1e3:.3f} ms", ""],
         ["TPOT, last tenth", f"{late.tpot_seconds * 1e3:.3f} ms", bar(drift, _DRIFT, "%", 1)],
+        ["TPOT with llmprobe off, before", f"{before.tpot_seconds * 1e3:.3f} ms", ""],
+        ["TPOT with llmprobe off, after all windows", f"{afterwards.tpot_seconds * 1e3:.3f} ms", ""],
         [
             "engine's host memory, gained",
             _mib(host_after - host),
@@ -106,6 +111,17 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     return int(any("MISSED" in cell for row in rows for cell in row))
+
+
+def _switched_off(directory: Path, load: Load) -> Seen:
+    """Some seconds without llmprobe; it is on again after them."""
+    switch(directory, False)
+    load.wait(_OFF_SECONDS / 5)
+    begin = time.monotonic_ns()
+    load.wait(_OFF_SECONDS)
+    end = time.monotonic_ns()
+    switch(directory, True)
+    return load.seen(begin, end)
 
 
 def _shape(options: argparse.Namespace) -> str:

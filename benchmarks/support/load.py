@@ -43,7 +43,19 @@ class Load:
         prompt_tokens: int,
         output_tokens: int,
         pause_seconds: float = 0.0,
+        spread_seconds: float = 0.0,
     ) -> None:
+        """
+        Args:
+            port: of the server, on this machine.
+            model: its name there.
+            concurrency: requests at a time.
+            prompt_tokens: of each request.
+            output_tokens: of each request.
+            pause_seconds: between a request's end and the next one over the same connection.
+            spread_seconds: over which the first requests are sent. About as long as a request takes, and
+                they end and begin one by one; without it, all requests do so together, in waves.
+        """
         options = {
             "--port": port,
             "--model": model,
@@ -51,6 +63,7 @@ class Load:
             "--prompt-tokens": prompt_tokens,
             "--output-tokens": output_tokens,
             "--pause-seconds": pause_seconds,
+            "--spread-seconds": spread_seconds,
         }
         self._command = [sys.executable, str(Path(streaming_client.__file__))]
         self._command += [str(part) for option in options.items() for part in option]

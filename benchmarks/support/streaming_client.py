@@ -19,13 +19,13 @@ _LOWEST_ID, _HIGHEST_ID = 10, 290  # in every tokenizer, and none of them specia
 async def main() -> None:
     """Send requests until the process is ended."""
     options = _options()
-    numbers = iter(range(1 << 62))
-    await asyncio.gather(*(_stream(options, numbers, lane) for lane in range(options.concurrency)))
+    await asyncio.gather(*(_stream(options, lane) for lane in range(options.concurrency)))
 
 
-async def _stream(options: argparse.Namespace, numbers: object, lane: int) -> None:
+async def _stream(options: argparse.Namespace, lane: int) -> None:
     """One request after another over one connection."""
     generator = random.Random(lane)
+    await asyncio.sleep(options.spread_seconds * lane / options.concurrency)
     reader, writer = await asyncio.open_connection("127.0.0.1", options.port, limit=1 << 20)
     while True:
         body = {
@@ -89,6 +89,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--pause-seconds", type=float, default=0.0)
+    parser.add_argument("--spread-seconds", type=float, default=0.0)  # over which the first requests are sent
     return parser.parse_args()
 
 

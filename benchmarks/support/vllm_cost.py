@@ -39,6 +39,7 @@ class Plan:
     model: Path | None
     flags: Sequence[str]
     env: Mapping[str, str]
+    spread_seconds: float  # of the first requests, see `Load`
     most_pairs: int  # as long as `measure` is told that the pairs so far do not decide
 
     @property
@@ -102,7 +103,8 @@ def measure(plan: Plan, decided: Callable[[VllmCost], bool]) -> Iterator[VllmCos
     with running_server(plan.model, plan.flags, plan.env) as server:
         wait_known(server.directory)
         for concurrency in plan.concurrencies:
-            load = Load(server.port, NAME, concurrency, plan.prompt_tokens, plan.output_tokens)
+            tokens = (plan.prompt_tokens, plan.output_tokens)
+            load = Load(server.port, NAME, concurrency, *tokens, spread_seconds=plan.spread_seconds)
             steps = StepLog(live_journals(server.directory, "worker")[0])
             agent = AgentCost(server.directory)
             with load, Polling(steps):
