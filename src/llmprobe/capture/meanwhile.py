@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 
 from llmprobe.compute.accounting import account
 from llmprobe.compute.evidence import KernelEvidence
+from llmprobe.compute.facts import FactsError, ModelFacts
 from llmprobe.compute.figures import summarise
+from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.lengthened import lengthened_ratios
 from llmprobe.compute.sampled import apply_windows
 from llmprobe.record.journal import JournalError
@@ -71,7 +74,44 @@ def read_steps(journals: Mapping[str, Path], begin_ns: int, end_ns: int) -> dict
     return found
 
 
-def figures_of(steps: np.ndarray, kernels: Mapping[str, KernelEvidence]) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Roofs:
+    """What the floor of a process's steps is worked out with."""
+
+    model: ModelFacts
+    peaks: Peaks
+
+
+def roofs(journals: Mapping[str, Path], before: Mapping[str, Any]) -> dict[str, Roofs]:
+    """By process; those of which the model or the peaks are not known are left out.
+
+    Args:
+        journals: what each says of its model.
+        before: ``{"server": …}`` with the server's entry in ``/api/status``, which says the peaks it used.
+    """
+    peaks = _peaks(before.get("server") or {})
+    found = {}
+    for name, journal in journals.items():
+        if name not in peaks:
+            continue
+        try:
+            reader = JournalReader(journal)
+        except (JournalError, OSError):
+            continue
+        try:
+            model = ModelFacts.from_json(reader.facts()["model"])
+        except (FactsError, KeyError, TypeError):
+            continue
+        finally:
+            reader.close()
+        if not model.unmodelled:
+            found[name] = Roofs(model, peaks[name])
+    return found
+
+
+def figures_of(
+    steps: np.ndarray, kernels: Mapping[str, KernelEvidence], of: Roofs | None = None
+) -> dict[str, dict[str, Any]]:
     """By phase: steps, seconds, sync-gap ratio and whether that is a bound, as shown live (`PhaseFigures`).
 
     Except that idle time before a step is a gap whether or not there were requests: a capture does not know
@@ -80,14 +120,16 @@ def figures_of(steps: np.ndarray, kernels: Mapping[str, KernelEvidence]) -> dict
     Args:
         steps: records of one process, in the journal's order.
         kernels: what kernel windows saw of a phase.
+        of: for the floor of the steps.
     """
     steps = steps[(steps["flags"] & Flag.EMPTY == 0) & (steps["phase"] < len(PHASES))]
     if not len(steps):
         return {}
     always = np.array([[0, np.iinfo(np.int64).max]], dtype=np.int64)
-    rows = account(steps, cursor_ns=None, last_step=None, pending=always, model=None, peaks=None)
+    model, peaks = (None, None) if of is None else (of.model, of.peaks)
+    rows = account(steps, cursor_ns=None, last_step=None, pending=always, model=model, peaks=peaks)
     apply_windows(rows, kernels)
-    found = summarise(rows, since_ns=int(rows.end_ns[0]) - 1, now_ns=int(rows.end_ns[-1]), peaks=None)
+    found = summarise(rows, since_ns=int(rows.end_ns[0]) - 1, now_ns=int(rows.end_ns[-1]), peaks=peaks)
     return {
         phase: {name: getattr(figures, name) for name in _SHOWN}
         for phase, figures in found.items()
@@ -99,6 +141,7 @@ def meanwhile(
     steps: Mapping[str, np.ndarray],
     before: Mapping[str, Any],
     earlier: Mapping[str, np.ndarray] | None = None,
+    of: Mapping[str, Roofs] | None = None,
     *,
     rough: bool = False,
 ) -> dict[str, Any]:
@@ -112,12 +155,13 @@ def meanwhile(
         before: ``{"server": …}`` with the server's entry in ``/api/status`` when the recording began, which
             says what kernel windows had seen by then.
         earlier: records of the steps right before the recording, by the same names (`steps_before`).
+        of: for the floors of steps, by the same names (`roofs`).
         rough: the steps were chosen by when the tool was told to begin and to end, not by when it recorded.
     """
     seen = _windows(before.get("server") or {})
     ranks = []
     for name, records in steps.items():
-        figures = figures_of(records, seen.get(name, {}))
+        figures = figures_of(records, seen.get(name, {}), (of or {}).get(name))
         then = (earlier or {}).get(name)
         longer = lengthened_ratios(records, then) if then is not None else {}
         for phase, ratio in longer.items():
@@ -147,8 +191,27 @@ def steps_before(
     return found
 
 
+def _peaks(server: Mapping[str, Any]) -> dict[str, Peaks]:
+    """By process, under both its names."""
+    known = {field.name for field in dataclasses.fields(Peaks)}
+    found: dict[str, Peaks] = {}
+    for rank in server.get("ranks") or ():
+        said = {name: value for name, value in (rank.get("peaks") or {}).items() if name in known}
+        try:
+            peaks = Peaks(**said)
+        except TypeError:  # an agent of another version wrote it
+            continue
+        found |= dict.fromkeys(_names(rank), peaks)
+    return found
+
+
+def _names(rank: Mapping[str, Any]) -> tuple[str, str]:
+    """Both that a process may have (`llmprobe.capture.tool.Worker`)."""
+    return f"rank{rank.get('rank')}", f"engine{rank.get('engine')}-rank{rank.get('rank')}"
+
+
 def _windows(server: Mapping[str, Any]) -> dict[str, dict[str, KernelEvidence]]:
-    """By process, under both names that it may have (`llmprobe.capture.tool.Worker`)."""
+    """By process, under both its names."""
     found: dict[str, dict[str, KernelEvidence]] = {}
     ranks: Sequence[Mapping[str, Any]] = server.get("ranks") or ()
     for rank in ranks:
@@ -158,8 +221,7 @@ def _windows(server: Mapping[str, Any]) -> dict[str, dict[str, KernelEvidence]]:
             for phase, seen in shown.items()
             if seen is not None and seen.age_seconds <= _WINDOW_GOOD_SECONDS
         }
-        for name in (f"rank{rank.get('rank')}", f"engine{rank.get('engine')}-rank{rank.get('rank')}"):
-            found[name] = kernels
+        found |= dict.fromkeys(_names(rank), kernels)
     return found
 
 

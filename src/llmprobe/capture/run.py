@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from llmprobe.capture.asking import RAW_PREFIX
 from llmprobe.capture.compare import compare
 from llmprobe.capture.condition import Live, Watch, parse
-from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps, steps_before
+from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps, roofs, steps_before
 from llmprobe.capture.session import Capture, State
 from llmprobe.capture.stopped import stopped, wait_for_signs
 from llmprobe.capture.store import (
@@ -309,7 +309,9 @@ class Run:
             begin_ns, end_ns = (now_ns - round(self._since(state) * 1e9) for state in _RECORDED)
             steps = read_steps(journals, begin_ns, end_ns)
         earlier = steps_before(journals, steps, begin_ns)
-        live["meanwhile"] = meanwhile(steps, live.get("before") or {}, earlier, rough=rough)
+        before = live.get("before") or {}
+        of = roofs(journals, before)
+        live["meanwhile"] = meanwhile(steps, before, earlier, of, rough=rough)
         write_json(path, live)
 
     def _since(self, state: State) -> float:

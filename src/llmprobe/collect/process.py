@@ -267,7 +267,11 @@ class Rank:
             pending: when requests were unfinished; None where nobody tells: idle time, which cannot be split
                 into waiting for the host and no work, is then ``unattributed`` in no phase.
         """
-        self.windows.look(now_ns, lambda: self.recent(RECENT_STEPS))
+        self.windows.look(
+            now_ns,
+            lambda: self.recent(RECENT_STEPS),
+            lambda steps: accounting.step_floors(steps, self.model, self.peaks),
+        )
         if self._waiting:
             steps = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
             self._waiting = []

@@ -48,11 +48,17 @@ class Windows:
         self._seconds: dict[str, dict[str, float]] = {}
         self._span_ns = self._busy_ns = self._windows = 0
 
-    def look(self, now_ns: int, recent_steps: Callable[[], np.ndarray]) -> None:
+    def look(
+        self,
+        now_ns: int,
+        recent_steps: Callable[[], np.ndarray],
+        floors: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         """Take in a new window, once the records of its steps are there.
 
         Args:
             recent_steps: gives step records, oldest first.
+            floors: gives their modelled floors in seconds, 0 where one is not known.
         """
         if self._waiting is None:
             self._waiting = self._read()
@@ -67,7 +73,9 @@ class Windows:
         rows = window.activities
         if len(rows):  # a process drives one device, as a rule; else the one that does most of its work
             rows = rows[rows["device"] == np.bincount(rows["device"]).argmax()]
-        found = phase_windows(rows, names, recent_steps(), window.begin_ns, window.end_ns)
+        steps = recent_steps()
+        floor_s = None if floors is None else floors(steps)
+        found = phase_windows(rows, names, steps, window.begin_ns, window.end_ns, floor_s)
         for phase, of_phase in found.items():
             self._kept.setdefault(phase, deque()).append((window.end_ns, of_phase))
             sums = self._seconds.setdefault(phase, {})

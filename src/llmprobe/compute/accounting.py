@@ -238,6 +238,14 @@ def _sample_gaps(steps: np.ndarray, span_ns: Ints, stamped_ns: Ints) -> Ints:
     return found
 
 
+def step_floors(steps: np.ndarray, model: ModelFacts | None, peaks: Peaks | None) -> Floats:
+    """(N,) the modelled floor of each step record in seconds; 0 where it is not known."""
+    if model is None or peaks is None or not len(steps):
+        return np.zeros(len(steps))
+    memory, compute = floors(traffic(steps, model), work(steps, model), peaks)
+    return memory + compute
+
+
 def floors(traffic_bytes: Floats, flops: Floats, peaks: Peaks | None) -> tuple[Floats, Floats]:
     """The least seconds that steps could take, split by the roof that sets them.
 

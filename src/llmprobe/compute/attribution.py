@@ -118,12 +118,13 @@ def _with_kernels(parts: Floats, span_s: Floats, seen: KernelEvidence) -> Floats
     result = np.array(parts)
     left = np.clip(result[:, _INDEX["remainder"]], 0, None)
     before = np.array(left)
-    for part, ratio in (
-        ("launch", seen.launch_gap_ratio),
-        ("communication", seen.communication_ratio),
-        ("transfer", seen.transfer_ratio),
+    floor = result[:, : 2 * len(OPERATORS)].sum(axis=1)
+    for part, seconds in (
+        ("launch", seen.launch_gaps(span_s, span_s - result[:, _INDEX["sample"]], floor)),
+        ("communication", seen.communication_ratio * span_s),
+        ("transfer", seen.transfer_ratio * span_s),
     ):
-        taken = np.clip(ratio * span_s - result[:, _INDEX[part]], 0, left)
+        taken = np.clip(seconds - result[:, _INDEX[part]], 0, left)
         result[:, _INDEX[part]] += taken
         left = left - taken
     inside = span_s - result[:, : 2 * len(OPERATORS)].sum(axis=1)

@@ -105,7 +105,7 @@ class _Case:
     ) -> None:
         self._seen, self._figures, self._limits, self._moved = seen, figures, limits, moved
         self._old_kernels = seen.kernels is not None and seen.kernels.age_seconds > limits.kernel_age_seconds
-        self._kernels: KernelEvidence | None = None if self._old_kernels else seen.kernels
+        self._kernels = None if self._old_kernels or seen.kernels is None else _of(seen.kernels, figures)
         self._counters = of_phase(seen.counters, figures.seconds, seen.window_seconds, limits)
         self._counted_roofs = CounterRoofs(self._counters, limits, moved)
         # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
@@ -216,7 +216,8 @@ class _Case:
         figures, kernels = self._figures, self._kernels
         parts = {cause: figures.components.get(name, 0.0) for cause, name in CAUSES.items()}
         if kernels is not None:  # accounting may have applied the same windows already: not twice
-            parts["host_between_steps"] = figures.gap_seconds * (1 - (kernels.gap_busy_ratio or 0.0))
+            prepared = (kernels.gap_busy_seconds or 0.0) * figures.steps
+            parts["host_between_steps"] = max(figures.gap_seconds - prepared, 0.0)
             parts["launch_bubbles"] = kernels.launch_gap_ratio * figures.span_seconds
             parts["communication"] = kernels.communication_ratio * figures.span_seconds
             parts["transfers"] = kernels.transfer_ratio * figures.span_seconds
@@ -387,6 +388,13 @@ class _Case:
                 shown.append(Evidence("graphics_active_ratio", active, None, "counter", age))
         shown += [Evidence(f"host_{sign.name}", sign.value, sign.threshold, "measured") for sign in told]
         return tuple(shown)
+
+
+def _of(seen: KernelEvidence, figures: PhaseFigures) -> KernelEvidence:
+    """What windows saw, of the steps that are judged."""
+    busy = figures.span_seconds - figures.components.get("sample_gap", 0.0)
+    floor = None if figures.floor_seconds is None else figures.floor_seconds * figures.steps
+    return seen.at(figures.span_seconds, busy, floor)
 
 
 def _times(value: float | None, factor: float) -> float | None:

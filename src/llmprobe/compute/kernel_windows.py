@@ -23,7 +23,7 @@ from llmprobe.compute.intervals import Intervals, bridge, overlap_ns
 from llmprobe.compute.kernel_classes import COMMUNICATION as COMMUNICATION_CLASS
 from llmprobe.compute.kernel_classes import kernel_class
 from llmprobe.compute.lengthened import alike
-from llmprobe.compute.steps import NO_PARTS, PHASES, RESTARTED, Ints
+from llmprobe.compute.steps import NO_PARTS, PHASES, RESTARTED, Floats, Ints
 
 #: Kinds of activity, as `llmprobe.record.cupti` numbers them.
 KERNEL, COPY, SET = 0, 1, 2
@@ -37,6 +37,8 @@ _BEFORE_NS = 3 * 10**9
 #: Steps whose middle half is spread over more of their median are too unlike each other to say by how much a
 #: window makes them longer: of mixed steps a window sees one or two, and calls all their bubbles its own.
 _MOST_SPREAD_RATIO = 0.25
+#: Communication that nothing hides, beyond which steps are busy for as long as their ranks wait in it.
+_MOST_WAITS_RATIO = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ class PhaseWindow:
     gap_ns: int  #: between the steps
     gap_busy_ns: int  #: of it, time in which something ran all the same (preparation of the next step)
     kernel_span_ns: int  #: first kernel to last kernel of each step
+    gaps: int = 0  #: steps before which the time is known
     disturbed_ns: int = 0  #: by how much the window made them longer; no part of the other figures
+    floor_ns: int = 0  #: modelled; with `floorless`, not of all of them
+    floorless: int = 0  #: steps whose floor is not known
     class_ns: dict[str, int] = field(default_factory=dict)  #: by class, summed over kernels that overlap too
     top: tuple[TopKernel, ...] = ()
 
@@ -78,8 +83,14 @@ class PhaseWindow:
             transfer_ratio=self.transfer_ns / span,
             age_seconds=age_seconds,
             clock_ratio=self.kernel_span_ns / (span + self.disturbed_ns),
-            gap_busy_ratio=self.gap_busy_ns / self.gap_ns if self.gap_ns > 0 else None,
+            gap_busy_seconds=self.gap_busy_ns / self.gaps / 1e9 if self.gap_ns > 0 and self.gaps else None,
+            busy_per_floor=self._busy_per_floor(),
         )
+
+    def _busy_per_floor(self) -> float | None:
+        waits = self.communication_ns > _MOST_WAITS_RATIO * self.span_ns
+        known = self.floor_ns > 0 and not self.floorless and not waits
+        return self.busy_ns / self.floor_ns if known else None
 
 
 _SUMS = tuple(one.name for one in fields(PhaseWindow) if one.name not in ("class_ns", "top"))
@@ -104,7 +115,12 @@ def together(windows: Sequence[PhaseWindow]) -> PhaseWindow:
 
 
 def phase_windows(
-    activities: np.ndarray, names: Sequence[str], steps: np.ndarray, begin_ns: int, end_ns: int
+    activities: np.ndarray,
+    names: Sequence[str],
+    steps: np.ndarray,
+    begin_ns: int,
+    end_ns: int,
+    floor_s: Floats | None = None,
 ) -> dict[str, PhaseWindow]:
     """
     Args:
@@ -114,6 +130,7 @@ def phase_windows(
         steps: (M,) step records in the journal's order, with the one before the window where there is one.
         begin_ns: when the window was opened.
         end_ns: when it began to be closed.
+        floor_s: (M,) the steps' modelled floors in seconds, 0 where one is not known; None: of none.
 
     Returns:
         By phase label; phases without a whole step are absent.
@@ -131,6 +148,7 @@ def phase_windows(
     ran = device_activity(rows, role)
     busy = bridge(ran.busy, BACK_TO_BACK_NS)
 
+    floor = np.zeros(len(steps)) if floor_s is None else floor_s * 1e9
     e0, e1, e2, e3 = (steps[name].astype(np.int64) for name in ("e0", "e1", "e2", "e3"))
     e1 = np.clip(e1, e0, e3)
     e2 = np.clip(e2, e1, e3)
@@ -169,8 +187,11 @@ def phase_windows(
             transfer_ns=int(transfer[chosen].sum()),
             gap_ns=int(gap[chosen].sum()),
             gap_busy_ns=int(gap_busy[chosen].sum()),
+            gaps=int((chosen & follows).sum()),
             kernel_span_ns=int(envelope[chosen].sum()),
             disturbed_ns=disturbed,
+            floor_ns=round(float(floor[chosen].sum())),
+            floorless=int((floor[chosen] <= 0).sum()),
             class_ns=class_ns,
             top=top,
         )

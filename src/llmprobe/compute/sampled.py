@@ -1,9 +1,9 @@
-"""Kernel windows applied to steps that nobody watched: what their busy time consists of, by sampled ratios.
+"""Kernel windows applied to steps that nobody watched: what their busy time consists of.
 
-A window sees some steps of a phase; the others are taken to be like them. Per step, out of the busy time
-above the floor: launch bubbles, exposed communication and exposed transfers by their ratio of the span, and
-the rest ran slower than its floor. Of the time before the step, what the windows saw busy was no waiting. The
-row still sums to the time it covers.
+A window sees some steps of a phase; the others are taken to be like them. Out of the busy time above the
+floor: launch bubbles as `KernelEvidence.launch_gaps` has them, exposed communication and exposed transfers by
+their ratio of the span, and the rest ran slower than its floor. Of the time before the step, as much as the
+windows saw busy was no waiting. The row still sums to the time it covers.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def _apply(rows: StepAccounts, chosen: np.ndarray, seen: KernelEvidence) -> None
     above = np.clip(rows.busy_s[chosen] - floor, 0, None)
     left = np.minimum(above, parts[:, _INDEX["unattributed"]])
     parts[:, _INDEX["unattributed"]] -= left
-    for name, ratio in (
-        ("launch_gap", seen.launch_gap_ratio),
-        ("communication", seen.communication_ratio),
-        ("transfer", seen.transfer_ratio),
+    for name, seconds in (
+        ("launch_gap", seen.launch_gaps(span, rows.busy_s[chosen], rows.floor_s[chosen])),
+        ("communication", seen.communication_ratio * span),
+        ("transfer", seen.transfer_ratio * span),
     ):
-        taken = np.clip(ratio * span, 0, left)
+        taken = np.clip(seconds, 0, left)
         parts[:, _INDEX[name]] += taken
         left = left - taken
-    prepared = parts[:, _INDEX["host_gap"]] * min(max(seen.gap_busy_ratio or 0.0, 0.0), 1.0)
+    prepared = seen.prepared(parts[:, _INDEX["host_gap"]])
     parts[:, _INDEX["host_gap"]] -= prepared
     parts[:, _INDEX["inefficiency"]] += left + prepared
     rows.components[chosen] = parts

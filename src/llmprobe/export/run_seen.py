@@ -48,8 +48,8 @@ def rank_key(rank: RankView) -> RankKey:
 class RankSeen:
     """One rank over the run.
 
-    ``prepared``: phase of ``kernels`` → share of the time between steps that its windows took for work, which
-    is in the run's totals as such. ``tokens``: phase → prompt and decode tokens of a mean step.
+    ``prepared``: phase of ``kernels`` → seconds between steps that its windows took for work, which are in
+    the run's totals as such. ``tokens``: phase → prompt and decode tokens of a mean step.
     """
 
     kernels: dict[str, KernelEvidence]
@@ -164,7 +164,7 @@ class _Rank:
     in_graphs: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, list[float]] = field(default_factory=dict)  # steps, prompt tokens, decode tokens
     windows: dict[str, _Mean] = field(default_factory=dict)
-    prepared: dict[str, float] = field(default_factory=dict)  # times the share of gaps that windows saw busy
+    prepared: dict[str, float] = field(default_factory=dict)  # seconds between steps that windows saw busy
     counted: _Mean = field(default_factory=lambda: _Mean())
     shared_seconds: float = 0.0  # in which others used the GPU too
     host: HostSignals | None = None
@@ -192,7 +192,8 @@ class _Rank:
             if kernels is not None and kernels.age_seconds <= limits.kernel_age_seconds:
                 self.windows.setdefault(phase, _Mean()).add(kernels, spent)
             if kernels is not None and kernels.age_seconds <= WINDOW_GOOD_SECONDS:  # as totals are split
-                busy = spent * (kernels.gap_busy_ratio or 0.0)
+                steps = rank.steps.get(phase, 0) - self.steps.get(phase, 0)
+                busy = steps * (kernels.gap_busy_seconds or 0.0)
                 self.prepared[phase] = self.prepared.get(phase, 0.0) + busy
             self._count_tokens(phase, rank)
         if worked > 0:
@@ -256,7 +257,7 @@ class _Rank:
                 phase: (prompt / steps, decode / steps)
                 for phase, (steps, prompt, decode) in self.tokens.items()
             },
-            prepared={phase: self.prepared.get(phase, 0.0) / spent[phase] for phase in windows},
+            prepared={phase: self.prepared.get(phase, 0.0) for phase in windows},
         )
 
 
@@ -297,8 +298,9 @@ def _windows(mean: _Mean) -> KernelEvidence:
         transfer_ratio=mean.of("transfer_ratio") or 0.0,
         age_seconds=0.0,
         clock_ratio=mean.of("clock_ratio"),
-        gap_busy_ratio=mean.of("gap_busy_ratio"),
+        gap_busy_seconds=mean.of("gap_busy_seconds"),
         disturbed_ratio=mean.of("disturbed_ratio") or 0.0,
+        busy_per_floor=mean.of("busy_per_floor"),
     )
 
 

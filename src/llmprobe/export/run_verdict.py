@@ -172,9 +172,7 @@ def _figures(
     seconds, steps = work_seconds(phase, rank, before)[0] or document["seconds"], document["steps"]
     # Figures have gaps as the step clock saw them, and `classify` takes out what windows saw in them. Totals
     # have had that taken out: it is put back, so that it is not taken out twice.
-    prepared = looked.prepared.get(phase, 0.0)
-    taken = components["host_gap"] * prepared / (1 - prepared) if prepared < 1 else 0.0
-    taken = min(taken, components["inefficiency"])
+    taken = min(looked.prepared.get(phase, 0.0), components["inefficiency"])
     gap = components["host_gap"] + taken
     step = document.get("step_seconds") or {}
     prompt, decode = looked.tokens.get(phase, (0.0, 0.0))

@@ -241,10 +241,13 @@ class CudaClock:
         sample = start + _ns(e0.elapsed_time(e2)) if marked & 4 else 0
         stamps.ns = [start, forward, sample, start + span]
         # On the same stream it is done with the step. Elsewhere it may not be, and asking would raise.
-        encodes = iter(stamps.encodes)
-        stamps.encode_ns = sum(
-            _ns(begin.elapsed_time(end)) for begin, end in zip(encodes, encodes, strict=False) if end.query()
-        )
+        if stamps.encodes:
+            encodes = iter(stamps.encodes)
+            stamps.encode_ns = sum(
+                _ns(begin.elapsed_time(end))
+                for begin, end in zip(encodes, encodes, strict=False)
+                if end.query()
+            )
         self._last_ns = start + span
         # The pooled event would be recorded anew before the next step is placed against it: swap it out.
         if self._last_event is None:

@@ -5,8 +5,8 @@ Whoever holds the writer calls these, one at a time; see `llmprobe.record.record
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from llmprobe.record import layout
 from llmprobe.record.journal import JournalWriter
@@ -19,6 +19,7 @@ _STEP_HISTOGRAMS = sum(name.startswith("step_") for name in layout.HISTOGRAMS)
 _FLUSH_AT_LATEST = 1024  # steps: well before the ring comes round, should nobody call publish()
 _ENDED_AT_MOST = 256  # requests, likewise
 _STEP_PACK = layout.STEP_PACK
+_OWN_AT_MOST = 0xFFFFFFFF
 _TTFT = layout.HISTOGRAM_INDEX["time_to_first_token"]
 _TPOT = layout.HISTOGRAM_INDEX["time_per_output_token"]
 _ITL = layout.HISTOGRAM_INDEX["inter_token_latency"]
@@ -46,6 +47,35 @@ _SUM_FIRST_QUEUE = _INDEX["sum_ns_first_token_queue"]
 # Plain integers: enum members cost a microsecond a step.
 _KIND_STEP = int(layout.Kind.STEP)
 _RESTARTED = int(layout.Flag.RESTARTED)
+
+
+class CountedStep(NamedTuple):
+    """A step that is complete; fields as in `llmprobe.record.layout.STEP`, ``times`` are e0 to e3.
+
+    ``counts``: requests, prefill requests, prompt, decode and draft tokens, sampled positions.
+    ``attention``: context and pairs, prefill and decode each: 16 numbers.
+    """
+
+    number: int
+    time_ns: int
+    phase: int
+    clock: int
+    flags: int
+    times: tuple[int, int, int, int]
+    counts: tuple[int, ...]
+    attention: tuple[int, ...]
+    own_ns: int
+    new_tokens: int = 0
+    kv_used_bytes: int = 0
+    encode_ns: int = 0
+
+    def packed(self) -> bytes:
+        """Its record, without a ``seq`` yet. struct.error if a field does not fit."""
+        own_ns = min(self.own_ns, _OWN_AT_MOST)
+        return _STEP_PACK.pack(
+            0, self.time_ns, _KIND_STEP, self.phase, self.clock, self.flags, self.number, *self.times,
+            *self.counts, self.new_tokens, own_ns, self.kv_used_bytes, self.encode_ns, *self.attention,
+        )  # fmt: skip
 
 
 class JournalEvents:
@@ -83,13 +113,30 @@ class JournalEvents:
         """A step is complete; as `Recorder.step_counted`."""
         writer = self._writer
         e0, _, _, e3 = times
-        if own_ns > 0xFFFFFFFF:
-            own_ns = 0xFFFFFFFF
+        if own_ns > _OWN_AT_MOST:
+            own_ns = _OWN_AT_MOST
         writer.append(
             _STEP_PACK, time_ns, _KIND_STEP, phase, clock, flags, number, *times, *counts, new_tokens, own_ns,
             kv_used_bytes, encode_ns, *attention,
         )  # fmt: skip
-        counters = writer.counters
+        self._count(number, phase, flags, e0, e3, counts, own_ns)
+        if self.unflushed >= _FLUSH_AT_LATEST:
+            self.flush_steps()
+
+    def steps(self, steps: Sequence[CountedStep], packed: Sequence[bytes]) -> None:
+        """Several are complete, in order, with the record of each: one write, and no further one each."""
+        self._writer.append_packed(packed)
+        for step in steps:
+            number, _, phase, _, flags, (e0, _, _, e3), counts, _, own_ns, _, _, _ = step
+            self._count(number, phase, flags, e0, e3, counts, min(own_ns, _OWN_AT_MOST))
+        if self.unflushed >= _FLUSH_AT_LATEST:
+            self.flush_steps()
+
+    def _count(
+        self, number: int, phase: int, flags: int, e0: int, e3: int, counts: tuple[int, ...], own_ns: int
+    ) -> None:
+        """Add a step to the totals."""
+        counters = self._writer.counters
         counters[phase] += 1
         span = e3 - e0
         if span > 0:
@@ -105,10 +152,8 @@ class JournalEvents:
         if number > self.ended:
             self.ended = number
         if phase < _STEP_HISTOGRAMS:
-            writer.observe(_FIRST_STEP_HISTOGRAM + phase, span)
+            self._writer.observe(_FIRST_STEP_HISTOGRAM + phase, span)
         self.unflushed += 1
-        if self.unflushed >= _FLUSH_AT_LATEST:
-            self.flush_steps()
 
     def flush_steps(self) -> None:
         """Let readers see the totals of the steps written so far."""

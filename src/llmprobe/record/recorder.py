@@ -11,12 +11,12 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmprobe.record import layout
-from llmprobe.record.events import JournalEvents
+from llmprobe.record.events import CountedStep, JournalEvents
 from llmprobe.record.journal import JournalWriter
 
 _QUEUE_LIMIT = 4096
@@ -186,6 +186,14 @@ class Recorder:
                 self._drain()
         else:
             self._submit(self._events.step, arguments)
+
+    def steps(self, steps: Sequence[CountedStep], packed: Sequence[bytes]) -> None:
+        """Several steps are complete, in order, each with what `CountedStep.packed` gave: with one write.
+
+        A write gives the interpreter lock away, and an engine that is short of it waits for it to come back.
+        """
+        if steps:
+            self._submit(self._events.steps, (steps, packed))
 
     def publish(self) -> None:
         """Publish the running step, the totals of steps, and what was left for later; off the step path.

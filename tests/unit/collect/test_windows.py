@@ -40,7 +40,7 @@ def test_a_window_splits_the_steps_that_follow_it(tmp_path: Path, clock: Clock, 
     seen = rank.kernels["decode"]
     # A step's last quarter is sampling; nothing waits before it.
     assert seen.steps == 10
-    assert (seen.launch_gap_ratio, seen.gap_busy_ratio) == (pytest.approx(0.5), pytest.approx(0.25))
+    assert (seen.launch_gap_ratio, seen.gap_busy_seconds) == (pytest.approx(0.5), pytest.approx(0.01))
     assert seen.age_seconds == pytest.approx(1.0)
     assert rank.top_kernels["decode"][0].name == "gemm::kernel()"
     assert rank.kernel_totals is not None

@@ -305,8 +305,8 @@ def test_more_sequences_are_proposed_where_they_fit() -> None:
 
 
 def test_the_gain_is_the_wait_that_the_reason_tells() -> None:
-    """Something was seen to run in 0.4 of the gaps; a counter alone saw bubbles; nothing but the clock."""
-    looked = seen(figures(span=6.0, gap=4.0), kernels=kernels(0.0, gap_busy_ratio=0.4))
+    """Something ran for 1.6 ms of each gap; a counter alone saw bubbles; nothing but the clock."""
+    looked = seen(figures(span=6.0, gap=4.0), kernels=kernels(0.0, gap_busy_seconds=1.6e-3))
     counted = seen(figures(mbu=0.2, mfu=0.01), counters=counters(0.15, 0.0, graphics_active_ratio=0.4))
     between = seen(figures(span=6.0, gap=3.0))
     for observation, milliseconds in ((looked, 2.4), (counted, 5.0), (between, 3.0)):

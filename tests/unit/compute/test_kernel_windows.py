@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,10 +69,25 @@ def test_the_gap_between_whole_steps_is_split_into_waiting_and_preparation() -> 
     seen = activities((1000, 1100, GEMM), (1150, 1175, MEMCPY), (1200, 1300, GEMM))
     found = windows(seen, steps, 900, 2000)["decode"]
     assert (found.gap_ns, found.gap_busy_ns) == (100 * US, 25 * US)
-    assert found.evidence(3.0).gap_busy_ratio == 0.25
+    assert found.evidence(3.0).gap_busy_seconds == 25e-6
     steps["flags"][1] = RESTARTED
     restarted = windows(seen, steps, 900, 2000)["decode"]
-    assert restarted.evidence(3.0).gap_busy_ratio is None
+    assert restarted.evidence(3.0).gap_busy_seconds is None
+
+
+def test_how_long_kernels_ran_for_their_floor_is_known_where_every_floor_is() -> None:
+    steps = np.concatenate([step(1, 1000, 1100, 1100, 1100), step(2, 1200, 1300, 1300, 1300)])
+    seen = activities((1000, 1080, GEMM), (1200, 1280, GEMM))
+    floors = np.array([50e-6, 50e-6])
+    found = phase_windows(seen, NAMES, steps, 900 * US, 2000 * US, floors)["decode"]
+    assert found.evidence(3.0).busy_per_floor == pytest.approx(1.6)
+    assert together([found, found]).evidence(3.0).busy_per_floor == pytest.approx(1.6)
+    unknown = phase_windows(seen, NAMES, steps, 900 * US, 2000 * US, floors * [1, 0])["decode"]
+    assert unknown.evidence(3.0).busy_per_floor is None
+    assert windows(seen, steps, 900, 2000)["decode"].evidence(3.0).busy_per_floor is None
+    waits = activities((1000, 1080, GEMM), (1200, 1280, NCCL))  # for as long as another rank is late
+    late = phase_windows(waits, NAMES, steps, 900 * US, 2000 * US, floors)["decode"]
+    assert late.evidence(3.0).busy_per_floor is None
 
 
 def test_phases_are_apart_and_steps_that_outlast_the_window_are_left_out() -> None:

@@ -14,6 +14,7 @@ from llmprobe.compute.sampled import apply_windows
 from llmprobe.record.layout import STEP, Phase
 
 PENDING = np.array([[0, 10**12]])
+NONE_ELSE = {"communication_ratio": 0.0, "transfer_ratio": 0.0}
 
 
 def rows() -> StepAccounts:
@@ -36,7 +37,7 @@ def seen(**changes: float) -> KernelEvidence:
 
 def test_busy_time_is_split_by_what_windows_saw() -> None:
     accounts = rows()
-    apply_windows(accounts, {"decode": seen(gap_busy_ratio=0.5)})
+    apply_windows(accounts, {"decode": seen(gap_busy_seconds=10e-9)})
     assert of(accounts, "launch_gap") == pytest.approx(40)
     assert of(accounts, "communication") == pytest.approx(16)
     assert of(accounts, "transfer") == pytest.approx(8)
@@ -71,10 +72,69 @@ def test_a_row_still_sums_to_the_time_it_covers(
         launch_gap_ratio=launch,
         communication_ratio=communication,
         transfer_ratio=transfer,
-        gap_busy_ratio=gap_busy,
+        gap_busy_seconds=gap_busy * 30e-9,
     )
     apply_windows(accounts, {"decode": evidence})
     assert accounts.components.sum(axis=1) == pytest.approx(before.components.sum(axis=1))
     assert (accounts.components >= -1e-18).all()
     stalls = sum(of(accounts, name) for name in STALLS)
     assert stalls <= accounts.components.sum() * 1e9 + 1e-6
+
+
+def modelled(*busy_ns: int, floor_ns: int = 40) -> StepAccounts:
+    """Decode steps that were busy for so long, one after another, with a floor of 40 ns each."""
+    steps = np.zeros(len(busy_ns), STEP)
+    begin = 1000
+    for number, (row, busy) in enumerate(zip(steps, busy_ns, strict=True), 1):
+        row["step"], row["phase"] = number, Phase.DECODE
+        row["e0"], row["e1"], row["e2"], row["e3"] = begin, begin + busy, begin + busy, begin + busy
+        begin += busy
+    accounts = account(steps, cursor_ns=1000, last_step=0, pending=PENDING, model=None, peaks=None)
+    accounts.floor_s[:] = floor_ns / 1e9
+    accounts.components[:, COMPONENTS.index("floor_memory")] = floor_ns / 1e9
+    accounts.components[:, COMPONENTS.index("unattributed")] -= floor_ns / 1e9
+    return accounts
+
+
+def test_bubbles_are_what_steps_take_beyond_what_their_kernels_run_for() -> None:
+    """Windows saw kernels run for 60 ns and nothing else; now the host is late, and not in the windows."""
+    accounts = modelled(80, 100, 60)
+    apply_windows(accounts, {"decode": seen(launch_gap_ratio=0.0, busy_per_floor=1.5, **NONE_ELSE)})
+    assert accounts.components[:, COMPONENTS.index("launch_gap")] * 1e9 == pytest.approx([20, 40, 0])
+    assert of(accounts, "inefficiency") == pytest.approx(3 * 20)
+
+
+def test_steps_that_differ_from_their_model_make_no_bubbles_together() -> None:
+    accounts = modelled(50, 70, 60)  # 60 each, in the mean
+    apply_windows(accounts, {"decode": seen(busy_per_floor=1.5, **NONE_ELSE)})
+    assert of(accounts, "launch_gap") == pytest.approx(0)
+
+
+def test_steps_without_a_floor_have_the_share_of_bubbles_that_windows_saw() -> None:
+    accounts = modelled(80, 80, floor_ns=0)
+    apply_windows(accounts, {"decode": seen(busy_per_floor=1.5, **NONE_ELSE)})
+    assert of(accounts, "launch_gap") == pytest.approx(0.25 * 160)
+
+
+def test_what_prepares_a_step_takes_as_long_however_long_the_gap_is() -> None:
+    accounts = rows()  # gaps of 20 ns
+    apply_windows(accounts, {"decode": seen(gap_busy_seconds=5e-9)})
+    assert of(accounts, "host_gap") == pytest.approx(40 - 10)
+
+
+@given(
+    st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=8),
+    st.floats(0.5, 5.0),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1.0),
+)
+def test_bubbles_are_never_less_than_none_nor_more_than_busy_time(
+    busy: list[float], per_floor: float, floor_ratio: float, launch: float
+) -> None:
+    times = np.array(busy)
+    evidence = seen(launch_gap_ratio=launch, busy_per_floor=per_floor)
+    gaps = evidence.launch_gaps(times, times, times[::-1] * floor_ratio)
+    assert (gaps >= 0).all()
+    assert (gaps <= times * (1 + 1e-9)).all()
+    at = evidence.at(times.sum(), times.sum(), times.sum() * floor_ratio)
+    assert 0 <= at.launch_gap_ratio <= 1

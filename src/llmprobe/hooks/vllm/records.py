@@ -11,6 +11,7 @@ import threading
 from llmprobe.hooks.guard import Guard
 from llmprobe.hooks.vllm.unread import Row, Unread
 from llmprobe.record.clock import Stamps, StepClock
+from llmprobe.record.events import CountedStep
 from llmprobe.record.layout import Flag
 from llmprobe.record.recorder import Recorder
 
@@ -43,14 +44,23 @@ class StepRecords:
         if recorder is None or clock is None or not self._writing.acquire(False):
             return
         try:
+            steps, packed = list[CountedStep](), list[bytes]()
             for stamps in clock.harvest(most):
                 if self._guard.inert:
                     break
                 try:
-                    self._record(recorder, clock, stamps)
+                    step = self._step(clock, stamps)
+                    if step is not None:
+                        packed.append(step.packed())
+                        steps.append(step)
                 except Exception as error:  # noqa: BLE001 - the others are good
                     clock.dropped += 1
                     self._guard.failed("vllm.harvest", error)
+            try:
+                recorder.steps(steps, packed)
+            except Exception as error:  # noqa: BLE001 - on the step path too, when this thread is late
+                clock.dropped += len(steps)
+                self._guard.failed("vllm.harvest", error)
         finally:
             self._writing.release()
 
@@ -73,18 +83,18 @@ class StepRecords:
             recorder.lost(dropped - self._dropped)
             self._dropped = dropped
 
-    def _record(self, recorder: Recorder, clock: StepClock, stamps: Stamps) -> None:
+    def _step(self, clock: StepClock, stamps: Stamps) -> CountedStep | None:
         row, flags, own_ns = stamps.payload
         number, time_ns = row[:2]
         batch = self.unread.batch(row)
         self.unread.recorded(number)
         if batch is None:
             clock.dropped += 1
-            return
+            return None
         if stamps.restarted or number != self._last_number + 1:
             flags |= _RESTARTED
         self._last_number = number
-        recorder.step_counted(
+        return CountedStep(
             number,
             time_ns,
             batch.phase,

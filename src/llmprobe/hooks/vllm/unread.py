@@ -58,5 +58,8 @@ class Unread:
 
     def recorded(self, number: int) -> None:
         """Batches up to that of this step are not needed any more."""
-        for earlier in [known for known in list(self._read) if known <= number]:
-            self._read.pop(earlier, None)
+        read = self._read
+        read.pop(number, None)
+        if read:
+            for earlier in [known for known in list(read) if known <= number]:
+                read.pop(earlier, None)
