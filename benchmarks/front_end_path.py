@@ -5,7 +5,8 @@
 Stand-ins for vLLM's output processor, statistics and web application are called with and without the hooks,
 in turns; between the calls the caches are emptied, as a server's own code does. Then the rounds of the
 housekeeping thread, in processor time: with nothing to do in each role, and with a quarter second of a loaded
-front end to write. Shows what `overhead.py` cannot tell apart. In seconds, so it serves to compare changes.
+worker or front end to write. Shows what `overhead.py` cannot tell apart. In seconds, so it serves to compare
+changes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from step_path import cold
 from support.machine import machine_line
 from support.pretended_front_end import Server, probe_of, run
+from support.pretended_worker import WorkerSteps
 from support.serving import new_directory
 from support.table import Results, command
 
@@ -113,6 +115,13 @@ def round_rows(disturb: Callable[[], None], rounds: int) -> dict[str, float]:
         with recording(role) as (probe, recorder):
             found[f"a round, {role}, nothing to do"] = round_us(
                 _Housekeeping(probe, recorder), disturb, rounds, nothing
+            )
+    for requests in (1, 128):
+        with recording("worker") as (probe, recorder):
+            worker = WorkerSteps(recorder, requests)
+            probe.writers.append(worker.write)
+            found[f"a round, worker, 25 steps of {requests}"] = round_us(
+                _Housekeeping(probe, recorder), disturb, rounds, lambda worker=worker: worker.leave(25)
             )
     server = Server(lambda: None)
     try:

@@ -7,6 +7,7 @@ figures of the recorded steps alone can be held against what the capture saw.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,18 @@ def kept_steps(folder: Path, prefix: str) -> dict[str, np.ndarray]:
     return found
 
 
+def kept_bounds(folder: Path, prefix: str) -> dict[str, tuple[int, int]]:
+    """By process: when it began and ended to record (CLOCK_MONOTONIC ns), as ``PREFIXname.json`` says."""
+    found = {}
+    for path in sorted(folder.glob(f"{prefix}*.json")):
+        try:
+            said = json.loads(path.read_text())
+            found[path.stem.removeprefix(prefix)] = int(said["begin_ns"]), int(said["end_ns"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
 def read_steps(journals: Mapping[str, Path], begin_ns: int, end_ns: int) -> dict[str, np.ndarray]:
     """By process: as `journal_steps`; those whose journal cannot be read are left out."""
     found = {}
@@ -110,7 +123,10 @@ def roofs(journals: Mapping[str, Path], before: Mapping[str, Any]) -> dict[str, 
 
 
 def figures_of(
-    steps: np.ndarray, kernels: Mapping[str, KernelEvidence], of: Roofs | None = None
+    steps: np.ndarray,
+    kernels: Mapping[str, KernelEvidence],
+    of: Roofs | None = None,
+    within: tuple[int, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """By phase: steps, seconds, sync-gap ratio and whether that is a bound, as shown live (`PhaseFigures`).
 
@@ -121,6 +137,8 @@ def figures_of(
         steps: records of one process, in the journal's order.
         kernels: what kernel windows saw of a phase.
         of: for the floor of the steps.
+        within: when the process began and ended to record. Steps that it recorded in part are left out, as
+            they are of the capture's ratio: in one of them it began, which holds an engine up.
     """
     steps = steps[(steps["flags"] & Flag.EMPTY == 0) & (steps["phase"] < len(PHASES))]
     if not len(steps):
@@ -128,6 +146,10 @@ def figures_of(
     always = np.array([[0, np.iinfo(np.int64).max]], dtype=np.int64)
     model, peaks = (None, None) if of is None else (of.model, of.peaks)
     rows = account(steps, cursor_ns=None, last_step=None, pending=always, model=model, peaks=peaks)
+    if within is not None:
+        rows = rows.take((steps["time"] >= within[0]) & (steps["e3"] <= within[1]))
+        if not len(rows):
+            return {}
     apply_windows(rows, kernels)
     found = summarise(rows, since_ns=int(rows.end_ns[0]) - 1, now_ns=int(rows.end_ns[-1]), peaks=peaks)
     return {
@@ -142,6 +164,7 @@ def meanwhile(
     before: Mapping[str, Any],
     earlier: Mapping[str, np.ndarray] | None = None,
     of: Mapping[str, Roofs] | None = None,
+    within: Mapping[str, tuple[int, int]] | None = None,
     *,
     rough: bool = False,
 ) -> dict[str, Any]:
@@ -156,12 +179,13 @@ def meanwhile(
             says what kernel windows had seen by then.
         earlier: records of the steps right before the recording, by the same names (`steps_before`).
         of: for the floors of steps, by the same names (`roofs`).
+        within: when they recorded, by the same names (`kept_bounds`).
         rough: the steps were chosen by when the tool was told to begin and to end, not by when it recorded.
     """
     seen = _windows(before.get("server") or {})
     ranks = []
     for name, records in steps.items():
-        figures = figures_of(records, seen.get(name, {}), (of or {}).get(name))
+        figures = figures_of(records, seen.get(name, {}), (of or {}).get(name), (within or {}).get(name))
         then = (earlier or {}).get(name)
         longer = lengthened_ratios(records, then) if then is not None else {}
         for phase, ratio in longer.items():

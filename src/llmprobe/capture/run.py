@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from llmprobe.capture.asking import RAW_PREFIX
 from llmprobe.capture.compare import compare
 from llmprobe.capture.condition import Live, Watch, parse
-from llmprobe.capture.meanwhile import kept_steps, meanwhile, read_steps, roofs, steps_before
+from llmprobe.capture.meanwhile import kept_bounds, kept_steps, meanwhile, read_steps, roofs, steps_before
 from llmprobe.capture.session import Capture, State
 from llmprobe.capture.stopped import stopped, wait_for_signs
 from llmprobe.capture.store import (
@@ -310,8 +310,8 @@ class Run:
             steps = read_steps(journals, begin_ns, end_ns)
         earlier = steps_before(journals, steps, begin_ns)
         before = live.get("before") or {}
-        of = roofs(journals, before)
-        live["meanwhile"] = meanwhile(steps, before, earlier, of, rough=rough)
+        of, within = roofs(journals, before), kept_bounds(self._folder, RAW_PREFIX)
+        live["meanwhile"] = meanwhile(steps, before, earlier, of, within, rough=rough)
         write_json(path, live)
 
     def _since(self, state: State) -> float:

@@ -13,17 +13,33 @@ import pytest
 from llmprobe.capture.meanwhile import (
     figures_of,
     journal_steps,
+    kept_bounds,
     kept_steps,
     meanwhile,
     read_steps,
+    roofs,
     steps_before,
 )
+from llmprobe.compute.accounting import step_floors
 from llmprobe.compute.evidence import KernelEvidence
 from llmprobe.record.journal import JournalError
 from llmprobe.record.layout import STEP, Clock, Flag, Phase
 from llmprobe.record.recorder import Recorder
 
 MS = 1_000_000
+#: 900 KB of weights to read at each step.
+MODEL: dict[str, Any] = {
+    "weights_bytes": 1_000_000,
+    "compute_dtype": "bfloat16",
+    "operators": {
+        "linear": {"bytes": 800_000, "params": 400_000},
+        "head": {"bytes": 100_000, "params": 50_000},
+    },
+    "embedding_bytes": 100_000,
+    "tied": False,
+    "kv": {"capacity_bytes": 10_000_000, "groups": []},
+    "unmodelled": [],
+}
 WINDOW = KernelEvidence(20, 0.25, 0.0, 0.0, age_seconds=3.0)
 
 
@@ -156,3 +172,48 @@ def test_what_lies_beside_a_recording_is_used_if_it_is_sound(tmp_path: Path) -> 
     np.save(tmp_path / "raw-rank1.npy", np.zeros(3))
     (tmp_path / "raw-rank2.npy").write_bytes(b"damaged")
     assert list(kept_steps(tmp_path, "raw-")) == ["rank0"]
+
+
+def test_steps_that_were_recorded_in_part_are_left_out_as_the_capture_leaves_them_out() -> None:
+    steps = records(
+        (Phase.DECODE, 100, 160, 0),  # it was launched before the recording began, which held it up
+        (Phase.DECODE, 170, 180, 0),
+        (Phase.DECODE, 182, 190, 0),
+        (Phase.DECODE, 195, 210, 0),
+    )
+    steps["time"] = steps["e0"]
+    decode = figures_of(steps, {}, within=(110 * MS, 200 * MS))["decode"]
+    # The time before the first whole one is known: the one before it is.
+    assert (decode["steps"], decode["seconds"]) == (2, pytest.approx(0.030))
+    assert decode["sync_gap_ratio"] == pytest.approx((10 + 2 + 2) / 30)
+    assert figures_of(steps, {}, within=(300 * MS, 400 * MS)) == {}
+    (rank,) = meanwhile({"rank0": steps}, {}, within={"rank0": (110 * MS, 200 * MS)})["ranks"]
+    assert rank["figures"]["decode"] == decode
+
+
+def test_bubbles_are_of_the_recorded_steps_own_time(tmp_path: Path) -> None:
+    """Kernels ran for 4 ms a step in the windows; in the recording steps took twice as long."""
+    writing = Recorder.open(tmp_path, "worker", {"role": "worker", "model": MODEL})
+    said = {"bandwidth_bytes_per_second": 1e9, "flops_per_second": 1e12, "dtype": "bfloat16"}
+    rank = {"engine": 0, "rank": 0, "peaks": {**said, "source": "nominal", "detail": "", "of_later": 1}}
+    try:
+        of = roofs({"rank0": writing.writer.path, "rank1": tmp_path / "gone"}, {"server": {"ranks": [rank]}})
+        assert roofs({"rank0": writing.writer.path}, {"server": {"ranks": [{"rank": 0}]}}) == {}
+        writing.update_facts(model={**MODEL, "unmodelled": ["experts"]})
+        assert roofs({"rank0": writing.writer.path}, {"server": {"ranks": [rank]}}) == {}
+    finally:
+        writing.close(remove=True)
+    steps = records((Phase.DECODE, 100, 108, 0), (Phase.DECODE, 108, 116, 0))
+    steps["decode_tokens"] = steps["sampled"] = steps["requests"] = 1
+    floor_ms = float(step_floors(steps, of["rank0"].model, of["rank0"].peaks)[0]) * 1e3
+    assert 0 < floor_ms < 4
+    windows = dataclasses.replace(WINDOW, busy_per_floor=4 / floor_ms)
+    decode = figures_of(steps, {"decode": windows}, of["rank0"])["decode"]
+    assert decode["sync_gap_ratio"] == pytest.approx((8 - 4) / 8)  # the wait before sampling is of it
+
+
+def test_when_a_process_recorded_is_read_if_it_is_sound(tmp_path: Path) -> None:
+    (tmp_path / "raw-rank0.json").write_text('{"begin_ns": 1, "end_ns": 2}')
+    (tmp_path / "raw-rank1.json").write_text('{"begin_ns": 1}')
+    (tmp_path / "raw-rank2.json").write_text("[")
+    assert kept_bounds(tmp_path, "raw-") == {"rank0": (1, 2)}

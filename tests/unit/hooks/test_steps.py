@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -305,6 +307,26 @@ def test_when_nothing_can_be_written_the_probe_gives_up_at_ten_errors(rig: Rig) 
     assert len(rig.written()) == 0
     assert rig.probe.guard.inert
     assert sum(rig.probe.guard.errors.values()) == 10
+
+
+@pytest.mark.swallows
+def test_steps_whose_write_fails_are_lost_and_counted_and_the_next_are_written(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    rig.run(new("a", 2))
+    rig.run(cached(a=(2, 1)))
+    with monkeypatch.context() as patched:
+        patched.setattr("llmprobe.record.journal._pwrite", full)
+        rig.steps._records.write()
+    rig.run(cached(a=(3, 1)))
+    steps = rig.written()
+    assert list(steps["step"]) == [3]
+    assert rig.steps._clock.dropped == 2  # type: ignore[union-attr]
+    assert rig.probe.guard.errors["vllm.harvest"] >= 1
+    assert not rig.probe.guard.inert
 
 
 def test_the_running_step_is_described_while_none_before_it_is_complete(rig: Rig) -> None:

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from llmprobe.record import journal as journal_module
 from llmprobe.record import layout
+from llmprobe.record.events import CountedStep
 from llmprobe.record.journal import JournalError, JournalWriter
 from llmprobe.record.journal_reader import JournalReader
 
@@ -437,3 +439,75 @@ def test_a_step_histogram_never_runs_backwards_or_counts_twice_while_it_is_being
                 journal_module._pwrite = real
     look()
     assert shown[-1] == 40
+
+
+_COUNTS, _ATTENTION = (1, 0, 3, 1, 0, 1), tuple(range(16))
+
+
+def _counted(number: int, e0: int, span: int, phase: int, flags: int, own_ns: int) -> CountedStep:
+    times = (e0, e0 + 1, e0 + 1, e0 + span)
+    return CountedStep(number, number, phase, 2, flags, times, _COUNTS, _ATTENTION, own_ns, encode_ns=5)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 5_000_000),  # span
+            st.integers(0, 9_000_000),  # gap
+            st.integers(0, len(layout.PHASES) - 1),
+            st.sampled_from([0, int(layout.Flag.RESTARTED)]),
+            st.sampled_from([7, 1 << 40]),
+        ),
+        max_size=12,
+    ),
+    st.integers(1, 5),
+)
+def test_several_steps_at_once_are_those_steps(rows: list[tuple[int, ...]], at_once: int) -> None:
+    """As if each had been written by itself, also where the ring comes round."""
+    from llmprobe.record.recorder import Recorder
+
+    steps, end = [], 1000
+    for number, (span, gap, phase, flags, own_ns) in enumerate(rows, 1):
+        steps.append(_counted(number, end + gap, span, phase, flags, own_ns))
+        end += gap + span
+    with tempfile.TemporaryDirectory() as folder:
+        seen = []
+        for name in ("one", "several"):
+            path = Path(folder) / name
+            recorder = Recorder(make(path), {})
+            reader = JournalReader(path)
+            for first in range(0, len(steps), at_once):
+                some = steps[first : first + at_once]
+                if name == "several":
+                    recorder.steps(some, [step.packed() for step in some])
+                else:
+                    for step in some:
+                        recorder.step_counted(*step[:10], encode_ns=step.encode_ns)
+            recorder.publish()
+            histograms = {
+                of: reader.histogram(of).tolist() for of in layout.HISTOGRAMS if of.startswith("step_")
+            }
+            seen.append(
+                (repr(reader.read().steps.tolist()), reader.counters(), reader.progress(), histograms)
+            )
+            reader.close()
+            recorder.close()
+    assert seen[0] == seen[1]
+
+
+def test_several_steps_take_one_write(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmprobe.record.recorder import Recorder
+
+    recorder = Recorder(make(path, layout.DEFAULT_SIZE), {})
+    written: list[int] = []
+    real = journal_module._pwrite
+
+    def counting(fd: int, payload: bytes, offset: int) -> int:
+        written.append(offset)
+        return real(fd, payload, offset)
+
+    monkeypatch.setattr(journal_module, "_pwrite", counting)
+    steps = [_counted(number, number * 1000, 900, 1, 0, 7) for number in range(1, 28)]
+    recorder.steps(steps, [step.packed() for step in steps])
+    assert len(written) == 1
+    assert len(JournalReader(path).read().steps) == 27
