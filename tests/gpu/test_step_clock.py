@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 HERE = Path(__file__).parent
+#: Fresh for long enough that several bursts of steps lie in it: a fast GPU is idle for most of the time.
 LOAD_SECONDS, ELAPSED_SECONDS, FRESH_SECONDS = 22.0, 10.0, 3.0
 MOST_SECONDS = 300.0  #: of an engine, its start included: what hangs would hold the machine
 ENGINE: dict[str, Any] = {

@@ -225,8 +225,14 @@ def _peaks(server: Mapping[str, Any]) -> dict[str, Peaks]:
             peaks = Peaks(**said)
         except TypeError:  # an agent of another version wrote it
             continue
+        if not all(isinstance(rate, (int, float)) and rate > 0 for rate in _rates(peaks)):
+            continue
         found |= dict.fromkeys(_names(rank), peaks)
     return found
+
+
+def _rates(peaks: Peaks) -> tuple[float, float]:
+    return peaks.bandwidth_bytes_per_second, peaks.flops_per_second
 
 
 def _names(rank: Mapping[str, Any]) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from llmprobe.collect.kept import KeptSteps, LastStep
 from llmprobe.collect.views import HistogramView
 from llmprobe.collect.windows import Windows
 from llmprobe.compute import accounting, intervals, traffic
+from llmprobe.compute.evidence import Unwatched
 from llmprobe.compute.facts import OPERATORS, FactsError, ModelFacts
 from llmprobe.compute.figures import PhaseFigures, figures_of
 from llmprobe.compute.hardware import Peaks
@@ -187,6 +188,7 @@ class Rank:
         self.operator_floors: dict[str, dict[str, list[float]]] = {}
         self.windows = Windows(process.path)
         self._kept: dict[int, KeptSteps] = {}  # by index of the phase
+        self._unwatched: dict[str, Unwatched] = {}
         self._recent: deque[np.ndarray] = deque()
         self._waiting: list[np.ndarray] = []
 
@@ -306,9 +308,8 @@ class Rank:
             peaks=self.peaks,
         )
         kernels = self.windows.evidence(now_ns)
-        apply_windows(
-            rows, {phase: seen for phase, seen in kernels.items() if seen.age_seconds <= WINDOW_GOOD_SECONDS}
-        )
+        good = {phase: seen for phase, seen in kernels.items() if seen.age_seconds <= WINDOW_GOOD_SECONDS}
+        apply_windows(rows, good, self._unwatched)
         if pending is None:
             index, idle = accounting.COMPONENTS.index, np.zeros(len(accounting.COMPONENTS))
             idle[index("unattributed")] = rows.components[:, index("no_work")].sum()

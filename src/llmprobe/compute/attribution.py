@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmprobe.compute.accounting import IDLE_COMPONENTS
-from llmprobe.compute.evidence import KernelEvidence
+from llmprobe.compute.evidence import KernelEvidence, Unwatched
 from llmprobe.compute.facts import OPERATORS
 from llmprobe.compute.steps import PHASES, Floats
 from llmprobe.compute.sums import COLUMNS, INDEX, PhaseSums, prefill_share
@@ -83,7 +83,13 @@ def _phase(index: int, steps: PhaseSums, kernels: Mapping[str, KernelEvidence]) 
         return steps.sums @ _TO_PARTS, steps.prefill @ _TO_PARTS
     rows = steps.rows()
     parts = rows @ _TO_PARTS
-    parts[:, : len(PARTS)] = _with_kernels(parts[:, : len(PARTS)], rows[:, INDEX["span"]], seen)
+    unwatched = Unwatched(
+        rows[:, INDEX["span"]],
+        rows[:, INDEX["span"]] - rows[:, INDEX["sample_gap"]],
+        rows[:, INDEX["floor"]],
+        rows[:, INDEX["prompt_tokens"]] + rows[:, INDEX["decode_tokens"]],
+    )
+    parts[:, : len(PARTS)] = _with_kernels(parts[:, : len(PARTS)], unwatched, seen)
     return parts.sum(axis=0), prefill_share(rows) @ parts
 
 
@@ -113,14 +119,13 @@ def _to_parts() -> Floats:
 _TO_PARTS = _to_parts()
 
 
-def _with_kernels(parts: Floats, span_s: Floats, seen: KernelEvidence) -> Floats:
+def _with_kernels(parts: Floats, steps: Unwatched, seen: KernelEvidence) -> Floats:
     """What windows saw, out of the remainder; what is then left of the span ran slower than its floor."""
-    result = np.array(parts)
+    result, span_s = np.array(parts), steps.span_s
     left = np.clip(result[:, _INDEX["remainder"]], 0, None)
     before = np.array(left)
-    floor = result[:, : 2 * len(OPERATORS)].sum(axis=1)
     for part, seconds in (
-        ("launch", seen.launch_gaps(span_s, span_s - result[:, _INDEX["sample"]], floor)),
+        ("launch", seen.launch_gaps(steps)),
         ("communication", seen.communication_ratio * span_s),
         ("transfer", seen.transfer_ratio * span_s),
     ):

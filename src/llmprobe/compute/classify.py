@@ -8,8 +8,9 @@ from llmprobe.compute import attributes
 from llmprobe.compute.confidence import CALIBRATED_FACTOR, HOST_CLOCK_LIMIT, Vote, confidence, margin
 from llmprobe.compute.counted_idle import bubble_seconds, idle_ratio
 from llmprobe.compute.counter_roofs import CounterRoofs, of_phase
-from llmprobe.compute.evidence import Evidence, KernelEvidence, Source
+from llmprobe.compute.evidence import Evidence, Source
 from llmprobe.compute.figures import PhaseFigures
+from llmprobe.compute.sampled import seen_of
 from llmprobe.compute.signs import Sign, signs
 from llmprobe.compute.stall import RunningStep
 from llmprobe.compute.thresholds import Thresholds
@@ -105,7 +106,7 @@ class _Case:
     ) -> None:
         self._seen, self._figures, self._limits, self._moved = seen, figures, limits, moved
         self._old_kernels = seen.kernels is not None and seen.kernels.age_seconds > limits.kernel_age_seconds
-        self._kernels = None if self._old_kernels or seen.kernels is None else _of(seen.kernels, figures)
+        self._kernels = None if self._old_kernels or seen.kernels is None else seen_of(figures, seen.kernels)
         self._counters = of_phase(seen.counters, figures.seconds, seen.window_seconds, limits)
         self._counted_roofs = CounterRoofs(self._counters, limits, moved)
         # Without a queue of kernels nothing can run dry: on a CPU an operator runs where it is called.
@@ -215,7 +216,7 @@ class _Case:
     def _waiting(self) -> _Stall:
         figures, kernels = self._figures, self._kernels
         parts = {cause: figures.components.get(name, 0.0) for cause, name in CAUSES.items()}
-        if kernels is not None:  # accounting may have applied the same windows already: not twice
+        if kernels is not None and figures.sync_gap_is_lower_bound:  # not all of it has windows applied
             prepared = (kernels.gap_busy_seconds or 0.0) * figures.steps
             parts["host_between_steps"] = max(figures.gap_seconds - prepared, 0.0)
             parts["launch_bubbles"] = kernels.launch_gap_ratio * figures.span_seconds
@@ -388,13 +389,6 @@ class _Case:
                 shown.append(Evidence("graphics_active_ratio", active, None, "counter", age))
         shown += [Evidence(f"host_{sign.name}", sign.value, sign.threshold, "measured") for sign in told]
         return tuple(shown)
-
-
-def _of(seen: KernelEvidence, figures: PhaseFigures) -> KernelEvidence:
-    """What windows saw, of the steps that are judged."""
-    busy = figures.span_seconds - figures.components.get("sample_gap", 0.0)
-    floor = None if figures.floor_seconds is None else figures.floor_seconds * figures.steps
-    return seen.at(figures.span_seconds, busy, floor)
 
 
 def _times(value: float | None, factor: float) -> float | None:

@@ -37,8 +37,6 @@ _BEFORE_NS = 3 * 10**9
 #: Steps whose middle half is spread over more of their median are too unlike each other to say by how much a
 #: window makes them longer: of mixed steps a window sees one or two, and calls all their bubbles its own.
 _MOST_SPREAD_RATIO = 0.25
-#: Communication that nothing hides, beyond which steps are busy for as long as their ranks wait in it.
-_MOST_WAITS_RATIO = 0.01
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class PhaseWindow:
     disturbed_ns: int = 0  #: by how much the window made them longer; no part of the other figures
     floor_ns: int = 0  #: modelled; with `floorless`, not of all of them
     floorless: int = 0  #: steps whose floor is not known
+    tokens: int = 0  #: query tokens
     class_ns: dict[str, int] = field(default_factory=dict)  #: by class, summed over kernels that overlap too
     top: tuple[TopKernel, ...] = ()
 
@@ -84,13 +83,18 @@ class PhaseWindow:
             age_seconds=age_seconds,
             clock_ratio=self.kernel_span_ns / (span + self.disturbed_ns),
             gap_busy_seconds=self.gap_busy_ns / self.gaps / 1e9 if self.gap_ns > 0 and self.gaps else None,
-            busy_per_floor=self._busy_per_floor(),
+            **self._work(),
         )
 
-    def _busy_per_floor(self) -> float | None:
-        waits = self.communication_ns > _MOST_WAITS_RATIO * self.span_ns
-        known = self.floor_ns > 0 and not self.floorless and not waits
-        return self.busy_ns / self.floor_ns if known else None
+    def _work(self) -> dict[str, float]:
+        """What its steps did, where that says how long their kernels run."""
+        if self.floor_ns <= 0 or self.floorless or self.communication_ns or not self.steps:
+            return {}
+        return {
+            "busy_per_floor": self.busy_ns / self.floor_ns,
+            "floor_step_seconds": self.floor_ns / self.steps / 1e9,
+            "step_tokens": self.tokens / self.steps,
+        }
 
 
 _SUMS = tuple(one.name for one in fields(PhaseWindow) if one.name not in ("class_ns", "top"))
@@ -149,6 +153,7 @@ def phase_windows(
     busy = bridge(ran.busy, BACK_TO_BACK_NS)
 
     floor = np.zeros(len(steps)) if floor_s is None else floor_s * 1e9
+    tokens = steps["prompt_tokens"].astype(np.int64) + steps["decode_tokens"]
     e0, e1, e2, e3 = (steps[name].astype(np.int64) for name in ("e0", "e1", "e2", "e3"))
     e1 = np.clip(e1, e0, e3)
     e2 = np.clip(e2, e1, e3)
@@ -192,6 +197,7 @@ def phase_windows(
             disturbed_ns=disturbed,
             floor_ns=round(float(floor[chosen].sum())),
             floorless=int((floor[chosen] <= 0).sum()),
+            tokens=int(tokens[chosen].sum()),
             class_ns=class_ns,
             top=top,
         )

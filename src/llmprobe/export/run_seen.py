@@ -301,6 +301,8 @@ def _windows(mean: _Mean) -> KernelEvidence:
         gap_busy_seconds=mean.of("gap_busy_seconds"),
         disturbed_ratio=mean.of("disturbed_ratio") or 0.0,
         busy_per_floor=mean.of("busy_per_floor"),
+        floor_step_seconds=mean.of("floor_step_seconds"),
+        step_tokens=mean.of("step_tokens"),
     )
 
 

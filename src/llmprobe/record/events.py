@@ -125,7 +125,14 @@ class JournalEvents:
 
     def steps(self, steps: Sequence[CountedStep], packed: Sequence[bytes]) -> None:
         """Several are complete, in order, with the record of each: one write, and no further one each."""
-        self._writer.append_packed(packed)
+        writer = self._writer
+        before = writer.written
+        try:
+            writer.append_packed(packed)
+        finally:  # those that are in the journal count, also where the write of the others failed
+            self._count_several(steps[: writer.written - before])
+
+    def _count_several(self, steps: Sequence[CountedStep]) -> None:
         for step in steps:
             number, _, phase, _, flags, (e0, _, _, e3), counts, _, own_ns, _, _, _ = step
             self._count(number, phase, flags, e0, e3, counts, min(own_ns, _OWN_AT_MOST))

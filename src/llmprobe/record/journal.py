@@ -135,6 +135,11 @@ class JournalWriter:
             os.close(self._fd)
             self._fd = -1
 
+    @property
+    def written(self) -> int:
+        """Records written so far."""
+        return self._seq
+
     def fileno(self) -> int:
         """The file descriptor; -1 once closed."""
         return self._fd

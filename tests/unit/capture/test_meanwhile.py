@@ -207,7 +207,9 @@ def test_bubbles_are_of_the_recorded_steps_own_time(tmp_path: Path) -> None:
     steps["decode_tokens"] = steps["sampled"] = steps["requests"] = 1
     floor_ms = float(step_floors(steps, of["rank0"].model, of["rank0"].peaks)[0]) * 1e3
     assert 0 < floor_ms < 4
-    windows = dataclasses.replace(WINDOW, busy_per_floor=4 / floor_ms)
+    windows = dataclasses.replace(
+        WINDOW, busy_per_floor=4 / floor_ms, floor_step_seconds=floor_ms / 1e3, step_tokens=1.0
+    )
     decode = figures_of(steps, {"decode": windows}, of["rank0"])["decode"]
     assert decode["sync_gap_ratio"] == pytest.approx((8 - 4) / 8)  # the wait before sampling is of it
 

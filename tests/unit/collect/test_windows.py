@@ -42,6 +42,8 @@ def test_a_window_splits_the_steps_that_follow_it(tmp_path: Path, clock: Clock, 
     assert seen.steps == 10
     assert (seen.launch_gap_ratio, seen.gap_busy_seconds) == (pytest.approx(0.5), pytest.approx(0.01))
     assert seen.age_seconds == pytest.approx(1.0)
+    assert seen.busy_per_floor is not None  # the model and the peaks are known
+    assert (seen.step_tokens, seen.floor_step_seconds) == (1.0, pytest.approx(900_150 / 1e12, rel=0.01))
     assert rank.top_kernels["decode"][0].name == "gemm::kernel()"
     assert rank.kernel_totals is not None
     assert rank.kernel_totals.seconds == {"decode": {"gemm": pytest.approx(0.3)}}

@@ -442,3 +442,14 @@ def test_a_phase_whose_work_is_not_modelled_is_not_told_to_measure_peaks() -> No
     found = classify(seen(figures(mbu=None, mfu=None), phase="draft"), Thresholds())
     assert (found.bottleneck, found.cause) == ("unknown", "no_model")
     assert found.missing == ("the work of draft steps is not modelled",)
+
+
+@pytest.mark.parametrize(("per_floor", "bound"), [(1.25, "sync_bound"), (2.4, "inefficient_kernels")])
+def test_bubbles_are_of_the_steps_that_are_judged(per_floor: float, bound: str) -> None:
+    """The windows saw none; kernels run for 1.25 or 2.4 times the floor, and steps take 2.5 times it."""
+    slow = figures(mbu=0.4, mfu=0.01)
+    work = {"busy_per_floor": per_floor, "floor_step_seconds": slow.floor_seconds, "step_tokens": 1.0}
+    found = classify(seen(slow, kernels=kernels(0.0, **work)), Thresholds())
+    assert found.bottleneck == bound
+    if bound == "sync_bound":
+        assert found.cause == "launch_bubbles"

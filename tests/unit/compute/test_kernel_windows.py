@@ -22,6 +22,7 @@ def step(
 ) -> np.ndarray:
     row = np.zeros(1, STEP)
     row["step"], row["phase"], row["time"] = number, phase, (time or e0 - 5) * US
+    row["decode_tokens"] = 1
     row["e0"], row["e1"], row["e2"], row["e3"] = e0 * US, e1 * US, e2 * US, e3 * US
     return row
 
@@ -80,7 +81,9 @@ def test_how_long_kernels_ran_for_their_floor_is_known_where_every_floor_is() ->
     seen = activities((1000, 1080, GEMM), (1200, 1280, GEMM))
     floors = np.array([50e-6, 50e-6])
     found = phase_windows(seen, NAMES, steps, 900 * US, 2000 * US, floors)["decode"]
-    assert found.evidence(3.0).busy_per_floor == pytest.approx(1.6)
+    evidence = found.evidence(3.0)
+    assert evidence.busy_per_floor == pytest.approx(1.6)
+    assert (evidence.floor_step_seconds, evidence.step_tokens) == (pytest.approx(50e-6), 1)
     assert together([found, found]).evidence(3.0).busy_per_floor == pytest.approx(1.6)
     unknown = phase_windows(seen, NAMES, steps, 900 * US, 2000 * US, floors * [1, 0])["decode"]
     assert unknown.evidence(3.0).busy_per_floor is None

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmprobe.compute.accounting import COMPONENTS, StepAccounts, account
-from llmprobe.compute.evidence import KernelEvidence
+from llmprobe.compute.evidence import KernelEvidence, Unwatched
 from llmprobe.compute.figures import STALLS, summarise
-from llmprobe.compute.sampled import apply_windows
+from llmprobe.compute.sampled import apply_windows, seen_of
 from llmprobe.record.layout import STEP, Phase
 
 PENDING = np.array([[0, 10**12]])
 NONE_ELSE = {"communication_ratio": 0.0, "transfer_ratio": 0.0}
+WORK = {"busy_per_floor": 1.5, "floor_step_seconds": 40e-9, "step_tokens": 4.0, **NONE_ELSE}
 
 
 def rows() -> StepAccounts:
@@ -91,6 +92,7 @@ def modelled(*busy_ns: int, floor_ns: int = 40) -> StepAccounts:
         begin += busy
     accounts = account(steps, cursor_ns=1000, last_step=0, pending=PENDING, model=None, peaks=None)
     accounts.floor_s[:] = floor_ns / 1e9
+    accounts.decode_tokens[:] = 4
     accounts.components[:, COMPONENTS.index("floor_memory")] = floor_ns / 1e9
     accounts.components[:, COMPONENTS.index("unattributed")] -= floor_ns / 1e9
     return accounts
@@ -99,20 +101,20 @@ def modelled(*busy_ns: int, floor_ns: int = 40) -> StepAccounts:
 def test_bubbles_are_what_steps_take_beyond_what_their_kernels_run_for() -> None:
     """Windows saw kernels run for 60 ns and nothing else; now the host is late, and not in the windows."""
     accounts = modelled(80, 100, 60)
-    apply_windows(accounts, {"decode": seen(launch_gap_ratio=0.0, busy_per_floor=1.5, **NONE_ELSE)})
+    apply_windows(accounts, {"decode": seen(launch_gap_ratio=0.0, **WORK)})
     assert accounts.components[:, COMPONENTS.index("launch_gap")] * 1e9 == pytest.approx([20, 40, 0])
     assert of(accounts, "inefficiency") == pytest.approx(3 * 20)
 
 
 def test_steps_that_differ_from_their_model_make_no_bubbles_together() -> None:
     accounts = modelled(50, 70, 60)  # 60 each, in the mean
-    apply_windows(accounts, {"decode": seen(busy_per_floor=1.5, **NONE_ELSE)})
+    apply_windows(accounts, {"decode": seen(**WORK)})
     assert of(accounts, "launch_gap") == pytest.approx(0)
 
 
 def test_steps_without_a_floor_have_the_share_of_bubbles_that_windows_saw() -> None:
     accounts = modelled(80, 80, floor_ns=0)
-    apply_windows(accounts, {"decode": seen(busy_per_floor=1.5, **NONE_ELSE)})
+    apply_windows(accounts, {"decode": seen(**WORK)})
     assert of(accounts, "launch_gap") == pytest.approx(0.25 * 160)
 
 
@@ -132,9 +134,47 @@ def test_bubbles_are_never_less_than_none_nor_more_than_busy_time(
     busy: list[float], per_floor: float, floor_ratio: float, launch: float
 ) -> None:
     times = np.array(busy)
-    evidence = seen(launch_gap_ratio=launch, busy_per_floor=per_floor)
-    gaps = evidence.launch_gaps(times, times, times[::-1] * floor_ratio)
-    assert (gaps >= 0).all()
-    assert (gaps <= times * (1 + 1e-9)).all()
-    at = evidence.at(times.sum(), times.sum(), times.sum() * floor_ratio)
-    assert 0 <= at.launch_gap_ratio <= 1
+    floor = times[::-1] * floor_ratio
+    work = {"floor_step_seconds": float(floor.mean()), "step_tokens": 4.0}
+    evidence = seen(launch_gap_ratio=launch, busy_per_floor=per_floor, **work)
+    steps = Unwatched(times, times, floor, np.full(len(times), 4.0))
+    for earlier in (None, steps):
+        gaps = evidence.launch_gaps(steps, earlier)
+        assert (gaps >= 0).all()
+        assert (gaps <= times * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(("floor_ns", "tokens"), [(60, 4), (40, 16), (20, 4), (40, 1)])
+def test_steps_of_other_work_have_the_share_of_bubbles_that_windows_saw(floor_ns: int, tokens: int) -> None:
+    """Kernels are not as far from their floor in another batch: that would look like bubbles."""
+    accounts = modelled(80, 80, floor_ns=floor_ns)
+    accounts.decode_tokens[:] = tokens
+    apply_windows(accounts, {"decode": seen(**{**WORK, "launch_gap_ratio": 0.1})})
+    assert of(accounts, "launch_gap") == pytest.approx(0.1 * 160)
+
+
+def test_what_scatters_from_step_to_step_is_no_bubble_however_few_come_at_a_time() -> None:
+    scattered = np.random.default_rng(1).normal(60, 12, 400).clip(40)
+    times = {}
+    for at_once in (1, 400):
+        earlier: dict[str, Unwatched] = {}
+        times[at_once] = 0.0
+        for first in range(0, 400, at_once):
+            accounts = modelled(*scattered[first : first + at_once].round().astype(int).tolist())
+            apply_windows(accounts, {"decode": seen(**WORK)}, earlier)
+            times[at_once] += of(accounts, "launch_gap")
+    assert times[400] < 0.01 * scattered.sum()
+    assert times[1] < 0.025 * scattered.sum()
+    assert len(earlier["decode"].span_s) == 32
+
+
+def test_figures_with_windows_applied_say_themselves_what_was_seen() -> None:
+    accounts = modelled(80, 100, 60)
+    evidence = seen(launch_gap_ratio=0.5, **WORK)
+    before = summarise(modelled(80, 100, 60), since_ns=0, now_ns=2000, peaks=None)["decode"]
+    apply_windows(accounts, {"decode": evidence})
+    figures = summarise(accounts, since_ns=0, now_ns=2000, peaks=None)["decode"]
+    for each in (before, figures):  # looked at as a whole, or step by step
+        found = seen_of(each, evidence)
+        assert found.launch_gap_ratio == pytest.approx(60 / 240)
+        assert found.transfer_ratio == 0

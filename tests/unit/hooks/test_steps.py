@@ -324,6 +324,7 @@ def test_steps_whose_write_fails_are_lost_and_counted_and_the_next_are_written(
     rig.run(cached(a=(3, 1)))
     steps = rig.written()
     assert list(steps["step"]) == [3]
+    assert steps["flags"][0] & int(Flag.RESTARTED)
     assert rig.steps._clock.dropped == 2  # type: ignore[union-attr]
     assert rig.probe.guard.errors["vllm.harvest"] >= 1
     assert not rig.probe.guard.inert

@@ -511,3 +511,31 @@ def test_several_steps_take_one_write(path: Path, monkeypatch: pytest.MonkeyPatc
     recorder.steps(steps, [step.packed() for step in steps])
     assert len(written) == 1
     assert len(JournalReader(path).read().steps) == 27
+
+
+def test_of_several_steps_those_that_were_written_count_where_the_others_fail(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the ring comes round there are two writes, and here the second one fails."""
+    from llmprobe.record.recorder import Recorder
+
+    recorder = Recorder(make(path), {})
+    real, written = journal_module._pwrite, list[int]()
+
+    def once(fd: int, payload: bytes, offset: int) -> int:
+        written.append(offset)
+        if len(written) == 2:
+            raise OSError(28, "no room")
+        return real(fd, payload, offset)
+
+    first = [_counted(number, number * 1000, 900, 1, 0, 7) for number in range(1, 6)]
+    recorder.steps(first, [step.packed() for step in first])
+    monkeypatch.setattr(journal_module, "_pwrite", once)
+    more = [_counted(number, number * 1000, 900, 1, 0, 7) for number in range(6, 12)]
+    with pytest.raises(OSError, match="no room"):
+        recorder.steps(more, [step.packed() for step in more])
+    monkeypatch.setattr(journal_module, "_pwrite", real)
+    recorder.publish()
+    reader = JournalReader(path)
+    assert reader.read().steps["step"].tolist() == list(range(1, 9))
+    assert reader.counters()["steps_decode"] == int(reader.histogram("step_decode").sum()) == 8

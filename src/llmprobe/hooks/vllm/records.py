@@ -56,10 +56,12 @@ class StepRecords:
                 except Exception as error:  # noqa: BLE001 - the others are good
                     clock.dropped += 1
                     self._guard.failed("vllm.harvest", error)
+            before = recorder.writer.written
             try:
                 recorder.steps(steps, packed)
             except Exception as error:  # noqa: BLE001 - on the step path too, when this thread is late
-                clock.dropped += len(steps)
+                clock.dropped += max(len(steps) - (recorder.writer.written - before), 0)
+                self._last_number = -1  # the next one follows lost ones
                 self._guard.failed("vllm.harvest", error)
         finally:
             self._writing.release()
