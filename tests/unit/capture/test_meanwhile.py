@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from collect.pretended import MODEL
 
 from llmprobe.capture.meanwhile import (
     figures_of,
@@ -27,19 +28,6 @@ from llmprobe.record.layout import STEP, Clock, Flag, Phase
 from llmprobe.record.recorder import Recorder
 
 MS = 1_000_000
-#: 900 KB of weights to read at each step.
-MODEL: dict[str, Any] = {
-    "weights_bytes": 1_000_000,
-    "compute_dtype": "bfloat16",
-    "operators": {
-        "linear": {"bytes": 800_000, "params": 400_000},
-        "head": {"bytes": 100_000, "params": 50_000},
-    },
-    "embedding_bytes": 100_000,
-    "tied": False,
-    "kv": {"capacity_bytes": 10_000_000, "groups": []},
-    "unmodelled": [],
-}
 WINDOW = KernelEvidence(20, 0.25, 0.0, 0.0, age_seconds=3.0)
 
 
