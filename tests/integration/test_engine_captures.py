@@ -95,9 +95,12 @@ def test_a_serving_vllm_is_captured_by_torch_while_it_serves(server: VllmServer,
     assert steps["decode"]["steps"] >= 10
     assert sum(row["steps"] for row in steps.values()) >= 40
     (rank,) = json.loads(files["live.json"])["meanwhile"]["ranks"]
-    assert {phase: row["steps"] for phase, row in rank["figures"].items()} == {
-        phase: row["steps"] for phase, row in steps.items()
-    }
+    # Of the steps that were recorded whole: it began and ended in one each.
+    whole = {phase: row["steps"] for phase, row in rank["figures"].items()}
+    recorded = {phase: row["steps"] for phase, row in steps.items()}
+    assert whole.keys() <= recorded.keys()
+    assert all(count <= recorded[phase] for phase, count in whole.items())
+    assert 0 <= sum(recorded.values()) - sum(whole.values()) <= 2
     assert {"forward", "sample"} <= {row["part"] for row in report["phases"]}
     # Of the engine's thread: ours calls no operator.
     assert sum(row["count"] for row in report["host_operators"]) >= 10 * 40
