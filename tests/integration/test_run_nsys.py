@@ -74,7 +74,9 @@ def test_a_program_under_nsys_knows_that_cupti_is_held(wrapped: Callable[..., Wr
         "-c",
         "from llmprobe.record import torch_trace; from llmprobe.record.cupti import injected\n"
         "print(torch_trace.unavailable(cuda=True))\n"
-        "print(injected(), injected({}), sep=chr(10))",
+        "print(injected(), injected({}), sep=chr(10), flush=True)\n"
+        # nsys ends with an error of its own if the program is gone before it waits for it.
+        "import time; time.sleep(1)",
     )
     assert one.process.wait(PATIENCE_SECONDS) == 0
     lines = [line for line in one.said().splitlines() if not line.startswith("llmprobe:")]
