@@ -78,6 +78,18 @@ def test_kernel_windows_split_the_remainder() -> None:
     assert found.kernels_age_seconds == 5.0
 
 
+def test_bubbles_are_of_the_steps_own_time_where_their_work_is_that_of_the_windows() -> None:
+    """Steps of 0.36 s of floor are busy for 0.9 s; in the windows kernels ran for twice the floor."""
+    work = {"busy_per_floor": 2.0, "floor_step_seconds": 0.36, "step_tokens": 4.0}
+    seconds = {}
+    for tokens in (4.0, 40.0):  # as many as here, and in another batch
+        seen = kernels(0.1, **{**work, "step_tokens": tokens})
+        (found,) = attribute(by_phase(accounts(decode(0), decode(1)), PEAKS), {"decode": seen}).values()
+        seconds[tokens] = found.seconds["launch"]
+        assert found.total_seconds == pytest.approx(2.0)
+    assert seconds == {4.0: pytest.approx(2 * (0.9 - 0.72), rel=0.01), 40.0: pytest.approx(2 * 0.1)}
+
+
 def test_windows_that_see_more_than_there_is_take_what_there_is() -> None:
     (found,) = attribute(by_phase(accounts(decode(0)), PEAKS), {"decode": kernels(0.9)}).values()
     assert found.seconds["launch"] == pytest.approx(1 - 0.36 - 0.1)
