@@ -34,6 +34,7 @@ pytestmark = [
 HERE = Path(__file__).parent
 #: Fresh for long enough that several bursts of steps lie in it: a fast GPU is idle for most of the time.
 LOAD_SECONDS, ELAPSED_SECONDS, FRESH_SECONDS = 22.0, 10.0, 3.0
+FIRST_STEP_SECONDS = 60.0  #: at most, from when the engine is ready
 MOST_SECONDS = 300.0  #: of an engine, its start included: what hangs would hold the machine
 ENGINE: dict[str, Any] = {
     "load_format": "dummy",
@@ -178,16 +179,19 @@ Components = dict[str, dict[str, float]]
 def ahead(collector: Collector) -> tuple[float, float, Components]:
     """All components when their sum was furthest ahead of the clock, and that time.
 
-    The engine's steps are written four times a second. Right after that the sum lags by one step.
+    The engine's steps are written four times a second. Right after that the sum lags by one step. Without
+    any step there is no sum yet: it begins with the first one, which may be long after the engine is ready.
     """
     looks: list[tuple[float, float, Components]] = []
-    until = time.monotonic() + FRESH_SECONDS
+    until = time.monotonic() + FIRST_STEP_SECONDS
     while (now := time.monotonic()) < until:
         collector.tick(final=True)
         (view,) = collector.views()
         (rank,) = view.ranks
         times = {phase: dict(parts) for phase, parts in rank.device_time.items()}
-        looks.append((total(times) - now, now, times))
+        if (so_far := total(times)) > 0:
+            until = until if looks else now + FRESH_SECONDS
+            looks.append((so_far - now, now, times))
         time.sleep(0.01)
     return max(looks, key=lambda look: look[0])
 
