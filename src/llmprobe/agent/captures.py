@@ -209,7 +209,9 @@ def _add_control(app: FastAPI, manager: Manager, reader: Reader, directory: Path
     def begin(wanted: CaptureRequest, response: Response) -> dict[str, Any]:
         view = _server(reader, wanted.server)
         try:
-            manager.check_room(view.group, queue=wanted.queue)  # first: nsys is asked next
+            # What is wrong whatever runs comes before what runs; both before nsys is asked.
+            manager.check_wanted(wanted.when, wanted.seconds)
+            manager.check_room(view.group, queue=wanted.queue)
             tool = choose_tool(directory, view.group, wanted.tool, workers_of(view), wanted.ranks)
             seconds = None if wanted.steps else wanted.seconds
             if seconds is None and wanted.steps is None:

@@ -151,16 +151,7 @@ class Manager:
         Raises:
             Refused: it may not begin.
         """
-        try:
-            parse(request.when)
-        except ConditionError as error:
-            raise Refused("invalid", f"when: {error}.", "docs/captures.md says what it takes.") from None
-        if request.seconds is not None and request.seconds > self.max_seconds:
-            raise Refused(
-                "invalid",
-                f"seconds: {request.seconds:g} is more than the {self.max_seconds:g} allowed here.",
-                "Ask for less, or raise LLMPROBE_CAPTURE_MAX_SECONDS where the server is started.",
-            )
+        self.check_wanted(request.when, request.seconds)
         with self._lock:
             self._check_room(group, queue)
             capture = Capture(
@@ -181,6 +172,19 @@ class Manager:
             self._entered(capture)
             self._enqueue(capture)
         return capture
+
+    def check_wanted(self, when: str, seconds: float | None) -> None:
+        """Raise `Refused` if no server could ever be captured so, whatever runs now; takes no time."""
+        try:
+            parse(when)
+        except ConditionError as error:
+            raise Refused("invalid", f"when: {error}.", "docs/captures.md says what it takes.") from None
+        if seconds is not None and seconds > self.max_seconds:
+            raise Refused(
+                "invalid",
+                f"seconds: {seconds:g} is more than the {self.max_seconds:g} allowed here.",
+                "Ask for less, or raise LLMPROBE_CAPTURE_MAX_SECONDS where the server is started.",
+            )
 
     def check_room(self, group: str, *, queue: bool = False) -> None:
         """Raise `Refused` if no capture of this group may begin now, whatever is wanted; takes no time."""

@@ -54,6 +54,7 @@ def all_checks(environ: Mapping[str, str]) -> list[Check]:
         probe.shared_memory(settings.directory),
         probe.port(settings.listen, settings.directory),
         probe.agent(settings.directory),
+        probe.captures(settings),
         gpus.present(seen),
         gpus.counters(seen),
         *((gpus.slices(seen), gpus.clocks(seen), gpus.users(seen)) if seen.found else ()),

@@ -111,6 +111,9 @@ def test_a_second_one_is_refused_with_a_link_and_may_queue(client: TestClient, n
     refused = client.post("/api/captures", json={})
     assert first["id"] in problem(refused, 409)["detail"]
     assert nsys.asked() == asked
+    # What could never be captured is said as such, also while another one runs.
+    problem(client.post("/api/captures", json={"when": "bogus > 1"}), 422)
+    problem(client.post("/api/captures", json={"seconds": 3600}), 422)
     nsys.undo("hang")
     assert refused.headers["link"] == f'<{first["url"]}>; rel="related"'
     assert client.post("/api/captures", json={"when": NEVER, "queue": True}).status_code == 202

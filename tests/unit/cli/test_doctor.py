@@ -106,6 +106,57 @@ def test_directory_of_another_user_is_broken(tmp_path):
     assert "another user" in probe.directory(other).found
 
 
+def captures_in(path, **more):
+    return probe.captures(Settings.from_env({"LLMPROBE_CAPTURE_DIR": str(path), **more}))
+
+
+def test_capture_directory_that_is_still_to_be_made_is_fine(tmp_path):
+    check = captures_in(tmp_path / "a" / "b")
+    assert (check.state, str(tmp_path / "a" / "b") in check.found) == ("ok", True)
+    assert not (tmp_path / "a").exists()
+
+
+def test_without_the_variable_it_is_the_agent_s_own_default():
+    check = probe.captures(Settings.from_env({"LLMPROBE_DIR": "/dev/shm/somewhere"}))
+    assert "somewhere-captures" in check.found
+
+
+def test_capture_directory_that_is_a_file_or_open_to_others_is_not_ok(tmp_path):
+    (tmp_path / "file").touch()
+    assert "not a directory" in captures_in(tmp_path / "file").found
+    tmp_path.chmod(0o777)
+    check = captures_in(tmp_path)
+    assert (check.state, check.broken, f"chmod 700 {tmp_path}" in check.fix) == ("not ok", False, True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_capture_directory_of_another_user_is_not_ok(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir(mode=0o700)
+    os.chown(other, 65534, 65534)
+    assert "another user" in captures_in(other).found
+
+
+def test_capture_directory_on_a_full_disk_is_not_ok(tmp_path, monkeypatch):
+    assert captures_in(tmp_path).state == "ok"
+    monkeypatch.setattr(probe, "LEAST_FREE_BYTES", 1 << 62)
+    check = captures_in(tmp_path)
+    assert (check.state, "make room" in check.fix) == ("not ok", True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_capture_directory_that_cannot_be_made_is_not_ok_and_names_the_mount(tmp_path):
+    child = os.fork()
+    if not child:  # who may write nothing in /
+        said = False
+        try:
+            os.setuid(65534)
+            said = "mount a writable volume at /llmprobe-none" in captures_in("/llmprobe-none").fix
+        finally:
+            os._exit(0 if said else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_room_is_looked_for_where_the_directory_will_be(tmp_path):
     check = probe.shared_memory(tmp_path / "not" / "yet" / ("x" * 300))  # a name that no look takes
     assert str(tmp_path) in check.found

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import llmprobe
+from llmprobe.capture.store import LEAST_FREE_BYTES, default_directory
 from llmprobe.cli.checks import Check
 from llmprobe.collect.thresholds import load_thresholds
 from llmprobe.record.agent_launch import agent_info, agent_running
@@ -110,6 +111,32 @@ def directory(path: Path) -> Check:
         why = "others can read the token and then switch probes and take captures"
         return Check(name, "not ok", f"{path} has mode {mode}", why, f"chmod 700 {path}", needed=True)
     return Check(name, "ok", str(path))
+
+
+def captures(settings: Settings) -> Check:
+    """Whether a capture could be kept, as far as can be told without making anything."""
+    path = settings.capture_dir or default_directory(settings.directory)
+    why = "captures are refused; all else works"
+    fix = "set LLMPROBE_CAPTURE_DIR to a folder that the server's user may write"
+    place = _existing(path)
+    try:
+        status, free = place.stat(), shutil.disk_usage(place).free
+    except OSError as error:
+        return Check("captures", "not ok", f"{place}: {error.strerror}", why, fix)
+    if not place.is_dir():
+        return Check("captures", "not ok", f"{place} is not a directory", why, fix)
+    if not os.access(place, os.W_OK | os.X_OK):
+        volume = f"mount a writable volume at {path}, or {fix}"
+        return Check("captures", "not ok", f"{place} cannot be written", why, volume)
+    if place == path and status.st_uid != os.getuid():
+        return Check("captures", "not ok", f"{path} belongs to another user", why, fix)
+    if place == path and status.st_mode & 0o022:
+        return Check("captures", "not ok", f"others may write in {path}", why, f"chmod 700 {path}, or {fix}")
+    found = f"{path}, {free >> 20} MiB free"
+    if free < LEAST_FREE_BYTES:
+        wants = f"a capture wants {LEAST_FREE_BYTES >> 20} MiB; {why}"
+        return Check("captures", "not ok", found, wants, f"make room, or {fix}")
+    return Check("captures", "ok", found)
 
 
 def agent(path: Path) -> Check:
