@@ -5,16 +5,23 @@
 A stand-in for a worker's methods is called with and without the hooks, in turns; between the calls the caches
 are emptied, as a model does. Shows what `overhead.py` cannot: the part of a step that llmprobe does not book,
 and how far the same code is from what it takes in a loop. In seconds, so it serves to compare changes.
+
+    python benchmarks/step_path.py --kept 128
+
+Instead: how many containers (what Python's collection of garbage counts) of a decode step of so many requests
+stay until it is written. Needs vLLM, whose own classes are used.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -28,12 +35,16 @@ from support.table import Results, command
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import worker as hooks
 from llmprobe.hooks.vllm.seams import Seam
-from llmprobe.record.clock import HostClock
+from llmprobe.hooks.vllm.steps import WorkerSteps
+from llmprobe.record.clock import HostClock, Stamps
 from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings
 
 _now = time.monotonic_ns
 _AT_ONCE = 100  # steps between two readings of the journal, as many between off and on
+_KEPT_STEPS = 400  # fewer than those of which the step path writes some
+_BLOCK_TOKENS = 16
 
 
 @dataclass
@@ -104,24 +115,46 @@ def cold() -> Callable[[], None]:
     return disturb
 
 
-def measure(steps: int, disturb: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nanoseconds a step: in the calls without the hooks, with them, and what the hooks booked of it."""
+@dataclass
+class Hooked:
+    """A stand-in for a worker, with the hooks installed."""
+
+    probe: Probe
+    recorder: Recorder
+    worker: Any
+    state: WorkerSteps
+    inside: list[int]  #: as of `worker_class`
+
+
+@contextlib.contextmanager
+def hooked(clock: HostClock, disturb: Callable[[], None]) -> Iterator[Hooked]:
+    """One whose steps are stamped with ``clock``, and that calls ``disturb`` in them."""
     directory = new_directory()
     probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(directory)}))
     recorder = probe.arm("worker", dict)
     if recorder is None:
         raise SystemExit(f"no journal in {directory}")
     try:
-        runner = Runner()
-        base, inside = worker_class(runner, disturb)
+        base, inside = worker_class(Runner(), disturb)
         module = ModuleType("vllm.v1.worker.worker_base")
         vars(module)["WorkerBase"] = base
         hooks.install(probe, module)
         worker = base()
         state = vars(worker)["_llmprobe_steps"]
-        state.use(HostClock(), recorder, Seam(Runner, "forward_start", "v2"))
+        state.use(clock, recorder, Seam(Runner, "forward_start", "v2"))
         state.armed = True
-        reader = JournalReader(recorder.writer.path, recorder.writer)
+        yield Hooked(probe, recorder, worker, state, inside)
+    finally:
+        probe.remove_patches()
+        probe.disarm()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def measure(steps: int, disturb: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nanoseconds a step: in the calls without the hooks, with them, and what the hooks booked of it."""
+    with hooked(HostClock(), disturb) as on_worker:
+        probe, worker, inside = on_worker.probe, on_worker.worker, on_worker.inside
+        reader = JournalReader(on_worker.recorder.writer.path, on_worker.recorder.writer)
         taken: dict[bool, list[int]] = {False: [], True: []}
         own: list[int] = []
         for turn in range(2 * (steps // _AT_ONCE)):
@@ -141,14 +174,67 @@ def measure(steps: int, disturb: Callable[[], None]) -> tuple[np.ndarray, np.nda
                 entered, before, _, after, left, sample_entered, sample_left = inside
                 execute = (entered - begin) + (after - before) + (middle - left)
                 taken[on].append(execute + (sample_entered - again) + (end - sample_left))
-            state.write()
-            recorder.publish()
+            on_worker.state.write()
+            on_worker.recorder.publish()
             own += reader.read().steps["own_ns"].tolist()
         return np.array(taken[False]), np.array(taken[True]), np.array(own)
-    finally:
-        probe.remove_patches()
-        probe.disarm()
-        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Pooled(HostClock):
+    """With stamps made beforehand, as a device's clock has them."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._made = [super(Pooled, self).begin(None) for _ in range(steps)]
+
+    def begin(self, payload: Any) -> Stamps | None:
+        """See `StepClock.begin`."""
+        stamps = self._made.pop()
+        if stamps is not None:
+            stamps.payload = payload
+        return stamps
+
+
+def kept(requests: int, hooks_on: bool) -> float:
+    """Containers that are there after a decode step of so many requests and were not before it."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    ids = [f"cmpl-{number:032x}-0" for number in range(requests)]
+    with hooked(Pooled(_KEPT_STEPS), lambda: None) as on_worker:
+        (on_worker.probe.apply_patches if hooks_on else on_worker.probe.remove_patches)()
+        gc.collect()
+        gc.disable()
+        try:
+            before = gc.get_count()[0]
+            for number in range(_KEPT_STEPS):
+                # As vLLM's scheduler fills it. A request that needs another block has a tuple and a list.
+                scheduled = SchedulerOutput.make_empty()
+                cached = scheduled.scheduled_cached_reqs
+                computed = range(number, number + requests)
+                cached.req_ids, cached.num_computed_tokens = list(ids), list(computed)
+                cached.num_output_tokens = [number] * requests
+                cached.new_block_ids = [([at],) if at % _BLOCK_TOKENS == 0 else None for at in computed]
+                scheduled.num_scheduled_tokens = dict.fromkeys(ids, 1)
+                scheduled.total_num_scheduled_tokens = requests
+                on_worker.worker.execute_model(scheduled)
+                on_worker.worker.sample_tokens(None)
+            del scheduled, cached
+            return (gc.get_count()[0] - before) / _KEPT_STEPS
+        finally:
+            gc.enable()
+
+
+def show_kept(requests: int, markdown: bool) -> None:
+    """One row, with the hooks and without."""
+    off, on = kept(requests, False), kept(requests, True)
+    Results(
+        "What is kept of a vLLM step until it is written",
+        command("step_path.py"),
+        machine_line(),
+        ("containers a step", "without the hooks", "with them"),
+        [[f"decode, {requests} at a time", f"{off:.1f}", f"{on:.1f}"]],
+        ["Stamps are not in it: those of a device are made beforehand."],
+    ).show(markdown)
 
 
 def main() -> int:
@@ -157,9 +243,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000, help="of each kind [2000]")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
+    parser.add_argument("--kept", type=int, metavar="REQUESTS", help="count containers, at so many at a time")
     options = parser.parse_args()
     if options.steps < _AT_ONCE:
         parser.error(f"--steps from {_AT_ONCE}")
+    if options.kept:
+        show_kept(options.kept, options.markdown)
+        return 0
     rows, saved = [], {}
     for name, disturb in (("caches emptied between calls", cold()), ("nothing between calls", lambda: None)):
         off, on, own = measure(options.steps, disturb)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 from llmprobe.hooks.guard import Guard
 from llmprobe.hooks.vllm.records import StepRecords
@@ -28,25 +27,10 @@ class WorkerSteps:
         for _ in range(steps):
             self._number += 1
             begin, ids = time.monotonic_ns(), list(self._ids)
-            cached = SimpleNamespace(
-                req_ids=ids,
-                resumed_req_ids=set(),
-                num_computed_tokens=[_CONTEXT + self._number + row for row in range(len(ids))],
-                num_output_tokens=[self._number] * len(ids),
-                new_block_ids=[None] * len(ids),
-            )
-            row = (
-                self._number,
-                begin,
-                set[str](),
-                len(ids),
-                cached,
-                dict.fromkeys(ids, 1),
-                (),
-                dict[str, int](),
-            )
+            computed = [_CONTEXT + self._number + row for row in range(len(ids))]
+            row = (self._number, begin, (), len(ids), ids, computed, None, (), dict[str, int](), None)
             self._records.unread.rows.append(row)
-            stamps = self._clock.begin((row, 0, 0))
+            stamps = self._clock.begin(row)
             stamps.ns = [begin, 0, 0, begin + _STEP_NS]
             self._clock.finish(stamps)
 

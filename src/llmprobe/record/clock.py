@@ -42,6 +42,9 @@ class Stamps:
     restarted = False
     encode_ns = 0  #: How long the device worked for an encoder in this step, before e0.
     encodes: tuple[Any, ...] = ()  # pairs of events around it
+    # For the hooks; beside `payload`, because a tuple more a step is one more for the collection of garbage.
+    flags = 0  #: `llmprobe.record.layout.Flag`
+    own_ns = 0  #: llmprobe's own host time in the step.
 
     @property
     def times(self) -> tuple[int, int, int, int]:

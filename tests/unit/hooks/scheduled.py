@@ -55,11 +55,16 @@ def cached(**computed_and_scheduled: tuple[int, int]) -> Scheduled:
 
 def noted(scheduled: Scheduled) -> Noted:
     """As the step path notes it."""
+    cached, counts = scheduled.scheduled_cached_reqs, scheduled.num_scheduled_tokens
+    total, new = scheduled.total_num_scheduled_tokens, note_new(scheduled.scheduled_new_reqs)
+    one_each = total == len(counts) == len(cached.req_ids) and not cached.resumed_req_ids and not new
     return Noted(
         scheduled.finished_req_ids,
-        scheduled.total_num_scheduled_tokens,
-        scheduled.scheduled_cached_reqs,
-        scheduled.num_scheduled_tokens,
-        note_new(scheduled.scheduled_new_reqs),
+        total,
+        cached.req_ids,
+        cached.num_computed_tokens,
+        None if one_each else counts,
+        new,
         note_drafts(scheduled.scheduled_spec_decode_tokens),
+        cached if cached.resumed_req_ids else None,
     )

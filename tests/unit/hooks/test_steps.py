@@ -15,59 +15,16 @@ import numpy as np
 import pytest
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.vllm.batch import Noted
 from llmprobe.hooks.vllm.seams import Running, Seam
 from llmprobe.hooks.vllm.steps import WorkerSteps
 from llmprobe.hooks.vllm.worker import _KEPT, _WRAPPERS
-from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock, Stamps, StepClock
+from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock, Stamps
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Flag, Phase
 from llmprobe.settings import Settings
 
 from .scheduled import Scheduled, cached, new
-
-
-class Runner:
-    """With the place where vLLM's runner starts a forward."""
-
-    def forward(self) -> None:
-        pass
-
-
-class Rig:
-    """Steps of a worker whose runner has a seam, and the journal they end up in."""
-
-    def __init__(self, directory: Path) -> None:
-        self.probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(directory)}))
-        recorder = self.probe.arm("worker", dict, size=5 << 18)
-        assert recorder is not None
-        self.recorder = recorder
-        self.steps = WorkerSteps(self.probe)
-        # What `arm` finds out from a worker of vLLM's.
-        self.use(HostClock())
-        self.steps.armed = True
-        self.reader = JournalReader(recorder.writer.path, recorder.writer)
-
-    def use(self, clock: StepClock) -> None:
-        self.steps.use(clock, self.recorder, Seam(Runner, "forward", "v2"))
-
-    def run(self, scheduled: Scheduled, *, forward: bool = True) -> None:
-        self.begin(scheduled)
-        if forward:
-            Runner().forward()
-        self.end()
-
-    def begin(self, scheduled: Scheduled) -> None:
-        self.steps.entered(scheduled)
-
-    def end(self) -> None:
-        self.steps.forward_end(None)
-        self.steps.sample_start(None)
-        self.steps.sample_end(object())
-
-    def written(self) -> np.ndarray:
-        self.steps.write()
-        return self.reader.read().steps
+from .stepping import Rig, Runner
 
 
 @pytest.fixture
@@ -505,17 +462,6 @@ def test_a_worker_that_goes_in_a_thread_of_the_host_is_written_elsewhere(rig: Ri
     assert rig.probe.writers == []
     if not closed:
         assert len(rig.reader.read().steps) == 1
-
-
-def test_of_a_plain_decode_only_references_are_kept(rig: Rig) -> None:
-    scheduled = cached(a=(4, 1))
-    rig.run(scheduled)
-    (row,) = rig.steps._rows
-    noted = Noted(*row[2:])
-    assert noted.cached is scheduled.scheduled_cached_reqs
-    assert noted.counts is scheduled.num_scheduled_tokens
-    assert noted.new == ()
-    assert noted.drafts == {}
 
 
 @pytest.mark.swallows

@@ -54,10 +54,14 @@ class Noted(NamedTuple):
 
     finished: Any  # ids of requests that ended since the last output
     total: int  # scheduled tokens
-    cached: Any  # vLLM's CachedRequestData
-    counts: dict[str, int]  # id → scheduled tokens
+    ids: Any  # of the requests that are not new
+    computed: Any  # their tokens before this step
+    counts: dict[str, int] | None  # id → scheduled tokens; None: one for each of `ids`, and none is new
     new: tuple[NewRequest, ...]
     drafts: dict[str, int]  # id → draft tokens among them
+    #: vLLM's CachedRequestData where requests come back, or where it does not say so in one word (0.11); then
+    #: it is what counts, and not `ids` and `computed`.
+    cached: Any
 
 
 def note_new(requests: Any) -> tuple[NewRequest, ...]:
@@ -96,27 +100,24 @@ class BatchReader:
 
         Every output of the engine must come by once, in order.
         """
-        for finished in noted.finished:
-            self._prefilling.pop(finished, None)
-            self._prompt.pop(finished, None)
-        for new in noted.new:
-            self._prompt[new.req_id] = new.length
-            self._prefilling[new.req_id] = new.length
-        total = noted.total
+        finished, total, ids, computed, counts, new, _, cached = noted
+        for req_id in finished:
+            self._prefilling.pop(req_id, None)
+            self._prompt.pop(req_id, None)
+        for request in new:
+            self._prompt[request.req_id] = self._prefilling[request.req_id] = request.length
         if total == 0:
             return None
-        cached = noted.cached
-        resumed = _resumed(cached)
-        for req_id, output in resumed:
-            self._prefilling[req_id] = self._prompt.get(req_id, 0) + output
-        counts = noted.counts
-        if (
-            not noted.new
-            and total == len(counts)
-            and not (self._prefilling and any(req_id in self._prefilling for req_id in counts))
-        ):
-            return self._plain_decode(cached.num_computed_tokens, total)
-        return self._any(noted, counts)
+        if cached is not None:
+            ids, computed = cached.req_ids, cached.num_computed_tokens
+            for req_id, output in _resumed(cached):
+                self._prefilling[req_id] = self._prompt.get(req_id, 0) + output
+        one_each = counts is None or (total == len(counts) and not new)
+        if one_each and self._prefilling.keys().isdisjoint(ids if counts is None else counts):
+            return self._plain_decode(computed, total)
+        if counts is None:
+            counts = dict.fromkeys(ids, 1)
+        return self._any(noted._replace(ids=ids, computed=computed), counts)
 
     def _plain_decode(self, computed: list[int], total: int) -> Batch:
         """One token for every request: the common step, kept to a few microseconds."""
@@ -135,15 +136,14 @@ class BatchReader:
     def _any(self, noted: Noted, counts: dict[str, int]) -> Batch:
         """Any batch: requests that generate are counted together, the others one by one."""
         drafts = noted.drafts
-        cached = noted.cached
         total = _Counts(self.windows)
         one_by_one = [(new.req_id, new.computed) for new in noted.new]
-        ids: list[str] = cached.req_ids
+        ids: list[str] = noted.ids
         if ids and not drafts and self.windows == (None,) and self._plain(noted, counts, one_by_one, total):
             pass
         elif ids:
             prefilling = self._prefilling
-            before = np.array(cached.num_computed_tokens, dtype=np.int64)
+            before = np.array(noted.computed, dtype=np.int64)
             query = np.array([counts.get(req_id, 0) for req_id in ids], dtype=np.int64)
             drafted = np.zeros_like(query)
             if drafts:
@@ -177,8 +177,8 @@ class BatchReader:
 
         Counts those and appends the prompts to ``one_by_one``; False, with nothing done, if it is not so.
         """
-        ids: list[str] = noted.cached.req_ids
-        computed: list[int] = noted.cached.num_computed_tokens
+        ids: list[str] = noted.ids
+        computed: list[int] = noted.computed
         new = {req_id for req_id, _ in one_by_one}
         chunks = [req_id for req_id in self._prefilling if req_id in counts and req_id not in new]
         decodes = len(ids) - len(chunks)

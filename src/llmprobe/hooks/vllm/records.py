@@ -21,8 +21,7 @@ _RESTARTED = int(Flag.RESTARTED)
 class StepRecords:
     """What one worker's steps become once they are complete.
 
-    The payload of a step's stamps is its row (`llmprobe.hooks.vllm.unread`), its flags and the own time in
-    nanoseconds that was spent on it.
+    The payload of a step's stamps is its row (`llmprobe.hooks.vllm.unread`).
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -86,7 +85,8 @@ class StepRecords:
             self._dropped = dropped
 
     def _step(self, clock: StepClock, stamps: Stamps) -> CountedStep | None:
-        row, flags, own_ns = stamps.payload
+        row, flags = stamps.payload, stamps.flags
+        stamps.payload = None  # the clock may have them until the next round, and it holds vLLM's containers
         number, time_ns = row[:2]
         batch = self.unread.batch(row)
         self.unread.recorded(number)
@@ -105,6 +105,6 @@ class StepRecords:
             stamps.times,
             batch.counts,
             batch.attention,
-            own_ns,
+            stamps.own_ns,
             encode_ns=stamps.encode_ns,
         )

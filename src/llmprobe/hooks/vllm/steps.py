@@ -45,12 +45,18 @@ _SEAM_GIVEN_UP = (
 )
 
 
+class _NothingCached:
+    """What is read of vLLM's ``CachedRequestData``, for a step that works on no request."""
+
+    req_ids = num_computed_tokens = resumed_req_ids = ()
+
+
 class _Padding:
     """What is read of a scheduler's output, for a step that works on no request."""
 
     total_num_scheduled_tokens = -1
     finished_req_ids = scheduled_new_reqs = ()
-    scheduled_cached_reqs = None
+    scheduled_cached_reqs = _NothingCached
     num_scheduled_tokens = scheduled_spec_decode_tokens = _NO_DRAFTS
 
 
@@ -196,26 +202,37 @@ class WorkerSteps:
             self.sample_end(None, _NO_SAMPLE)
         total = scheduled.total_num_scheduled_tokens
         new, drafts = scheduled.scheduled_new_reqs, scheduled.scheduled_spec_decode_tokens
-        finished, cached = scheduled.finished_req_ids, scheduled.scheduled_cached_reqs
-        counts = scheduled.num_scheduled_tokens
+        finished = scheduled.finished_req_ids or ()
         new = note_new(new) if new else ()
         drafts = note_drafts(drafts) if drafts else _NO_DRAFTS
         if not total:  # nothing to run, but requests ended
-            self._rows.append((0, entered, finished, 0, cached, counts, new, drafts))
+            self._rows.append((0, entered, finished, 0, (), (), None, new, drafts, None))
             return
+        # Of vLLM's containers as few as will do: what is kept, the collection of garbage goes through.
+        cached, counts = scheduled.scheduled_cached_reqs, scheduled.num_scheduled_tokens
+        whole = None
+        try:
+            ids, computed = cached.req_ids, cached.num_computed_tokens
+            if cached.resumed_req_ids:
+                whole = cached
+            elif total == len(counts) == len(ids):  # one token each, and none is new
+                counts = None
+        except AttributeError:  # 0.11; what is missing otherwise is told of where it is read
+            ids, computed, whole = (), (), cached
         clock, recorder = self._clock, self._recorder
         if clock is None or recorder is None:
             return
         stamps = clock.begin(None)
         number = recorder.latest[0] + 1
-        recorder.latest = number, entered, UNKNOWN_PHASE, max(total, 0)
-        row = number, entered, finished, total, cached, counts, new, drafts
+        recorder.latest = number, entered, UNKNOWN_PHASE, total if total > 0 else 0
+        row = number, entered, finished, total, ids, computed, counts, new, drafts, whole
         self._rows.append(row)
         if stamps is None:
             recorder.abandon(number)
             self._lend_a_hand()
             return
         self._marked = False
+        stamps.payload = row
         self._stamps, self._row = stamps, row  # from here on, `abandon` gives back what is held
         if self._nvtx is not None:
             batch = self._unread.batch(row) or DUMMY
@@ -341,7 +358,8 @@ class WorkerSteps:
         if self._nvtx is not None:
             self._nvtx.end()
         # Before the clock has it: from then on another thread may write it.
-        stamps.payload = self._row, flags, self._own + _now() - entered
+        stamps.flags = flags
+        stamps.own_ns = self._own + _now() - entered
         self._own = 0
         clock.finish(stamps)
 

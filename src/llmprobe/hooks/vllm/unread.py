@@ -11,10 +11,10 @@ from llmprobe.record.clock import HOST_STEPS_KEPT
 
 #: An output of the scheduler: the number of its step (0: none was made of it), when it came, and the fields
 #: of `Noted`; a total of -1 stands for padding, which works on no request.
-Row = tuple[int, int, Any, int, Any, dict[str, int], tuple[Any, ...], dict[str, int]]
-NO_ROW: Row = (0, 0, (), 0, None, {}, (), {})
+Row = tuple[int, int, Any, int, Any, Any, dict[str, int] | None, tuple[Any, ...], dict[str, int], Any]
+NO_ROW: Row = (0, 0, (), 0, (), (), None, (), {}, None)
 #: In the place of a row: forget the requests so far.
-FORGET: Row = (-1, 0, (), 0, None, {}, (), {})
+FORGET: Row = (-1, 0, (), 0, (), (), None, (), {}, None)
 _AT_MOST = 2 * HOST_STEPS_KEPT
 
 
