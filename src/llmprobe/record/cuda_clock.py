@@ -16,10 +16,12 @@ from llmprobe.record.layout import Clock
 _monotonic_ns = time.monotonic_ns
 POOL_SIZE = 512  #: steps that wait to be harvested at most
 _ENCODES_AT_MOST = 8  # timed in one step
+_LOOKED_BACK = 4  # steps from the newest on: engines run one or two ahead of their device
 
 
 class CudaClock:
     """CUDA events on the stream that is current at a step's first mark; only its last one is ever queried.
+    Of steps of one stream that are done only the newest is: those before it on that stream are done too.
 
     Device times are chained: each step is placed by ``elapsed_time`` from the end of the one before, which
     keeps the single-precision milliseconds of CUDA exact to half a microsecond. The chain is tied to
@@ -179,15 +181,24 @@ class CudaClock:
             for stamps in self._harvested:
                 self._give_back(stamps)
             self._harvested = []
+            done = self._newest_done(most)
             while len(self._harvested) < most and self._flying:
                 stamps = self._flying[0]
-                whole = stamps.marked & 0b1001 == 0b1001
+                whole = _whole(stamps)
                 try:
                     if whole:
-                        if not stamps.events[3].query():
-                            break
+                        if done is None or not (stamps.stream is done.stream or stamps.stream == done.stream):
+                            if not stamps.events[3].query():
+                                break
+                        elif stamps is done:
+                            done = None  # those behind it have to be asked
                         self._place(stamps)
                 except Exception as error:
+                    if done is not None:
+                        # It has not been asked: of two threads on one stream the one that finished first may
+                        # have been the last to record its end. It comes up again, as any other.
+                        done = None
+                        continue
                     if _IN_A_CAPTURE not in str(error):
                         if not self._harvested:
                             self._drop(self._flying.popleft())  # it must not come up for ever
@@ -205,6 +216,21 @@ class CudaClock:
             return self._harvested
         finally:
             self._harvesting.release()
+
+    def _newest_done(self, most: int) -> Stamps | None:
+        """The newest of the first ``most`` steps that is seen to be done, if it is among the last few.
+
+        Each question about an event may cost the interpreter lock, which an engine is short of.
+        """
+        last = min(most, len(self._flying)) - 1
+        for index in range(last, max(last - _LOOKED_BACK, 0), -1):  # the oldest is asked anyway
+            stamps = self._flying[index]
+            try:
+                if _whole(stamps) and stamps.events[3].query():
+                    return stamps
+            except Exception:  # noqa: BLE001 - it raises again when its turn comes
+                continue
+        return None
 
     def _drop(self, stamps: Stamps) -> None:
         self.dropped += 1
@@ -267,6 +293,10 @@ def _capture_mode_switch() -> Any:
         return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
     except (OSError, AttributeError):
         return None
+
+
+def _whole(stamps: Stamps) -> bool:
+    return stamps.marked & 0b1001 == 0b1001
 
 
 def _ns(milliseconds: float) -> int:

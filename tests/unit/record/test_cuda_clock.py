@@ -26,6 +26,8 @@ class Device:
         self.busy_until = 0.0  # device time, host nanoseconds
         self.capturing = False
         self.speed = speed
+        self.queries = 0
+        self.refused = 0  # times asked for of what is not done
         self.chosen: list[tuple[bool, Any]] = []  # in another thread, the device made current there
 
     def monotonic_ns(self) -> int:
@@ -54,15 +56,24 @@ class Event:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.at: float | None = None
+        self.captured = False
 
     def record(self, stream: None) -> None:
         self.at = max(self.device.busy_until, self.device.host_ns)
 
     def query(self) -> bool:
+        self.device.queries += 1
+        if self.captured:
+            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
         return self.at is not None and self.at <= self.device.host_ns
 
     def elapsed_time(self, other: Event) -> float:
         assert self.at is not None and other.at is not None
+        if self.captured or other.captured:
+            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+        if max(self.at, other.at) > self.device.host_ns:
+            self.device.refused += 1
+            raise RuntimeError("CUDA error: device not ready")
         return (other.at - self.at) * self.device.speed / 1e6
 
 
@@ -181,16 +192,11 @@ def test_a_host_that_never_steps_in_a_capture_need_not_be_asked_whether_it_does(
 
 
 def test_a_step_recorded_in_a_capture_all_the_same_is_dropped_and_the_next_one_comes(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    device: Device,
 ) -> None:
     clock = CudaClock(in_captures=False)
     submit(clock, device, 0)
-    captured = clock._flying[0].events[3]
-
-    def query() -> bool:
-        raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
-
-    monkeypatch.setattr(captured, "query", query)
+    clock._flying[0].events[3].captured = True
     submit(clock, device, 1)
     device.host_ns += 10_000
     assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(1, True)]
@@ -224,9 +230,9 @@ def test_an_error_of_the_device_is_heard_of_and_no_step_is_lost_uncounted(
     def fails(*_: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    failing = clock._flying[1].events[3 if asked == "query" else 0]
     with monkeypatch.context() as broken:
-        broken.setattr(failing, asked, fails)
+        for stamps in list(clock._flying)[1:]:  # from then on nothing can be asked
+            broken.setattr(stamps.events[3 if asked == "query" else 0], asked, fails)
         device.host_ns += 10_000
         assert [stamps.payload for stamps in clock.harvest()] == [0]
         with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -235,6 +241,131 @@ def test_an_error_of_the_device_is_heard_of_and_no_step_is_lost_uncounted(
     assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(2, True)]
     assert clock.harvest() == []
     assert len(clock._free) == 3
+
+
+def test_of_steps_that_are_done_few_are_asked(device: Device) -> None:
+    """Engines run a step or two ahead of their device."""
+    clock = CudaClock()
+    for payload in range(25):
+        submit(clock, device, payload)
+    device.host_ns += 10 * 25 * 1000
+    for payload in range(25, 27):
+        submit(clock, device, payload)
+    assert [stamps.payload for stamps in clock.harvest()] == list(range(25))
+    assert device.queries == 4  # the two that run, the one before, and the first of those two in its turn
+    assert device.refused == 0
+
+
+def test_however_far_behind_a_device_is_no_more_than_a_few_are_asked_in_vain(device: Device) -> None:
+    clock = CudaClock()
+    for payload in range(100):
+        submit(clock, device, payload)
+    assert clock.harvest() == []
+    assert device.queries <= 5
+
+
+def test_of_the_first_steps_only_so_many_are_asked_as_are_wanted(device: Device) -> None:
+    clock = CudaClock()
+    for payload in range(40):
+        submit(clock, device, payload)
+    device.host_ns += 20_000
+    assert [stamps.payload for stamps in clock.harvest(4)] == [0, 1, 2, 3]
+    assert device.queries == 1
+    assert [stamps.payload for stamps in clock.harvest(1)] == [4]
+    assert [stamps.payload for stamps in clock.harvest()] == list(range(5, 20))
+
+
+def test_a_step_of_another_stream_is_asked_for_itself(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = CudaClock()
+    for stream in "aba":
+        monkeypatch.setattr(device, "current_stream", lambda _, stream=stream: stream)
+        submit(clock, device, 0)
+    device.host_ns += 10_000
+    clock._flying[1].events[3].at = 1_000_050_000
+    assert len(clock.harvest()) == 1
+    assert device.refused == 0
+    device.host_ns += 100_000
+    assert len(clock.harvest()) == 2
+
+
+def test_an_end_that_was_recorded_behind_a_later_step_s_costs_nothing(device: Device) -> None:
+    """Of two threads on one stream the one that finishes first need not have recorded first."""
+    clock = CudaClock()
+    for payload in range(3):
+        submit(clock, device, payload)
+    clock._flying[1].events[3].at = 1_000_050_000
+    device.host_ns += 10_000
+    assert [stamps.payload for stamps in clock.harvest()] == [0]
+    assert clock.harvest() == []
+    device.host_ns += 100_000
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(1, False), (2, False)]
+    assert clock.dropped == 0
+
+
+def test_the_newest_may_be_recorded_in_a_capture(device: Device) -> None:
+    clock = CudaClock(in_captures=False)
+    for payload in range(3):
+        submit(clock, device, payload)
+    clock._flying[2].events[3].captured = True
+    device.host_ns += 10_000
+    assert [stamps.payload for stamps in clock.harvest()] == [0, 1]
+    assert (clock.harvest(), clock.dropped) == ([], 1)
+
+
+class Asking(CudaClock):
+    """Asks every step for itself."""
+
+    def _newest_done(self, most: int) -> Stamps | None:
+        return None
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from("ab"),
+            st.integers(1, 3000),
+            st.sampled_from(["good"] * 8 + ["captured", "no end"]),
+            st.none() | st.integers(0, 4000),
+            st.integers(1, 20),
+        ),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_whoever_is_not_asked_comes_as_if_asked(
+    steps: list[tuple[str, int, str, int | None, int]],
+) -> None:
+    """On two streams, of which neither waits for the other."""
+    seen = []
+    for kind in (Asking, CudaClock):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            device = attach(monkeypatch, Device())
+            streams = {"a": 0.0, "b": 0.0}
+
+            def record(self: Event, stream: str, streams: dict[str, float] = streams) -> None:
+                self.at = max(streams[stream], self.device.host_ns)
+
+            monkeypatch.setattr(Event, "record", record)
+            clock, found = kind(pool_size=16, in_captures=False), []
+            for number, (stream, work, fate, pause, most) in enumerate(steps):
+                monkeypatch.setattr(device, "current_stream", lambda _, stream=stream: stream)
+                stamps = clock.begin(number)
+                if stamps is not None:
+                    clock.mark(stamps, 0)
+                    streams[stream] = max(streams[stream], device.host_ns) + work
+                    if fate != "no end":
+                        clock.mark(stamps, 3)
+                    stamps.events[3].captured = fate == "captured"
+                    clock.finish(stamps)
+                if pause is not None:
+                    device.host_ns += pause
+                    found += [
+                        (number, done.payload, done.times, done.restarted) for done in clock.harvest(most)
+                    ]
+            seen.append((found, clock.dropped))
+    assert seen[0] == seen[1]
 
 
 def test_stamps_of_dropped_steps_are_used_again(device: Device) -> None:
