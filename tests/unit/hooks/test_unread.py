@@ -32,6 +32,5 @@ def test_batches_of_all_steps_that_may_wait_for_their_times_are_kept() -> None:
         unread.rows.append(row(number))
     assert unread.batch(row(count)) is not None
     for number in range(1, count + 1):
-        assert unread.batch(row(number)) is not None
-        unread.recorded(number)
+        assert unread.take(row(number)) is not None
     assert not unread._read

@@ -113,7 +113,10 @@ class BatchReader:
             for req_id, output in _resumed(cached):
                 self._prefilling[req_id] = self._prompt.get(req_id, 0) + output
         one_each = counts is None or (total == len(counts) and not new)
-        if one_each and self._prefilling.keys().isdisjoint(ids if counts is None else counts):
+        prefilling = self._prefilling
+        if one_each and not (
+            prefilling and any(req_id in prefilling for req_id in (ids if counts is None else counts))
+        ):
             return self._plain_decode(computed, total)
         if counts is None:
             counts = dict.fromkeys(ids, 1)

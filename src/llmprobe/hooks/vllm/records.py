@@ -87,24 +87,16 @@ class StepRecords:
     def _step(self, clock: StepClock, stamps: Stamps) -> CountedStep | None:
         row, flags = stamps.payload, stamps.flags
         stamps.payload = None  # the clock may have them until the next round, and it holds vLLM's containers
-        number, time_ns = row[:2]
-        batch = self.unread.batch(row)
-        self.unread.recorded(number)
+        number, time_ns = row[0], row[1]
+        batch = self.unread.take(row)
         if batch is None:
             clock.dropped += 1
             return None
         if stamps.restarted or number != self._last_number + 1:
             flags |= _RESTARTED
         self._last_number = number
+        phase, counts, attention = batch
         return CountedStep(
-            number,
-            time_ns,
-            batch.phase,
-            clock.kind,
-            flags,
-            stamps.times,
-            batch.counts,
-            batch.attention,
-            stamps.own_ns,
-            encode_ns=stamps.encode_ns,
-        )
+            number, time_ns, phase, clock.kind, flags, stamps.times, counts, attention, stamps.own_ns,
+            0, 0, stamps.encode_ns,
+        )  # fmt: skip

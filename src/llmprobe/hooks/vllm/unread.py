@@ -56,10 +56,11 @@ class Unread:
                     read.pop(next(iter(read)), None)
         return read.get(number)
 
-    def recorded(self, number: int) -> None:
-        """Batches up to that of this step are not needed any more."""
-        read = self._read
+    def take(self, row: Row) -> Batch | None:
+        """`batch`, of a step that is being recorded: it and those before it are not needed any more."""
+        batch, read, number = self.batch(row), self._read, row[0]
         read.pop(number, None)
         if read:
             for earlier in [known for known in list(read) if known <= number]:
                 read.pop(earlier, None)
+        return batch
