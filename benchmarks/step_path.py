@@ -185,13 +185,16 @@ class Pooled(HostClock):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self._made = [super(Pooled, self).begin(None) for _ in range(steps)]
+        self._made: list[Stamps] = []
+        for _ in range(steps):
+            stamps = Stamps()
+            stamps.ns, stamps.payload, stamps.flags, stamps.own_ns = [0, 0, 0, 0], None, 0, 0
+            self._made.append(stamps)
 
     def begin(self, payload: Any) -> Stamps | None:
         """See `StepClock.begin`."""
         stamps = self._made.pop()
-        if stamps is not None:
-            stamps.payload = payload
+        stamps.payload = payload
         return stamps
 
 

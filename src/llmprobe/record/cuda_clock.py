@@ -58,6 +58,9 @@ class CudaClock:
         for _ in range(pool_size):
             stamps = Stamps()
             stamps.events = [self._new_event() for _ in range(4)]
+            # What a step sets has its place from the start: CPython makes each of many objects a dictionary
+            # of its own for names that come later.
+            stamps.stream, stamps.flags, stamps.own_ns = None, 0, 0
             self._give_back(stamps)
         self._few = pool_size // 4
         #: For encoders; made when they are needed, so that a model without one pays for none.

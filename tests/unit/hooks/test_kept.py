@@ -118,6 +118,16 @@ def test_counts_that_are_not_those_of_the_cached_requests_are_kept(rig: Rig) -> 
     assert Noted(*row[2:]).counts == {"a": 1}
 
 
+@pytest.mark.swallows
+@pytest.mark.parametrize("other", [None, []])
+def test_what_is_no_cached_request_data_makes_no_record_and_fails_no_step(rig: Rig, other: Any) -> None:
+    step = cached(a=(4, 1))
+    step.scheduled_cached_reqs = other
+    rig.run(step)
+    assert len(rig.written()) == 0
+    assert rig.probe.guard.errors["vllm.read"] == 1
+
+
 @dataclass
 class Flagged:
     """CachedRequestData of vLLM 0.11, which tells by a list who comes back."""

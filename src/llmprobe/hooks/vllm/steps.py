@@ -218,7 +218,7 @@ class WorkerSteps:
             elif total == len(counts) == len(ids):  # one token each, and none is new
                 counts = None
         except AttributeError:  # 0.11; what is missing otherwise is told of where it is read
-            ids, computed, whole = (), (), cached
+            ids, computed, whole = None, None, cached
         clock, recorder = self._clock, self._recorder
         if clock is None or recorder is None:
             return
