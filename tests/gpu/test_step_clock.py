@@ -23,6 +23,7 @@ import pytest
 
 from llmprobe.collect.collector import Collector
 from llmprobe.demo.model import make_model
+from llmprobe.record.cuda_clock import CudaClock
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import PHASES
 
@@ -302,3 +303,37 @@ def test_events_take_no_memory_of_torch() -> None:
     assert (off.pop("harvested"), on.pop("harvested")) == (0, 400)
     by_torch = ("allocated", "most", "reserved", "calls")
     assert {name: on[name] - off[name] for name in by_torch} == dict.fromkeys(by_torch, 0)
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_a_step_that_ends_in_a_capture_is_left_out_and_those_beside_it_are_good(others: int) -> None:
+    """Whatever order they are asked in: an event that was recorded in a capture has no time."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    a = torch.randn(256, 256, device=device)
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        a @ a  # its library is loaded before the capture
+    torch.cuda.synchronize()
+    clock = CudaClock(device, 16, in_captures=False)
+
+    def step(name: str, end_in: contextlib.AbstractContextManager[Any]) -> None:
+        stamps = clock.begin(name)
+        assert stamps is not None
+        clock.mark(stamps, 0)
+        with end_in:
+            _ = a @ a
+            clock.mark(stamps, 3)
+        clock.finish(stamps)
+
+    with torch.cuda.stream(side):
+        for number in range(others):
+            step(f"before {number}", contextlib.nullcontext())
+        step("captured", torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side))
+        for number in range(others):
+            step(f"after {number}", contextlib.nullcontext())
+    torch.cuda.synchronize()
+    found = [stamps for _ in range(4) for stamps in list(clock.harvest())]
+    assert [stamps.payload for stamps in found] == [
+        f"{when} {number}" for when in ("before", "after") for number in range(others)
+    ]
+    assert clock.dropped == 1

@@ -223,7 +223,7 @@ class CudaClock:
     def _newest_done(self, most: int) -> Stamps | None:
         """The newest of the first ``most`` steps that is seen to be done, if it is among the last few.
 
-        Each question about an event may cost the interpreter lock, which an engine is short of.
+        Each question is a call into the driver with the interpreter lock held, which an engine is short of.
         """
         last = min(most, len(self._flying)) - 1
         for index in range(last, max(last - _LOOKED_BACK, 0), -1):  # the oldest is asked anyway
