@@ -120,6 +120,10 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
     if has_gpu():  # with a model this small on a CPU, even the allowed host time is more than 0.5 %
         tpot[-1], ttft[-1], throughput[-1] = map(str, _bars(cost))
     rows = [tpot, ttft, throughput, *_own_rows(cost.own, own_bar)]
+    thread = f"{cost.own_thread_us_per_step:.1f} µs"
+    rows.append(["llmprobe's thread in the engine, processor time a step", "0", thread, "", "", ""])
+    a_step = 1e6 * cost.concurrency  # a decode step makes one token for each request
+    rows.append(_difference("engine thread's processor time a step", cost.engine_cpu, a_step, "µs", 1))
     rows.append(_difference("front end's processor time a token", cost.front_end_cpu, 1e6, "µs", 1))
     rows.append(["front end's own time a step, mean", "", f"{cost.front_end_us_per_step:.1f} µs", "", "", ""])
     rows.append(

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 
 from llmprobe.demo.server import VllmServer
+from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.window_file import WindowFileError, read_window, window_path
 from support.agent_cost import AgentCost
 from support.journals import Polling, StepLog, live_journals
@@ -59,6 +60,7 @@ class Block:
     end_ns: int
     agent_cpu_seconds: float
     front_end_cpu_seconds: float
+    engine_cpu_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -81,6 +83,8 @@ class VllmCost:
     windows: int  # kernel windows in the blocks with the probe on
     front_end_us_per_step: float
     front_end_cpu: Difference  # seconds of processor time a token, of all its threads
+    engine_cpu: Difference  # the same of the thread that runs the worker's steps
+    own_thread_us_per_step: float  # processor time of llmprobe's own thread in the worker
     #: Median difference of TPOT between neighbouring blocks of one kind, either way: the machine's own doing
     tpot_alike: float | None
     agent_core_ratio: float
@@ -123,6 +127,7 @@ class _Taken:
 
     blocks: list[Block]
     front_end_ns: int = 0
+    own_thread_ns: int = 0
     windows: int = 0
 
 
@@ -130,24 +135,40 @@ def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> Ite
     """Pairs of blocks, off-on and on-off in turns, so that drift cancels too; after each, all so far."""
     front_ends = live_journals(server.directory, "frontend")
     processes = [psutil.Process(pid) for pid in {reader.facts()["pid"] for reader in front_ends}]
-    worker = live_journals(server.directory, "worker")[0].path
+    worker = live_journals(server.directory, "worker")[0]
+    pid = worker.facts()["pid"]  # the worker's steps run in its process's first thread
+    engine = Path(f"/proc/{pid}/task/{pid}/schedstat")
     taken = _Taken([])
     most = max(plan.pairs, plan.most_pairs)
     for pair in range(most):
         for on in (False, True) if pair % 2 == 0 else (True, False):
             switch(server.directory, on)
             load.wait(_SETTLE_SECONDS)
-            own, windows = sum(reader.counters()["own_ns_request"] for reader in front_ends), _windows(worker)
+            own, windows = _own(front_ends, worker), _windows(worker.path)
             used, front, begin = agent.cpu_seconds(), _cpu_seconds(processes), time.monotonic_ns()
+            thread = _thread_seconds(engine)
             load.wait(plan.block_seconds)
             end = time.monotonic_ns()
-            front = _cpu_seconds(processes) - front
-            taken.blocks.append(Block(on, begin, end, agent.cpu_seconds() - used, front))
+            front, thread = _cpu_seconds(processes) - front, _thread_seconds(engine) - thread
+            taken.blocks.append(Block(on, begin, end, agent.cpu_seconds() - used, front, thread))
             if on:
-                taken.front_end_ns += sum(reader.counters()["own_ns_request"] for reader in front_ends) - own
-                taken.windows += _windows(worker) - windows
+                front_end_ns, own_thread_ns = _own(front_ends, worker)
+                taken.front_end_ns += front_end_ns - own[0]
+                taken.own_thread_ns += own_thread_ns - own[1]
+                taken.windows += _windows(worker.path) - windows
         print(f"{load.concurrency} at a time: pair {pair + 1} of {most}", file=sys.stderr, flush=True)
         yield taken
+
+
+def _own(front_ends: list[JournalReader], worker: JournalReader) -> tuple[int, int]:
+    """Nanoseconds so far: of the front ends' loops, and of llmprobe's thread in the worker."""
+    loops = sum(reader.counters()["own_ns_request"] for reader in front_ends)
+    return loops, worker.counters()["thread_ns_step"]
+
+
+def _thread_seconds(schedstat: Path) -> float:
+    """Processor time of one thread, as Linux counts it: in nanoseconds, not in ticks."""
+    return int(schedstat.read_text().split()[0]) / 1e9
 
 
 def _cpu_seconds(processes: list[psutil.Process]) -> float:
@@ -181,7 +202,15 @@ def _result(concurrency: int, taken: _Taken, load: Load, steps: StepLog, agent_r
         throughput=paired([s.tokens_per_second for s in seen_off], [s.tokens_per_second for s in seen_on]),
         own=OwnTime.of(own),
         front_end_us_per_step=taken.front_end_ns / len(own) / 1e3,
-        front_end_cpu=paired(_front_end_cpu(off, seen_off), _front_end_cpu(on, seen_on)),
+        front_end_cpu=paired(
+            _a_token([block.front_end_cpu_seconds for block in off], off, seen_off),
+            _a_token([block.front_end_cpu_seconds for block in on], on, seen_on),
+        ),
+        engine_cpu=paired(
+            _a_token([block.engine_cpu_seconds for block in off], off, seen_off),
+            _a_token([block.engine_cpu_seconds for block in on], on, seen_on),
+        ),
+        own_thread_us_per_step=taken.own_thread_ns / len(own) / 1e3,
         tpot_alike=_alike(taken.blocks, _seen(load, taken.blocks)),
         agent_core_ratio=_agent_ratio(on),
         agent_core_ratio_off=_agent_ratio(off),
@@ -193,10 +222,10 @@ def _seen(load: Load, blocks: list[Block]) -> list[Seen]:
     return [load.seen(block.begin_ns, block.end_ns) for block in blocks]
 
 
-def _front_end_cpu(blocks: list[Block], seen: list[Seen]) -> list[float]:
+def _a_token(seconds: list[float], blocks: list[Block], seen: list[Seen]) -> list[float]:
     return [
-        block.front_end_cpu_seconds / block.seconds / found.tokens_per_second
-        for block, found in zip(blocks, seen, strict=True)
+        taken / block.seconds / found.tokens_per_second
+        for taken, block, found in zip(seconds, blocks, seen, strict=True)
     ]
 
 

@@ -307,7 +307,7 @@ def test_events_take_no_memory_of_torch() -> None:
 
 @pytest.mark.parametrize("others", [1, 3])
 def test_a_step_that_ends_in_a_capture_is_left_out_and_those_beside_it_are_good(others: int) -> None:
-    """Whatever order they are asked in: an event that was recorded in a capture has no time."""
+    """An event recorded in a capture has no time, in whatever words the driver says it."""
     device = torch.device("cuda", torch.cuda.current_device())
     a = torch.randn(256, 256, device=device)
     side = torch.cuda.Stream(device)
@@ -315,6 +315,7 @@ def test_a_step_that_ends_in_a_capture_is_left_out_and_those_beside_it_are_good(
         a @ a  # its library is loaded before the capture
     torch.cuda.synchronize()
     clock = CudaClock(device, 16, in_captures=False)
+    graph = torch.cuda.CUDAGraph()
 
     def step(name: str, end_in: contextlib.AbstractContextManager[Any]) -> None:
         stamps = clock.begin(name)
@@ -328,12 +329,16 @@ def test_a_step_that_ends_in_a_capture_is_left_out_and_those_beside_it_are_good(
     with torch.cuda.stream(side):
         for number in range(others):
             step(f"before {number}", contextlib.nullcontext())
-        step("captured", torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side))
+        step("captured", torch.cuda.graph(graph, stream=side))
         for number in range(others):
             step(f"after {number}", contextlib.nullcontext())
     torch.cuda.synchronize()
-    found = [stamps for _ in range(4) for stamps in list(clock.harvest())]
-    assert [stamps.payload for stamps in found] == [
-        f"{when} {number}" for when in ("before", "after") for number in range(others)
-    ]
+    found, said = [], []
+    for _ in range(4):
+        try:
+            found += [stamps.payload for stamps in clock.harvest()]
+        except RuntimeError as error:
+            said.append(str(error).splitlines()[0])
+    assert found == [f"{when} {number}" for when in ("before", "after") for number in range(others)]
     assert clock.dropped == 1
+    assert len(said) <= 1, said

@@ -175,6 +175,7 @@ def _view(
         backlog_seconds=recent.backlog_seconds if load is not None else None,
         kv_peak=recent.kv_peak,
         own_seconds=totals["own_ns_request"] / 1e9,
+        own_thread_seconds=totals["thread_ns_request"] / 1e9,
         errors=totals["errors"] if frontend else 0,
     )
 

@@ -69,6 +69,7 @@ def rank_view(
         kv_capacity_bytes=(model.get("kv") or {}).get("capacity_bytes"),
         step_running_seconds=None if since is None else max(now - since, 0) / 1e9,
         own_seconds=counters["own_ns_step"] / 1e9,
+        own_thread_seconds=counters["thread_ns_step"] / 1e9,
         errors=counters["errors"],
         dropped=counters["dropped"],
         lost=process.lost,

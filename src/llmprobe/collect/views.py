@@ -110,8 +110,10 @@ class RankView:
     kv_capacity_bytes: int | None
     #: Seconds for which the running step has been running, None between steps.
     step_running_seconds: float | None
-    #: Cumulative: llmprobe's own host seconds inside steps, its errors, its lost records.
+    #: Cumulative: llmprobe's own host seconds inside steps, processor seconds of its own thread beside them,
+    #: its errors, its lost records.
     own_seconds: float
+    own_thread_seconds: float
     errors: int
     dropped: int
     lost: int
@@ -178,6 +180,7 @@ class EngineView:
     #: over the last 30 s: name → {"p50": seconds, "p99": seconds, "mean": seconds, "count": n}
     recent_latency: dict[str, dict[str, float]]
     own_seconds: float
+    own_thread_seconds: float
     errors: int
     #: over the same time: `llmprobe.collect.recent.COUNTS`, and "seconds", how long that is
     recent_counts: dict[str, float] = field(default_factory=dict)

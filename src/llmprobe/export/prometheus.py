@@ -205,6 +205,7 @@ def _engine(samples: Samples, labels: tuple[str, ...], engine: EngineView) -> No
             samples.histogram(family, labels, engine.latency[name])
     samples.add("llmprobe_errors_total", (*labels, "", "frontend"), engine.errors)
     samples.add("llmprobe_self_seconds_total", (*labels, "", "frontend"), engine.own_seconds)
+    samples.add("llmprobe_self_seconds_total", (*labels, "", "frontend_thread"), engine.own_thread_seconds)
 
 
 def _time(samples: Samples, labels: tuple[str, ...], rank: RankView) -> None:
@@ -312,3 +313,4 @@ def _health(samples: Samples, labels: tuple[str, ...], rank: RankView, view: Ser
     samples.add("llmprobe_records_dropped_total", (*labels, "overwritten"), rank.lost)
     samples.add("llmprobe_errors_total", (*labels, "step"), rank.errors)
     samples.add("llmprobe_self_seconds_total", (*labels, "step"), rank.own_seconds)
+    samples.add("llmprobe_self_seconds_total", (*labels, "thread"), rank.own_thread_seconds)

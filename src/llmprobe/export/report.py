@@ -132,6 +132,7 @@ def _rank(
         "phases": phases,
         "idle_seconds": {name: idle.get(name, 0.0) for name in IDLE_COMPONENTS},
         "own_seconds": rank.own_seconds - (before.own_seconds if before else 0.0),
+        "own_thread_seconds": rank.own_thread_seconds - (before.own_thread_seconds if before else 0.0),
         "errors": rank.errors,
         "records_lost": rank.lost,
     }
@@ -278,8 +279,9 @@ def _rank_lines(rank: Mapping[str, Any], width: int) -> list[str]:
     idle = rank["idle_seconds"]
     if idle["no_work"]:
         lines.append(f"  nothing to do for {idle['no_work']:.1f} s")
-    own = 1e6 * rank["own_seconds"] / max(sum(p["steps"] for p in rank["phases"].values()), 1)
-    return [*lines, f"  llmprobe itself: {own:.0f} µs a step"]
+    each = 1e6 / max(sum(p["steps"] for p in rank["phases"].values()), 1)
+    own, thread = each * rank["own_seconds"], each * rank["own_thread_seconds"]
+    return [*lines, f"  llmprobe itself: {own:.0f} µs a step, its thread {thread:.0f} µs"]
 
 
 def _phase_rows(cells: list[dict[str, str]], width: int) -> list[str]:

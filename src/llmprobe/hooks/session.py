@@ -161,6 +161,7 @@ class _Housekeeping(threading.Thread):
         last = Finalize(None, self._write_last, exitpriority=0)
         while self._probe.recorder is self._recorder:
             self.round()
+            self._recorder.own_thread(time.thread_time_ns())
             time.sleep(_POLL_SECONDS)
         last.cancel()
         for asked in self._asked.values():

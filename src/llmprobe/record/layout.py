@@ -26,7 +26,7 @@ from enum import IntEnum, IntFlag
 import numpy as np
 
 MAGIC = b"LLMPROBE"
-VERSION = 2
+VERSION = 3
 
 HEADER = struct.Struct("<8sIIIII24sI")  # magic, version, size, ring offset, record size, slots, id, CRC
 HEADER_SIZE = 64
@@ -174,10 +174,12 @@ STEP_COUNTERS = (
     "step_prompt_tokens",
     "step_decode_tokens",
     "own_ns_step",
+    "thread_ns_step",  # processor time of llmprobe's own thread, where the process records steps
 )
 #: Cumulative totals of requests, and of llmprobe itself.
 REQUEST_COUNTERS = (
     "own_ns_request",
+    "thread_ns_request",  # the same of a front end's
     "errors",
     "dropped",
     "requests",

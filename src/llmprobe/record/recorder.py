@@ -52,6 +52,8 @@ class Recorder:
         self._load_due = False
         self._load_written_ns = 0
         self._status = (True, False)
+        of = "request" if facts.get("role") == "frontend" else "step"
+        self._thread_counter = layout.COUNTER_INDEX[f"thread_ns_{of}"]
 
     @classmethod
     def open(
@@ -356,6 +358,10 @@ class Recorder:
         )
         duration = duration_ns if known else -1
         self._submit(self._events.request, (fields, duration, tpot_ns, queue_ns, aborted, later))
+
+    def own_thread(self, cpu_ns: int) -> None:
+        """llmprobe's own thread of this process took so much processor time so far. With the next totals."""
+        self.writer.counters[self._thread_counter] = cpu_ns
 
     def error(self) -> None:
         """llmprobe itself failed somewhere in this process."""

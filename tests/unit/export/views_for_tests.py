@@ -96,6 +96,7 @@ def rank(**changes: Any) -> RankView:
         kv_capacity_bytes=8_000_000_000,
         step_running_seconds=None,
         own_seconds=0.125,
+        own_thread_seconds=0.0625,
         errors=1,
         dropped=2,
         lost=3,
@@ -132,6 +133,7 @@ def engine(**changes: Any) -> EngineView:
         latency={name: histogram(0.01, 0.02, 0.5) for name in LATENCIES},
         recent_latency={"time_to_first_token": {"p50": 0.02, "p99": 0.5, "count": 3}},
         own_seconds=0.25,
+        own_thread_seconds=0.5,
         errors=0,
     )
     return dataclasses.replace(view, **changes)

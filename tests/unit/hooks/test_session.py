@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Rounds:
     def __init__(self, probe: Probe, count: int) -> None:
         self._probe, self._count = probe, count
         self.monotonic = lambda: 0.0
+        self.thread_time_ns = time.thread_time_ns
 
     def sleep(self, seconds: float) -> None:
         self._count -= 1
@@ -92,6 +94,37 @@ def test_a_switch_is_followed_by_the_processes_it_names(probe: Probe) -> None:
         keeping._follow_switch()
         assert probe.enabled is (armed if follows else before)
     other.close(remove=True)
+
+
+@pytest.mark.parametrize(("role", "where"), [("worker", "thread_ns_step"), ("frontend", "thread_ns_request")])
+def test_what_the_thread_itself_takes_is_told_with_the_totals(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch, role: str, where: str
+) -> None:
+    recorder = Recorder.open(probe.settings.directory, role, {"role": role})
+    reader = JournalReader(recorder.writer.path, recorder.writer)
+
+    def work() -> None:  # so much of this thread's processor time, and something whose totals are due
+        until = time.thread_time_ns() + 2_000_000
+        while time.thread_time_ns() < until:
+            pass
+        if role == "worker":
+            now = time.monotonic_ns()
+            counts = {"requests": 1, "prefill_requests": 0, "prompt_tokens": 0, "decode_tokens": 1}
+            recorder.step(recorder.begin(2, 1, now), now, 2, 0, 0, (now,) * 4, **counts)
+        else:
+            recorder.tokens(generated=1, later=True)
+
+    begun = time.thread_time_ns()
+    probe._recorders = {role: recorder}
+    probe.writers.append(work)
+    run(probe, monkeypatch, 3)
+    used = time.thread_time_ns() - begun
+    # As of the round before the last one, in the time of this thread, which did other things before.
+    assert begun + 4_000_000 <= reader.counters()[where] <= begun + used
+    other = {"thread_ns_step", "thread_ns_request"} - {where}
+    assert reader.counters()[other.pop()] == 0
+    reader.close()
+    recorder.close(remove=True)
 
 
 @pytest.mark.swallows

@@ -155,7 +155,9 @@ SECTIONS = (
                 "seconds",
                 (*RANK, "where"),
                 ("measured",),
-                "Host time that llmprobe took inside an engine process: step (worker) or frontend.",
+                "Host time that llmprobe took inside an engine process: step (of the worker's steps) or "
+                "frontend (of its event loop); thread and frontend_thread are processor time of llmprobe's "
+                "own thread beside them.",
             ),
             Family(
                 "llmprobe_captures_total",
