@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import tempfile
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,10 @@ from hypothesis import strategies as st
 from llmprobe.hooks.attention import visible_attention
 from llmprobe.hooks.vllm.batch import Noted
 from llmprobe.record.clock import HostClock, Stamps
-from llmprobe.record.layout import Phase
+from llmprobe.record.layout import STEP, Phase
 
 from .scheduled import New, Scheduled, cached, new
 from .stepping import Rig
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path)
-    yield made
-    made.probe.remove_patches()
-    made.probe.disarm()
 
 
 class Ids(list[str]):
@@ -244,14 +235,8 @@ def test_whatever_is_scheduled_the_records_say_what_it_asked(
                     expected.append((Phase.DUMMY, *[0] * 10))
                 del output
             steps = rig.written()
-            counts = (
-                "requests",
-                "prefill_requests",
-                "prompt_tokens",
-                "decode_tokens",
-                "draft_tokens",
-                "sampled",
-            )
+            names = STEP.names or ()
+            counts = names[names.index("requests") : names.index("sampled") + 1]
             sums = ("context_prefill", "context_decode", "pairs_prefill", "pairs_decode")
             found = [
                 (*(int(step[name]) for name in ("phase", *counts)), *(int(step[name][0]) for name in sums))

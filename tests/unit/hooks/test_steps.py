@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +25,6 @@ from llmprobe.settings import Settings
 
 from .scheduled import Scheduled, cached, new
 from .stepping import Rig, Runner
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path)
-    yield made
-    made.probe.remove_patches()
-    made.probe.disarm()
 
 
 class Encoders:
