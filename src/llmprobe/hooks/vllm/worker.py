@@ -1,7 +1,7 @@
 """Wraps ``execute_model``, ``sample_tokens`` and their like of whatever worker class runs.
 
 The wrappers are on the engine's step path: bounded, lock-free and guarded inline. What they call is in
-`llmprobe.hooks.vllm.steps`. Arms only after warm-up, because vLLM warms up through the same methods.
+`llmprobe.hooks.vllm.step_path`. Arms only after warm-up, because vLLM warms up through the same methods.
 """
 
 from __future__ import annotations
