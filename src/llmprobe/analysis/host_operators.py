@@ -24,15 +24,25 @@ class HostOperators:
         """One call of an operator or into CUDA, in any order."""
         self._rows.extend((thread, begin_ns, end_ns, self._names.add(name)))
 
-    def result(self) -> list[HostOperator]:
+    def result(self, until_ns: int | None = None) -> list[HostOperator]:
         """By name, the largest time of its own first.
+
+        Args:
+            until_ns: when the recording was told to end, if that is known. What goes on then is cut, and what
+                begins later is left out: torch gives an operator that is still open as its end when the trace
+                was put together, which may be half a second later.
 
         An operator whose one call is of the same name again (another overload of it) counts once with it, as
         in PyTorch's ``key_averages``.
         """
         if not self._rows:
             return []
-        thread, begin, end, name = np.frombuffer(self._rows, dtype=np.int64).reshape(-1, 4).T
+        rows = np.frombuffer(self._rows, dtype=np.int64).reshape(-1, 4)
+        if until_ns is not None:
+            rows = rows[rows[:, 1] < until_ns]
+        thread, begin, end, name = rows.T
+        if until_ns is not None:
+            end = np.minimum(end, until_ns)
         caller = _callers(thread, begin, end)
         calls = caller >= 0
         length = end - begin
@@ -51,6 +61,7 @@ class HostOperators:
                 self_seconds=float(own[index]) / 1e9,
             )
             for index in np.argsort(-own, kind="stable").tolist()
+            if count[index]
         ]
 
 

@@ -54,6 +54,8 @@ VLLM_STEP = re.compile(r"execute_(?:\d+_)?context_(\d+)\((?:sq)?(\d+)[^)]*\)_gen
 _DEVICE_MARKS = "gpu_user_annotation"
 #: A range of ours inside a torch profile.
 OWN_PREFIX = "llmprobe:"
+#: Until when we recorded: what torch says of operators after that may be wrong.
+RECORDED_UNTIL = "llmprobe:recorded_until"
 
 
 def read_kineto(path: Path) -> Trace:
@@ -116,6 +118,7 @@ class _Reader:
         self._has_operators = False
         self._device_names: dict[int, str] = {}
         self._version = ""
+        self._until: int | None = None
         self._events = 0
 
     def top_level(self, key: str, value: Any) -> None:
@@ -129,7 +132,11 @@ class _Reader:
 
     def take(self, event: Any) -> None:
         """One event of the list."""
-        if not isinstance(event, dict) or event.get("ph") != "X":
+        if not isinstance(event, dict):
+            return
+        if event.get("ph") == "i" and event.get("name") == RECORDED_UNTIL:
+            self._until = _ns(event.get("ts"))
+        if event.get("ph") != "X":
             return
         self._events += 1
         if self._events > MAX_EVENTS:
@@ -216,7 +223,7 @@ class _Reader:
             calls=plausible_spans(calls),
             device_ranges=_on_devices(self._steps.arrays(), device),
             implausible=implausible,
-            host_operators=self._operators.result() if self._has_operators else [],
+            host_operators=self._operators.result(self._until) if self._has_operators else [],
             # Without a GPU in the profile, kineto lists no devices.
             cuda_traced=bool(self._device_names) or len(begin) > 0 or len(call_begin) > 0,
         )

@@ -73,7 +73,9 @@ def choose_tool(
         return (safe or able)[0]
     why = reasons[wanted] if wanted != "auto" else "; ".join(f"{tool}: {reasons[tool]}" for tool in TOOLS)
     raise Refused(
-        "unavailable", f"No {wanted} capture: {why}.", "GET /api/captures says what each server has."
+        "unavailable",
+        f"No {wanted} capture: {why}.",
+        "`llmprobe status` and GET /api/captures say what each server has.",
     )
 
 
@@ -201,7 +203,7 @@ class Manager:
             raise Refused(
                 "busy",
                 f"Capture {other.id} of {other.server} is {other.state}; one runs at a time.",
-                "Wait for it, DELETE it, or send queue: true.",
+                "Wait for it, DELETE it, or let this one wait (queue: true, --queue).",
                 other.id,
             )
         if len(waiting) > _MOST_QUEUED:

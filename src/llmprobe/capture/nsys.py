@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 
 from llmprobe.capture.store import RAW, write_json
 from llmprobe.capture.tool import Interrupted, ToolError
-from llmprobe.capture.words import last_words
+from llmprobe.capture.words import exit_words, last_words
 from llmprobe.processors import own_group
 from llmprobe.record.agent_launch import agent_environment
 
@@ -318,7 +318,7 @@ def run_nsys(
         output.seek(max(0, output.seek(0, os.SEEK_END) - (64 << 10)))
         said = output.read().decode(errors="replace")
     if code != 0:
-        raise NsysError(f"{what} failed ({_status(code)}): {last_words(said) or 'it said nothing'}")
+        raise NsysError(f"{what} failed ({exit_words(code)}): {last_words(said) or 'it said nothing'}")
     return said
 
 
@@ -331,7 +331,3 @@ def _wait(child: subprocess.Popen[bytes], seconds: float, interrupted: Callable[
             raise Interrupted(what)
         if time.monotonic() > until:
             raise NsysError(f"{what} did not end within {seconds:g} s and was killed")
-
-
-def _status(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"

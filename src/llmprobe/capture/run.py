@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ from llmprobe.capture.store import (
 )
 from llmprobe.capture.tool import Interrupted, Tool, ToolError, Worker
 from llmprobe.capture.tools import make_tool
-from llmprobe.capture.words import last_words
+from llmprobe.capture.words import exit_words, last_words
 from llmprobe.record.agent_launch import agent_environment
 
 log = logging.getLogger("llmprobe.capture")
@@ -222,7 +223,10 @@ class Run:
                 if child.poll() is None:
                     child.kill()
         if child.returncode != 0:
-            raise Failed(f"the capture cannot be analysed: {said or f'exit status {child.returncode}'}")
+            why = said or exit_words(child.returncode)
+            if not said and child.returncode == -signal.SIGKILL:
+                why += ", as a system does that runs out of memory"
+            raise Failed(f"the capture cannot be analysed: {why}")
         self._keep_live("after")
         # Only now: a tool may have stopped the server while it wrote, and the server gets on since.
         if hung := self._hang():
@@ -338,6 +342,8 @@ class Run:
             self._quietly(self._tool.abandon)
         if state == "failed" and self.capture.state != "pending" and (hung := self._hang(wait=True)):
             reason = f"{reason}. {hung}"
+        if state == "failed" and (full := self._full()):
+            reason = f"{reason}. {full}"
         if self.capture.state != "pending":  # what is there then is another capture's
             self._quietly(self._tool.forget)
         self._store.tidy(self.capture.id, files=False)
@@ -350,6 +356,16 @@ class Run:
         self._entered(ended)
         self._quietly(lambda: self._store.trim(keep=ended.id))
         log.warning("capture %s of %s %s: %s", self.capture.id, self.capture.server, state, reason)
+
+    def _full(self) -> str | None:
+        """What to say if the disk is full: few tools do when they fail of it. Raises nothing."""
+        try:
+            free = self._store.free_bytes()
+        except OSError:
+            return None
+        if free >= STOP_FREE_BYTES:
+            return None
+        return f"{self._store.root} has {free >> 20} MiB free: make room"
 
     def _hang(self, *, wait: bool = False) -> str | None:
         """What to say if the server has not got on since it was recorded; may wait for signs of it.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmprobe.analysis.kineto import OWN_PREFIX, VLLM_STEP, trace_events
+from llmprobe.analysis.kineto import OWN_PREFIX, RECORDED_UNTIL, VLLM_STEP, trace_events
 from llmprobe.capture.scrub_database import function_name, kernel_name
 
 _ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
@@ -74,6 +74,8 @@ def _event(event: dict[str, Any]) -> dict[str, Any] | None:
     if phase in ("s", "f") and category == "ac2g":
         kept = {"ph": phase, "cat": "ac2g", "name": "ac2g", **_numbers(event, ("id", "pid", "tid", "ts"))}
         return {**kept, "bp": "e"} if phase == "f" else kept
+    if phase == "i" and name == RECORDED_UNTIL:
+        return {"ph": phase, "s": "g", "name": name, **_numbers(event, ("pid", "tid", "ts"))}
     if phase != "X" or not isinstance(name, str) or not isinstance(category, str):
         return None
     shown = _shown(category, name)

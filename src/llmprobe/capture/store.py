@@ -131,7 +131,8 @@ class Store:
             )
 
     def _unusable(self, what: str, error: OSError) -> StoreError:
-        why = os.strerror(error.errno or 0)
+        no_folder = error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP)
+        why = "that is no folder" if no_folder else os.strerror(error.errno or 0)
         hint = "set LLMPROBE_CAPTURE_DIR to a folder that the server's user may write, and start it again"
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             hint = f"mount a writable volume at {self.root}, or {hint}"

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import signal
 
 _MOST_CHARS = 400
 _PROGRESS = re.compile(r"\[\d+/\d+\]|\[=*\s*\d+%|\d+%\s*\]|^Processing \d+ events")
+
+
+def exit_words(code: int) -> str:
+    """How a process ended, by its exit status as `subprocess` gives it."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def last_words(output: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from llmprobe.analysis import read_trace
 from llmprobe.analysis.events import AnalysisError, Trace
 from llmprobe.analysis.kernel_file import write_kernels
-from llmprobe.analysis.kineto import OWN_PREFIX
+from llmprobe.analysis.kineto import OWN_PREFIX, RECORDED_UNTIL
 from llmprobe.capture.asking import RAW_PREFIX
 from llmprobe.capture.scrub import scrub
 from llmprobe.capture.scrub_database import kernel_name
@@ -107,6 +107,8 @@ def _torch(raw: Path, target: Path, facts: dict[str, Any], steps: np.ndarray) ->
     to_real = _to_real(facts["clocks"])
 
     def events(base_ns: int) -> Iterator[dict[str, Any]]:
+        until = (to_real(facts["end_ns"]) - base_ns) / 1000
+        yield {"ph": "i", "s": "g", "name": RECORDED_UNTIL, **_ROW, "ts": until}
         for begin, end, name, tokens in ranges.tolist():
             at = to_real(begin)
             yield {

@@ -57,7 +57,10 @@ def unavailable(cuda: bool) -> str | None:
         cuda: whether the process drives a CUDA device.
     """
     if tool := injected():
-        return f"a profiler was injected into this process ({tool}): it holds CUPTI, and serves all captures"
+        return (
+            f"a profiler was injected into this process ({tool}) and holds CUPTI: "
+            "one started by `llmprobe run --nsys` is captured with nsys"
+        )
     torch = sys.modules.get("torch")
     if torch is None:
         return "this process has no torch"

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from llmprobe.analysis import AnalysisError, analyze, json_stream
 from llmprobe.analysis.json_stream import Document
+from llmprobe.analysis.kineto import RECORDED_UNTIL
 from llmprobe.analysis.text import render
+from llmprobe.capture.scrub import scrub
 
 from .kineto_file import KinetoFile, decoding
 
@@ -161,6 +163,34 @@ def test_a_trace_of_torch_without_phases_is_not_told_of_nvtx(tmp_path: Path) -> 
     text = analyze(decoding(3, "something").write(tmp_path / "a.json")).to_text()
     assert "no phases marked" in text
     assert "NVTX" not in text
+
+
+def test_operators_end_where_the_recording_did(tmp_path: Path) -> None:
+    """torch gives what is still open then as its end when it put the trace together, long after."""
+    file = decoding(3, "llmprobe:decode")
+    for name, begin, length in (
+        ("aten::whole", 100.0, 50.0),
+        ("aten::cut", 180.0, 700_000.0),
+        ("aten::inside", 190.0, 5.0),
+        ("aten::later", 210.0, 600_000.0),
+    ):
+        file.event("cpu_op", name, begin, length, 101)
+    file.event("cpu_op", RECORDED_UNTIL, 0.0, 1.0, 102)
+    mark = file.events.pop()
+    without = analyze(file.write(tmp_path / "a.json"))
+    file.events.append(
+        {key: mark[key] for key in ("name", "pid", "tid")} | {"ph": "i", "ts": mark["ts"] + 200.0}
+    )
+    found = analyze(file.write(tmp_path / "b.json"))
+    mine = {row.name: (row.count, row.seconds, row.self_seconds) for row in found.host_operators}
+    near = pytest.approx
+    assert mine["aten::whole"] == (1, near(50e-6), near(50e-6))
+    assert mine["aten::cut"] == (1, near(20e-6), near(15e-6))
+    assert "aten::later" not in mine
+    assert max(row.seconds for row in without.host_operators) > 0.6
+    assert found.phases == without.phases
+    scrub(tmp_path / "b.json", tmp_path / "c.json.gz")
+    assert analyze(tmp_path / "c.json.gz").host_operators == found.host_operators
 
 
 def test_where_both_mark_our_own_ranges_count(tmp_path: Path) -> None:

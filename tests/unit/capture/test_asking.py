@@ -156,6 +156,9 @@ def test_a_cpu_device_shows_its_steps_without_a_gpu(
     events = json.loads(gzip.decompress((store.folder(done.id) / "torch-rank0.json.gz").read_bytes()))
     marks = [event for event in events["traceEvents"] if event["name"] == "llmprobe:decode"]
     assert [event["cat"] for event in marks] == ["user_annotation"] * 4
+    (until_when,) = [event for event in events["traceEvents"] if event["ph"] == "i"]
+    assert until_when["name"] == "llmprobe:recorded_until"
+    assert until_when["ts"] >= max(event["ts"] + event["dur"] for event in marks)
 
 
 @pytest.mark.parametrize("tool", ["kernels", "torch"])

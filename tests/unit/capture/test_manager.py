@@ -114,6 +114,16 @@ def test_a_failed_start_ends_with_the_words_of_nsys(
     assert manager.ended[("nsys", "failed")] == 1
 
 
+def test_what_fails_while_the_disk_is_full_says_so(
+    manager: Manager, nsys: ScriptedNsys, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nsys.does("silent-stop", "")
+    monkeypatch.setattr(run, "STOP_FREE_BYTES", 1 << 62)
+    failed = until(manager, manager.request("g", "s", ask()), "failed")
+    assert f"{store.root} has" in (failed.reason or "")
+    assert "MiB free: make room" in (failed.reason or "")
+
+
 @pytest.mark.parametrize(
     ("what", "words", "reason"),
     [

@@ -209,6 +209,16 @@ def test_a_directory_that_cannot_be_made_names_itself_and_the_variable(tmp_path:
         store(tmp_path / "file")
 
 
+def test_what_is_no_folder_is_said(tmp_path: Path) -> None:
+    (tmp_path / "captures").touch()
+    with pytest.raises(StoreError, match="captures: that is no folder"):
+        store(tmp_path)
+    (tmp_path / "captures").unlink()
+    (tmp_path / "captures").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="captures: that is no folder"):
+        store(tmp_path)
+
+
 def test_a_read_only_directory_is_said() -> None:
     with pytest.raises(StoreError, match="mount a writable volume at /sys/captures"):
         store(Path("/sys"))
