@@ -24,6 +24,7 @@ from llmprobe.cli.output import err, out, print_json
 _POST_SECONDS = 30.0
 _FETCH_SECONDS = 300.0
 _MOST_REPORT_BYTES = 64 << 20
+_HELP = "`llmprobe capture --help` says what is allowed."
 
 EPILOG = """Examples:
 
@@ -166,7 +167,9 @@ def _said(target: Target, status: int, answer: Any) -> str:
             "`token` of LLMPROBE_DIR, or in LLMPROBE_TOKEN_FILE, from its node"
         )
     if isinstance(answer, dict) and {"detail", "next"} <= answer.keys():
-        return f"{answer['detail']} {answer['next']}"
+        next_step = str(answer["next"])
+        # That is for who writes requests.
+        return f"{answer['detail']} {_HELP if '/openapi.json' in next_step else next_step}"
     return str(target.agent.foreign(f"it answers {status}"))  # such as the engine, on its own port
 
 
@@ -242,7 +245,8 @@ def _show(followed: list[Followed], as_json: bool) -> None:
     for one in followed:
         where = f"{one.agent.name}: " if several else ""
         if one.error:
-            typer.echo(plain(f"llmprobe: {where}{one.error}"), err=True)
+            told = where if not one.error.startswith(one.agent.name) else ""  # twice is no clearer
+            typer.echo(plain(f"llmprobe: {told}{one.error}"), err=True)
         elif not as_json and one.folder is not None:
             if where:
                 typer.echo(where)

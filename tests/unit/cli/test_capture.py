@@ -201,10 +201,23 @@ def test_what_no_agent_takes_is_wrong_usage(
     nodes[1].begun = (422, {"detail": "tool: no such tool, not 'foo'.", "next": "See there."})
     result = run(tmp_path, "--target", nodes[1].node, "--token-file", token, "--tool", "foo")
     assert result.exit_code == 2
-    assert "not 'foo'" in result.stderr
+    assert "not 'foo'. See there." in result.stderr
+    nodes[1].begun = (422, {"detail": "steps: 0.", "next": "See GET /openapi.json for what is allowed."})
+    result = run(tmp_path, "--target", nodes[1].node, "--token-file", token, "--steps", "0")
+    assert (
+        result.stderr.split() == "llmprobe: steps: 0. `llmprobe capture --help` says what is allowed.".split()
+    )
     nodes[0].begun = (409, {"detail": "It is busy.", "next": "Wait."})
     targets = [word for node in nodes for word in ("--target", node.node)]
     assert run(tmp_path, *targets, "--token-file", token).exit_code == 1
+
+
+def test_of_several_one_that_does_not_answer_is_named_once(
+    nodes: tuple[Elsewhere, Elsewhere], token: Path, tmp_path: Path
+) -> None:
+    targets = ("--target", nodes[0].node, "--target", "127.0.0.1:9")
+    result = run(tmp_path, *targets, "--token-file", token)
+    assert "llmprobe: 127.0.0.1:9 does not answer" in result.stderr
 
 
 def test_an_engine_that_is_taken_for_an_agent_is_said(node: Elsewhere, token: Path, tmp_path: Path) -> None:
