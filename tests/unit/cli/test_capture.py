@@ -204,9 +204,8 @@ def test_what_no_agent_takes_is_wrong_usage(
     assert "not 'foo'. See there." in result.stderr
     nodes[1].begun = (422, {"detail": "steps: 0.", "next": "See GET /openapi.json for what is allowed."})
     result = run(tmp_path, "--target", nodes[1].node, "--token-file", token, "--steps", "0")
-    assert (
-        result.stderr.split() == "llmprobe: steps: 0. `llmprobe capture --help` says what is allowed.".split()
-    )
+    said = " ".join(result.stderr.split())
+    assert said == "llmprobe: steps: 0. `llmprobe capture --help` says what is allowed."
     nodes[0].begun = (409, {"detail": "It is busy.", "next": "Wait."})
     targets = [word for node in nodes for word in ("--target", node.node)]
     assert run(tmp_path, *targets, "--token-file", token).exit_code == 1
