@@ -194,3 +194,12 @@ def test_a_stalled_rank_is_shown_as_1() -> None:
     stall = Stall("step", 0, 40.0, Bound(10.0, "made up"), 7, "decode", 4, ())
     assert value(samples(server(ranks=[rank(stall=stall)])), "llmprobe_step_stalled") == 1
     assert value(samples(server()), "llmprobe_step_stalled") == 0
+
+
+def test_what_llmprobe_itself_takes_is_told_by_where() -> None:
+    shown = samples(server())
+    taken = {
+        where: value(shown, "llmprobe_self_seconds_total", where=where)
+        for where in ("step", "thread", "frontend", "frontend_thread")
+    }
+    assert taken == {"step": 0.125, "thread": 0.0625, "frontend": 0.25, "frontend_thread": 0.5}
