@@ -27,13 +27,13 @@ class HostOperators:
     def result(self, until_ns: int | None = None) -> list[HostOperator]:
         """By name, the largest time of its own first.
 
+        An operator whose one call is of the same name again (another overload of it) counts once with it, as
+        in PyTorch's ``key_averages``.
+
         Args:
             until_ns: when the recording was told to end, if that is known. What goes on then is cut, and what
                 begins later is left out: torch gives an operator that is still open as its end when the trace
                 was put together, which may be half a second later.
-
-        An operator whose one call is of the same name again (another overload of it) counts once with it, as
-        in PyTorch's ``key_averages``.
         """
         if not self._rows:
             return []

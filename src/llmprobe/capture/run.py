@@ -340,10 +340,9 @@ class Run:
             return  # it has ended already; what failed was of no matter to it
         if self.capture.state in ("recording", "importing"):
             self._quietly(self._tool.abandon)
-        if state == "failed" and self.capture.state != "pending" and (hung := self._hang(wait=True)):
-            reason = f"{reason}. {hung}"
-        if state == "failed" and (full := self._full()):
-            reason = f"{reason}. {full}"
+        if state == "failed" and self.capture.state != "pending":
+            for more in (self._hang(wait=True), self._full()):
+                reason = f"{reason}. {more}" if more else reason
         if self.capture.state != "pending":  # what is there then is another capture's
             self._quietly(self._tool.forget)
         self._store.tidy(self.capture.id, files=False)

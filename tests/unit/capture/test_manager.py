@@ -122,6 +122,10 @@ def test_what_fails_while_the_disk_is_full_says_so(
     failed = until(manager, manager.request("g", "s", ask()), "failed")
     assert f"{store.root} has" in (failed.reason or "")
     assert "MiB free: make room" in (failed.reason or "")
+    waited = Request("nsys", 1.0, None, when="sync_gap_ratio > 0.99", wait_seconds=0.1)
+    failed = until(manager, manager.request("g", "s", waited), "failed")
+    assert "did not come true" in (failed.reason or "")
+    assert "make room" not in (failed.reason or "")  # it had recorded nothing yet
 
 
 @pytest.mark.parametrize(
