@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from llmprobe.record.layout import Clock
@@ -45,6 +45,8 @@ class Stamps:
     # For the hooks; beside `payload`, because a tuple more a step is one more for the collection of garbage.
     flags = 0  #: `llmprobe.record.layout.Flag`
     own_ns = 0  #: llmprobe's own host time in the step.
+    taken = False
+    next: Stamps | None = None  #: See `StepClock.ring`.
 
     @property
     def times(self) -> tuple[int, int, int, int]:
@@ -57,6 +59,46 @@ class Stamps:
         return e0, e1, e2 or e1, e3
 
 
+def blank() -> Stamps:
+    """Stamps for a pool. What a step sets has its place from the start: CPython makes each of many objects a
+    dictionary of its own for names that come later."""
+    stamps = Stamps()
+    stamps.stream, stamps.flags, stamps.own_ns, stamps.next = None, 0, 0, None
+    clear(stamps)
+    return stamps
+
+
+def clear(stamps: Stamps) -> None:
+    """The step is read: make its stamps those of the next one."""
+    stamps.payload = None
+    stamps.ns = [0, 0, 0, 0]
+    stamps.marked = 0
+    stamps.restarted = False
+    stamps.encode_ns = 0
+    stamps.taken = False  # last: from here on another thread may take them
+
+
+def link(pool: Sequence[Stamps]) -> None:
+    """Make a ring of a pool, in its order."""
+    for stamps, behind in zip(pool, (*pool[1:], pool[0]), strict=True):
+        stamps.next = behind
+
+
+#: Among finished steps: here some are missing, and how long the gap before the next one was is not known. So
+#: that who takes stamps need not look for it.
+HOLE = Stamps()
+
+
+def leave_hole(finished: deque[Stamps]) -> None:
+    """Put a `HOLE` behind the last finished step, unless there is one."""
+    try:
+        if finished[-1] is HOLE:
+            return
+    except IndexError:
+        pass
+    finished.append(HOLE)
+
+
 class StepClock(Protocol):
     """What hooks stamp steps with. Methods are safe in several threads and never block."""
 
@@ -66,6 +108,8 @@ class StepClock(Protocol):
     elsewhere: bool  #: whether another thread may `harvest` while the engine's works
     #: Whether a mark is just the host's time: who has just read it may put it into `Stamps.ns` himself.
     immediate: bool
+    #: What `mark` calls with an event of `Stamps.events` and `Stamps.stream`, if a mark is an event.
+    record: Callable[[Any, Any], None] | None
 
     @property
     def crowded(self) -> bool:
@@ -73,6 +117,14 @@ class StepClock(Protocol):
 
     def begin(self, payload: Any) -> Stamps | None:
         """Stamps for a new step, or None when all are in flight. ``payload`` comes back from `harvest`."""
+
+    def ring(self) -> Stamps:
+        """One of all stamps, which `Stamps.next` links in a ring from now on: for an only thread that takes
+        them by itself, in turn, and then never calls `begin`.
+
+        It sets ``taken`` and ``payload`` of the next one, unless that is taken still: then all are in flight,
+        and it counts the step in `dropped` and calls `restart`.
+        """
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """Stamp time ``index`` (0 to 3) of the step, at this place in the device's queue of work."""
@@ -104,12 +156,13 @@ class HostClock:
     kind = int(Clock.HOST)
     elsewhere = True
     immediate = True
+    record: Callable[[Any, Any], None] | None = None
 
     def __init__(self) -> None:
         self.dropped = 0
-        self._restarted = True
-        self._lost = False  # the last step looked at was dropped
+        self._lost = True  # the step before the next one is not known
         self._done: deque[Stamps] = deque(maxlen=HOST_STEPS_KEPT)
+        self._in_ring: list[Stamps] = []  # of those harvested last
         #: See `StepClock.finish`.
         self.finish: Callable[[Stamps], None] = self._done.append
 
@@ -118,10 +171,13 @@ class HostClock:
         stamps = Stamps()
         stamps.ns = [0, 0, 0, 0]
         stamps.payload = payload
-        if self._restarted:
-            stamps.restarted = True
-            self._restarted = False
         return stamps
+
+    def ring(self) -> Stamps:
+        """See `StepClock.ring`."""
+        made = [blank() for _ in range(HOST_STEPS_KEPT)]
+        link(made)
+        return made[0]
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`."""
@@ -139,7 +195,12 @@ class HostClock:
 
     def discard(self, stamps: Stamps) -> None:
         """See `StepClock.discard`."""
-        self._restarted = True
+        leave_hole(self._done)
+        self._give_back(stamps)
+
+    def _give_back(self, stamps: Stamps) -> None:
+        if stamps.next is not None:
+            clear(stamps)
 
     @property
     def crowded(self) -> bool:
@@ -148,13 +209,20 @@ class HostClock:
 
     def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
         """See `StepClock.harvest`: everything finished so far."""
+        for stamps in self._in_ring:
+            self._give_back(stamps)
         done: list[Stamps] = []
+        self._in_ring = done
         try:
             while len(done) < most:
                 stamps = self._done.popleft()
+                if stamps is HOLE:
+                    self._lost = True
+                    continue
                 if not (stamps.ns[0] and stamps.ns[3]):
                     self.dropped += 1
                     self._lost = True
+                    self._give_back(stamps)
                     continue
                 if self._lost:
                     self._lost = False
@@ -166,4 +234,4 @@ class HostClock:
 
     def restart(self) -> None:
         """See `StepClock.restart`."""
-        self._restarted = True
+        leave_hole(self._done)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from llmprobe.record.clock import Stamps
+from llmprobe.record.clock import HOLE, Stamps, blank, clear, leave_hole, link
 from llmprobe.record.layout import Clock
 
 _monotonic_ns = time.monotonic_ns
@@ -56,22 +56,18 @@ class CudaClock:
             self._capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", self._capturing)
         self._free: deque[Stamps] = deque()
         for _ in range(pool_size):
-            stamps = Stamps()
+            stamps = blank()
             stamps.events = [self._new_event() for _ in range(4)]
-            # What a step sets has its place from the start: CPython makes each of many objects a dictionary
-            # of its own for names that come later.
-            stamps.stream, stamps.flags, stamps.own_ns = None, 0, 0
-            self._give_back(stamps)
-        self._few = pool_size // 4
+            self._free.append(stamps)
+        self._many = pool_size - pool_size // 4
         #: For encoders; made when they are needed, so that a model without one pays for none.
         self._free_events: deque[Any] = deque(maxlen=2 * pool_size)
         self._flying: deque[Stamps] = deque()
-        self._lost = False  # the last step looked at was dropped
+        self._lost = True  # the step before the next one is not known
         #: See `StepClock.finish`.
         self.finish: Callable[[Stamps], None] = self._flying.append
         self._harvested: list[Stamps] = []
         self._harvesting = threading.Lock()  # only ever tried, never waited for
-        self._restarted = True
         self._last_event: Any = None  # the event of the last harvested step's end ...
         self._last_ns = 0  # ... and when that was
         self._home = threading.get_ident()
@@ -81,7 +77,10 @@ class CudaClock:
         # microseconds a mark. Where its parts below them are known, those are used.
         event = self._free[0].events[0]
         base = getattr(torch._C, "_CudaEventBase", type(event))
-        self._record = (base if isinstance(event, base) else type(event)).record
+        below = base if isinstance(event, base) else type(event)
+        #: See `StepClock.record`. Nothing may be captured into a graph meanwhile.
+        self.record: Callable[[Any, Any], None] | None = below.record
+        self._record, self._done, self._elapsed_ms = below.record, below.query, below.elapsed_time
         self._index = None if device is None else torch.device(device).index
         self._raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
         if self._index is None:
@@ -92,15 +91,12 @@ class CudaClock:
         return self._cuda.Event(enable_timing=True)
 
     def _give_back(self, stamps: Stamps) -> None:
-        stamps.payload = None
-        stamps.ns = [0, 0, 0, 0]
-        stamps.marked = 0
-        stamps.restarted = False
-        stamps.encode_ns = 0
         if stamps.encodes:
             self._free_events.extend(stamps.encodes)
             stamps.encodes = ()
-        self._free.append(stamps)
+        clear(stamps)
+        if stamps.next is None:
+            self._free.append(stamps)
 
     def begin(self, payload: Any) -> Stamps | None:
         """See `StepClock.begin`."""
@@ -108,13 +104,17 @@ class CudaClock:
             stamps = self._free.pop()  # used a moment ago: what the driver keeps of its events may be cached
         except IndexError:
             self.dropped += 1
-            self._restarted = True
+            leave_hole(self._flying)
             return None
         stamps.payload = payload
-        if self._restarted:
-            stamps.restarted = True
-            self._restarted = False
         return stamps
+
+    def ring(self) -> Stamps:
+        """See `StepClock.ring`."""
+        link(self._free)
+        first = self._free[0]
+        self._free.clear()
+        return first
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`. If ``in_captures``, nothing while the stream is captured into a graph."""
@@ -161,13 +161,13 @@ class CudaClock:
 
     def discard(self, stamps: Stamps) -> None:
         """See `StepClock.discard`."""
-        self._restarted = True
+        leave_hole(self._flying)
         self._give_back(stamps)
 
     @property
     def crowded(self) -> bool:
         """See `StepClock.crowded`."""
-        return not self.elsewhere or len(self._free) < self._few
+        return not self.elsewhere or len(self._flying) + len(self._harvested) > self._many
 
     def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
         """See `StepClock.harvest`. Empty while another thread harvests, or a CUDA graph is captured.
@@ -187,11 +187,15 @@ class CudaClock:
             done = self._newest_done(most)
             while len(self._harvested) < most and self._flying:
                 stamps = self._flying[0]
+                if stamps is HOLE:
+                    self._flying.popleft()
+                    self._lost = True
+                    continue
                 whole = _whole(stamps)
                 try:
                     if whole:
                         if done is None or not (stamps.stream is done.stream or stamps.stream == done.stream):
-                            if not stamps.events[3].query():
+                            if not self._done(stamps.events[3]):
                                 break
                         elif stamps is done:
                             done = None  # those behind it have to be asked
@@ -229,7 +233,7 @@ class CudaClock:
         for index in range(last, max(last - _LOOKED_BACK, 0), -1):  # the oldest is asked anyway
             stamps = self._flying[index]
             try:
-                if _whole(stamps) and stamps.events[3].query():
+                if _whole(stamps) and self._done(stamps.events[3]):
                     return stamps
             except Exception:  # noqa: BLE001 - it raises again when its turn comes
                 continue
@@ -242,7 +246,7 @@ class CudaClock:
 
     def restart(self) -> None:
         """See `StepClock.restart`."""
-        self._restarted = True
+        leave_hole(self._flying)
 
     def _visit(self) -> None:
         """Prepare a thread that is not the engine's."""
@@ -258,24 +262,25 @@ class CudaClock:
         """Replace the host's times of the marks by the device's."""
         seen = _monotonic_ns()
         e0, e1, e2, e3 = stamps.events
+        elapsed_ms = self._elapsed_ms
         recorded = stamps.ns[0]
         start = recorded
         if self._last_event is not None:
-            start = max(recorded, self._last_ns + _ns(self._last_event.elapsed_time(e0)))
-        span = _ns(e0.elapsed_time(e3))
+            start = max(recorded, self._last_ns + _ns(elapsed_ms(self._last_event, e0)))
+        span = _ns(elapsed_ms(e0, e3))
         if start + span > seen:
             start = max(seen - span, recorded)
         marked = stamps.marked
-        forward = start + _ns(e0.elapsed_time(e1)) if marked & 2 else 0
-        sample = start + _ns(e0.elapsed_time(e2)) if marked & 4 else 0
+        forward = start + _ns(elapsed_ms(e0, e1)) if marked & 2 else 0
+        sample = start + _ns(elapsed_ms(e0, e2)) if marked & 4 else 0
         stamps.ns = [start, forward, sample, start + span]
         # On the same stream it is done with the step. Elsewhere it may not be, and asking would raise.
         if stamps.encodes:
             encodes = iter(stamps.encodes)
             stamps.encode_ns = sum(
-                _ns(begin.elapsed_time(end))
+                _ns(elapsed_ms(begin, end))
                 for begin, end in zip(encodes, encodes, strict=False)
-                if end.query()
+                if self._done(end)
             )
         self._last_ns = start + span
         # The pooled event would be recorded anew before the next step is placed against it: swap it out.

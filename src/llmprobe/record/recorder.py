@@ -19,6 +19,8 @@ from llmprobe.record import layout
 from llmprobe.record.events import CountedStep, JournalEvents
 from llmprobe.record.journal import JournalWriter
 
+#: Number, time, phase and tokens of the step that began last.
+Latest = tuple[int, int, int, int]
 _QUEUE_LIMIT = 4096
 _GIVEN_UP_KEPT = 64  # the last ones are the highest
 _LOAD_EVERY_NS = 50_000_000  # twice between two looks of the agent
@@ -40,9 +42,10 @@ class Recorder:
         self._busy = threading.Lock()  # only ever tried, never waited for
         self.closed = False
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque(maxlen=_QUEUE_LIMIT)
-        #: Number, time, phase and tokens of the step that began last. An engine's hook may set it instead of
-        #: calling `begin`, with the next number.
-        self.latest = (0, 0, 0, 0)
+        #: An engine's hook may number its steps itself, from `begun` on, instead of calling `begin`: each of
+        #: those says here which one began last.
+        self.engines: list[Callable[[], Latest]] = []
+        self._latest: Latest = (0, 0, 0, 0)
         self._given_up: deque[int] = deque(maxlen=_GIVEN_UP_KEPT)
         self._described = (0, 0, 0)
         self._published = (0, 0, 0)
@@ -82,9 +85,20 @@ class Recorder:
             self.writer.close(remove=remove)
 
     @property
+    def latest(self) -> Latest:
+        """The step that began last."""
+        return max(self._latest, *(engine() for engine in self.engines)) if self.engines else self._latest
+
+    @property
     def begun(self) -> int:
         """How many steps began so far."""
         return self.latest[0]
+
+    def gone(self, engine: Callable[[], Latest]) -> None:
+        """One of `engines` begins no more steps."""
+        if engine in self.engines:
+            self._latest = self.latest
+            self.engines.remove(engine)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -103,7 +117,7 @@ class Recorder:
         stalled engine from an idle one. ``phase`` may be `layout.UNKNOWN_PHASE` until `describe` tells it.
         """
         number = self.latest[0] + 1
-        self.latest = (number, time_ns, phase, tokens)
+        self._latest = (number, time_ns, phase, tokens)
         return number
 
     def describe(self, number: int, phase: int, tokens: int) -> None:

@@ -8,6 +8,7 @@ read better as calls, and note references; see docs/decisions/what-the-step-path
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from llmprobe.hooks.probe import Probe
@@ -18,7 +19,7 @@ from llmprobe.hooks.vllm.unread import FORGET, NO_ROW
 from llmprobe.record.clock import Stamps, StepClock
 from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
-from llmprobe.record.recorder import Recorder
+from llmprobe.record.recorder import Latest, Recorder
 
 _now = time.monotonic_ns
 #: Steps wait for the housekeeping thread. After so many without it the step path looks whether they get too
@@ -67,6 +68,10 @@ class StepPath:
         self._parts = True
         self._stamps: Stamps | None = None  # of the open step
         self._row = NO_ROW  # of the step that began last
+        # Of the clock and the recorder, bound once (`use`): so that no step has to look at those.
+        self._next: Stamps  # in the ring of the clock's
+        self._finish: Callable[[Stamps], None]
+        self._record: Callable[[Any, Any], None] | None = None
         self._own = 0
         self._unseen = 0  # about so many steps since `write` came by
         self._unseen_most = UNSEEN_AT_MOST
@@ -111,25 +116,25 @@ class StepPath:
                 counts = None
         except AttributeError:  # 0.11; what is missing otherwise is told of where it is read
             ids, computed, whole = None, None, cached
-        clock, recorder = self._clock, self._recorder
-        if clock is None or recorder is None:
+        if self._clock is None:
             return
-        stamps = clock.begin(None)
-        number = recorder.latest[0] + 1
-        recorder.latest = number, entered, UNKNOWN_PHASE, total if total > 0 else 0
+        number = self._row[0] + 1
         row = number, entered, finished, total, ids, computed, counts, new, drafts, whole
         self._rows.append(row)
-        if stamps is None:
-            recorder.abandon(number)
-            self._lend_a_hand()
+        self._row = row
+        stamps = self._next
+        if stamps.taken:
+            self._none_left()
             return
-        self._marked = False
+        stamps.taken = True
         stamps.payload = row
-        self._stamps, self._row = stamps, row  # from here on, `abandon` gives back what is held
+        self._next = stamps.next  # type: ignore[assignment]
+        self._stamps = stamps  # from here on, `abandon` gives it back
+        self._marked = False
         if self._nvtx is not None:
             batch = self._unread.batch(row) or DUMMY
             self._nvtx.begin(PHASES[batch.phase], batch.tokens)
-            recorder.latest = number, entered, batch.phase, batch.tokens
+            self._recorder.describe(number, batch.phase, batch.tokens)  # type: ignore[union-attr]
         if not self._immediate:
             self._parts = number % _PARTS_EVERY == 0
         self._running.steps = self
@@ -184,6 +189,8 @@ class StepPath:
 
     def forward_end(self, output: Any) -> None:
         """``execute_model`` returned; with an output, no sampling call follows and the step ends with it."""
+        if not self._parts and self._unseen <= self._unseen_most and self._nvtx is None and output is None:
+            return  # nothing to stamp; whether the step is stale, its end looks at
         entered = _now()
         stamps = self._stamps
         if stamps is None:
@@ -198,7 +205,6 @@ class StepPath:
         if self._nvtx is not None:
             self._nvtx.part(None)
         # Here a device has just been given its work, whether or not steps overlap.
-        self._unseen += 1
         if self._unseen > self._unseen_most:
             self._lend_a_hand()
         self._own += _now() - entered
@@ -243,27 +249,31 @@ class StepPath:
         if self._immediate:
             stamps.ns[3] = entered
         else:
-            clock.mark(stamps, 3)
+            if self._record is None or not stamps.marked:
+                clock.mark(stamps, 3)
+            else:  # the same
+                self._record(stamps.events[3], stamps.stream)
+                stamps.marked |= 8
             if not self._parts:
                 flags |= _NO_PARTS
         self._stamps = None
+        self._unseen += 1
         if self._nvtx is not None:
             self._nvtx.end()
         # Before the clock has it: from then on another thread may write it.
         stamps.flags = flags
         stamps.own_ns = self._own + _now() - entered
         self._own = 0
-        clock.finish(stamps)
+        self._finish(stamps)
 
     def dummy_end(self, output: Any) -> None:
         """``execute_dummy_batch`` returned."""
         self.sample_end(None, _NO_SAMPLE)
-        # As `forward_end`, which it does not come by. This time is booked on the next step.
-        entered = _now()
-        self._unseen += 1
         if self._unseen > self._unseen_most:
+            # As `forward_end`, which it does not come by. This time is booked on the next step.
+            entered = _now()
             self._lend_a_hand()
-        self._own += _now() - entered
+            self._own += _now() - entered
 
     def abandon(self) -> None:
         """The host's own call raised, or the model never ran: close the NVTX range and forget the step."""
@@ -319,6 +329,20 @@ class StepPath:
         if self._clock is not None:
             self._clock.restart()
         return True
+
+    def latest(self) -> Latest:
+        """The step that began last; see `Recorder.engines`. Any thread may ask."""
+        number, time_ns, _, total, *_ = self._row
+        return number, time_ns, UNKNOWN_PHASE, max(total, 0)
+
+    def _none_left(self) -> None:
+        """A step began, and all stamps are in flight."""
+        clock, recorder = self._clock, self._recorder
+        if clock is not None and recorder is not None:
+            clock.dropped += 1
+            clock.restart()
+            recorder.abandon(self._row[0])
+            self._lend_a_hand()
 
     def _lend_a_hand(self) -> None:
         """The housekeeping thread has not come for long: see that nothing is lost."""

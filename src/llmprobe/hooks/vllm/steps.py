@@ -12,6 +12,7 @@ from typing import Any
 
 from llmprobe.hooks.vllm import facts, seams
 from llmprobe.hooks.vllm.step_path import SEAM_MISSED_AT_MOST, UNSEEN_AT_MOST, StepPath
+from llmprobe.hooks.vllm.unread import NO_ROW
 from llmprobe.hooks.vllm.worker_facts import worker_facts
 from llmprobe.record.clock import StepClock
 from llmprobe.record.clocks import no_clock, step_clock
@@ -82,10 +83,15 @@ class WorkerSteps(StepPath):
             seam: where a forward starts.
             encoder: what runs before it in a multimodal model.
         """
+        if self._recorder is not None:
+            self._recorder.gone(self.latest)
         self._clock, self._recorder, self._seam = clock, recorder, seam
+        self._next, self._finish, self._record = clock.ring(), clock.finish, clock.record
+        self._row = (recorder.begun, *NO_ROW[1:])  # numbers go on from there
+        recorder.engines.append(self.latest)
         self._home = threading.get_ident()
         self._immediate = self._parts = clock.immediate
-        self._unseen_most = UNSEEN_AT_MOST if clock.elsewhere else 0
+        self._unseen_most = UNSEEN_AT_MOST if clock.elsewhere else -1
         self._seam_missed = 0, 0
         self._records.use(clock, recorder)
         running = self._running
@@ -105,6 +111,8 @@ class WorkerSteps(StepPath):
         if here and recorder is not None and not recorder.closed:
             self._probe.guard.call("vllm.forget", self.write)
         self.armed = False
+        if recorder is not None:
+            recorder.gone(self.latest)
         if self._running.steps is self:
             self._running.steps = None
         probe = self._probe
