@@ -20,7 +20,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any, Protocol
 
 from llmprobe.record.layout import Clock
@@ -78,10 +79,12 @@ def clear(stamps: Stamps) -> None:
     stamps.taken = False  # last: from here on another thread may take them
 
 
-def link(pool: Sequence[Stamps]) -> None:
-    """Make a ring of a pool, in its order."""
-    for stamps, behind in zip(pool, (*pool[1:], pool[0]), strict=True):
+def link(pool: Iterable[Stamps]) -> Stamps:
+    """Make a ring of a pool, in its order; returns the first."""
+    first, *others = pool
+    for stamps, behind in pairwise((first, *others, first)):
         stamps.next = behind
+    return first
 
 
 #: Among finished steps: here some are missing, and how long the gap before the next one was is not known. So
@@ -175,9 +178,7 @@ class HostClock:
 
     def ring(self) -> Stamps:
         """See `StepClock.ring`."""
-        made = [blank() for _ in range(HOST_STEPS_KEPT)]
-        link(made)
-        return made[0]
+        return link(blank() for _ in range(HOST_STEPS_KEPT))
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`."""

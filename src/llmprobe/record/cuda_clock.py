@@ -111,8 +111,7 @@ class CudaClock:
 
     def ring(self) -> Stamps:
         """See `StepClock.ring`."""
-        link(self._free)
-        first = self._free[0]
+        first = link(self._free)
         self._free.clear()
         return first
 

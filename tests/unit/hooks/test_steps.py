@@ -319,8 +319,7 @@ class Pooled(HostClock):
         self._pool = [blank() for _ in range(pool)]
 
     def ring(self) -> Stamps:
-        link(self._pool)
-        return self._pool[0]
+        return link(self._pool)
 
 
 def dummy(rig: Rig) -> None:

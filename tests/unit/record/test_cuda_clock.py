@@ -13,80 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprobe.record import cuda_clock
 from llmprobe.record.clock import Stamps
 from llmprobe.record.cuda_clock import CudaClock
 
-
-class Device:
-    """A device that runs ``speed`` times as fast as the host's clock says and is some way behind it."""
-
-    def __init__(self, speed: float = 1.0) -> None:
-        self.host_ns = 1_000_000_000
-        self.busy_until = 0.0  # device time, host nanoseconds
-        self.capturing = False
-        self.speed = speed
-        self.queries = 0
-        self.refused = 0  # times asked for of what is not done
-        self.chosen: list[tuple[bool, Any]] = []  # in another thread, the device made current there
-
-    def monotonic_ns(self) -> int:
-        return self.host_ns
-
-    def work(self, nanoseconds: int) -> None:
-        self.busy_until = max(self.busy_until, self.host_ns) + nanoseconds
-
-    # What CudaClock uses of torch.cuda:
-
-    def Event(self, enable_timing: bool) -> Event:
-        assert enable_timing
-        return Event(self)
-
-    def current_stream(self, device: Any) -> None:
-        return None
-
-    def is_current_stream_capturing(self) -> bool:
-        return self.capturing
-
-    def set_device(self, device: Any) -> None:
-        self.chosen.append((threading.current_thread() is not threading.main_thread(), device))
-
-
-class Event:
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self.at: float | None = None
-        self.captured = False
-
-    def record(self, stream: None) -> None:
-        self.at = max(self.device.busy_until, self.device.host_ns)
-
-    def query(self) -> bool:
-        self.device.queries += 1
-        if self.captured:
-            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
-        return self.at is not None and self.at <= self.device.host_ns
-
-    def elapsed_time(self, other: Event) -> float:
-        assert self.at is not None and other.at is not None
-        if self.captured or other.captured:
-            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
-        if max(self.at, other.at) > self.device.host_ns:
-            self.device.refused += 1
-            raise RuntimeError("CUDA error: device not ready")
-        return (other.at - self.at) * self.device.speed / 1e6
+from .pretended_device import Device, Event, attach
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return attach(monkeypatch, Device())
-
-
-def attach(monkeypatch: pytest.MonkeyPatch, device: Device) -> Device:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch, "cuda", device)
-    monkeypatch.setattr(cuda_clock, "_monotonic_ns", device.monotonic_ns)
-    return device
 
 
 def submit(clock: CudaClock, device: Device, payload: int, forward: int = 800, sample: int = 200) -> None:
@@ -514,3 +449,52 @@ def test_another_thread_first_makes_the_clocks_device_its_own(device: Device) ->
         thread.join()
     clock.harvest()
     assert device.chosen == [(True, "cuda:1")] * 2  # once a thread, and never in the engine's
+
+
+def test_stamps_taken_from_the_ring_come_back_to_it_once_they_are_read(device: Device) -> None:
+    clock = CudaClock(pool_size=3, in_captures=False)
+    at: Stamps | None = clock.ring()
+    assert clock.begin(None) is None  # who takes from the ring has no use for it
+
+    def step(number: int) -> bool:
+        nonlocal at
+        assert at is not None
+        if at.taken:
+            clock.restart()
+            return False
+        at.taken, at.payload, stamps = True, number, at
+        at = at.next
+        clock.mark(stamps, 0)
+        device.work(100)
+        assert clock.record is not None  # what stands for mark 3 in a step of vLLM's
+        clock.record(stamps.events[3], stamps.stream)
+        stamps.marked |= 8
+        clock.finish(stamps)
+        return True
+
+    assert [step(number) for number in range(4)] == [True, True, True, False]
+    device.host_ns += 10_000
+    assert [stamps.payload for stamps in clock.harvest()] == [0, 1, 2]
+    assert not step(4)  # they are the reader's until the next harvest
+    assert clock.harvest() == []
+    assert [step(number) for number in range(5, 9)] == [True, True, True, False]
+    device.host_ns += 10_000
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [
+        (5, True),
+        (6, False),
+        (7, False),
+    ]
+
+
+def test_a_hole_is_left_once_and_only_the_step_behind_it_says_so(device: Device) -> None:
+    clock = CudaClock()
+    submit(clock, device, 0)
+    for _ in range(5):
+        clock.restart()
+    assert len(clock._flying) == 2
+    submit(clock, device, 1)
+    submit(clock, device, 2)
+    device.host_ns += 10_000
+    restarted = [(stamps.payload, stamps.restarted) for stamps in clock.harvest()]
+    assert restarted == [(0, True), (1, True), (2, False)]
+    assert clock.dropped == 0

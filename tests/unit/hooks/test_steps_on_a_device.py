@@ -1,0 +1,74 @@
+"""A vLLM worker's steps by the clock of a CUDA device; see test_steps.py for the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from record.pretended_device import Device, attach
+
+from llmprobe.record.cuda_clock import CudaClock
+from llmprobe.record.layout import Flag
+
+from .scheduled import cached, new
+from .stepping import Rig, Runner
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return attach(monkeypatch, Device())
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
+
+
+def on_cuda(rig: Rig, pool_size: int = 64) -> CudaClock:
+    clock = CudaClock(pool_size=pool_size, in_captures=False)
+    clock.elsewhere = True  # as with the driver's library, which this machine may not have
+    rig.use(clock)
+    return clock
+
+
+def run(rig: Rig, device: Device, context: int) -> None:
+    """A step that the device works 1 ms on."""
+    rig.begin(cached(a=(context, 1)))
+    Runner().forward()
+    device.work(1_000_000)
+    rig.end()
+
+
+def test_steps_have_the_times_of_the_device(rig: Rig, device: Device) -> None:
+    clock = on_cuda(rig)
+    rig.run(new("a", 10))
+    for context in range(10, 20):
+        run(rig, device, context)
+    assert len(rig.written()) < 11  # the device is behind
+    device.host_ns += 20_000_000
+    run(rig, device, 20)  # after a gap
+    device.host_ns += 20_000_000
+    steps = rig.written()[-10:]
+    span, gap = steps["e3"] - steps["e0"], steps["e0"][1:] - steps["e3"][:-1]
+    assert (span == 1_000_000).all()
+    assert (gap[:-1] == 0).all() and gap[-1] > 9_000_000
+    assert (steps["step"] == range(steps["step"][0], steps["step"][0] + 10)).all()
+    assert not (steps["flags"] & int(Flag.RESTARTED)).any()
+    assert clock.dropped == 0
+
+
+def test_steps_that_wait_for_the_device_are_given_up_only_where_all_stamps_do(
+    rig: Rig, device: Device
+) -> None:
+    clock = on_cuda(rig, pool_size=4)
+    for context in range(6):
+        run(rig, device, context)
+    assert clock.dropped == 2
+    device.host_ns += 20_000_000
+    assert list(rig.written()["step"]) == [1, 2, 3, 4]
+    rig.written()  # gives them back
+    run(rig, device, 7)
+    device.host_ns += 20_000_000
+    (step,) = rig.written()
+    assert step["step"] == 7 and step["flags"] & int(Flag.RESTARTED)
+    assert rig.recorder.begun == 7
