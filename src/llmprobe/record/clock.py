@@ -161,11 +161,17 @@ class HostClock:
     immediate = True
     record: Callable[[Any, Any], None] | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, pool_size: int = HOST_STEPS_KEPT) -> None:
+        """
+        Args:
+            pool_size: steps in flight at most.
+        """
         self.dropped = 0
+        self._pool_size = pool_size
         self._lost = True  # the step before the next one is not known
-        self._done: deque[Stamps] = deque(maxlen=HOST_STEPS_KEPT)
-        self._in_ring: list[Stamps] = []  # of those harvested last
+        self._done: deque[Stamps] = deque(maxlen=pool_size)
+        self._ringed = False
+        self._harvested: list[Stamps] = []  # of the ring
         #: See `StepClock.finish`.
         self.finish: Callable[[Stamps], None] = self._done.append
 
@@ -178,7 +184,12 @@ class HostClock:
 
     def ring(self) -> Stamps:
         """See `StepClock.ring`."""
-        return link(blank() for _ in range(HOST_STEPS_KEPT))
+        self._ringed = True
+        # There are so many stamps and no more; with holes between them the queue may be longer, and what fell
+        # out of it would never come back to the ring.
+        self._done = deque(self._done)
+        self.finish = self._done.append
+        return link(blank() for _ in range(self._pool_size))
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`."""
@@ -200,20 +211,21 @@ class HostClock:
         self._give_back(stamps)
 
     def _give_back(self, stamps: Stamps) -> None:
-        if stamps.next is not None:
+        if self._ringed:
             clear(stamps)
 
     @property
     def crowded(self) -> bool:
         """See `StepClock.crowded`."""
-        return len(self._done) >= HOST_STEPS_KEPT // 2
+        return len(self._done) >= self._pool_size // 2
 
     def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
         """See `StepClock.harvest`: everything finished so far."""
-        for stamps in self._in_ring:
+        for stamps in self._harvested:
             self._give_back(stamps)
         done: list[Stamps] = []
-        self._in_ring = done
+        if self._ringed:
+            self._harvested = done
         try:
             while len(done) < most:
                 stamps = self._done.popleft()

@@ -18,7 +18,7 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm.seams import Running, Seam
 from llmprobe.hooks.vllm.steps import WorkerSteps
 from llmprobe.hooks.vllm.worker import _KEPT, _WRAPPERS
-from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock, Stamps, blank, link
+from llmprobe.record.clock import HOST_STEPS_KEPT, HostClock, Stamps
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.layout import UNKNOWN_PHASE, Clock, Flag, Phase
 from llmprobe.settings import Settings
@@ -313,13 +313,6 @@ class Pooled(HostClock):
 
     elsewhere = False
     crowded = True  # type: ignore[assignment]
-
-    def __init__(self, pool: int) -> None:
-        super().__init__()
-        self._pool = [blank() for _ in range(pool)]
-
-    def ring(self) -> Stamps:
-        return link(self._pool)
 
 
 def dummy(rig: Rig) -> None:
