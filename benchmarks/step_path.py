@@ -36,7 +36,7 @@ from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import worker as hooks
 from llmprobe.hooks.vllm.seams import Seam
 from llmprobe.hooks.vllm.steps import WorkerSteps
-from llmprobe.record.clock import HostClock
+from llmprobe.record.clock import HostClock, Stamps
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings
@@ -180,12 +180,29 @@ def measure(steps: int, disturb: Callable[[], None]) -> tuple[np.ndarray, np.nda
         return np.array(taken[False]), np.array(taken[True]), np.array(own)
 
 
+class Pooled(HostClock):
+    """With stamps made beforehand, as a device's clock has them."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._made: Stamps | None = None
+        for _ in range(steps):
+            stamps = Stamps()
+            stamps.ns, stamps.payload, stamps.flags, stamps.own_ns = [0, 0, 0, 0], None, 0, 0
+            stamps.next, self._made = self._made, stamps
+
+    def spare(self) -> Stamps | None:
+        """See `StepClock.spare`: all there are."""
+        made, self._made = self._made, None
+        return made
+
+
 def kept(requests: int, hooks_on: bool) -> float:
     """Containers that are there after a decode step of so many requests and were not before it."""
     from vllm.v1.core.sched.output import SchedulerOutput
 
     ids = [f"cmpl-{number:032x}-0" for number in range(requests)]
-    with hooked(HostClock(), lambda: None) as on_worker:
+    with hooked(Pooled(_KEPT_STEPS), lambda: None) as on_worker:
         (on_worker.probe.apply_patches if hooks_on else on_worker.probe.remove_patches)()
         gc.collect()
         gc.disable()
@@ -218,7 +235,7 @@ def show_kept(requests: int, markdown: bool) -> None:
         machine_line(),
         ("containers a step", "without the hooks", "with them"),
         [[f"decode, {requests} at a time", f"{off:.1f}", f"{on:.1f}"]],
-        ["Stamps are not in it: they are made beforehand."],
+        ["Stamps are not in it: those of a device are made beforehand."],
     ).show(markdown)
 
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmprobe.record.layout import Clock
 
 _monotonic_ns = time.monotonic_ns
+SPARE = 16  #: stamps handed out at once, see `StepClock.spare`
 HOST_STEPS_KEPT = 1024  #: steps that wait to be harvested at most, on a host clock
 
 
@@ -46,8 +46,7 @@ class Stamps:
     # For the hooks; beside `payload`, because a tuple more a step is one more for the collection of garbage.
     flags = 0  #: `llmprobe.record.layout.Flag`
     own_ns = 0  #: llmprobe's own host time in the step.
-    taken = False
-    next: Stamps | None = None  #: See `StepClock.ring`.
+    next: Stamps | None = None  #: See `StepClock.spare`.
 
     @property
     def times(self) -> tuple[int, int, int, int]:
@@ -58,33 +57,6 @@ class Stamps:
         e0, e1, e2, e3 = self.ns
         e1 = e1 or e3
         return e0, e1, e2 or e1, e3
-
-
-def blank() -> Stamps:
-    """Stamps for a pool. What a step sets has its place from the start: CPython makes each of many objects a
-    dictionary of its own for names that come later."""
-    stamps = Stamps()
-    stamps.stream, stamps.flags, stamps.own_ns, stamps.next = None, 0, 0, None
-    clear(stamps)
-    return stamps
-
-
-def clear(stamps: Stamps) -> None:
-    """The step is read: make its stamps those of the next one."""
-    stamps.payload = None
-    stamps.ns = [0, 0, 0, 0]
-    stamps.marked = 0
-    stamps.restarted = False
-    stamps.encode_ns = 0
-    stamps.taken = False  # last: from here on another thread may take them
-
-
-def link(pool: Iterable[Stamps]) -> Stamps:
-    """Make a ring of a pool, in its order; returns the first."""
-    first, *others = pool
-    for stamps, behind in pairwise((first, *others, first)):
-        stamps.next = behind
-    return first
 
 
 #: Among finished steps: here some are missing, and how long the gap before the next one was is not known. So
@@ -121,12 +93,12 @@ class StepClock(Protocol):
     def begin(self, payload: Any) -> Stamps | None:
         """Stamps for a new step, or None when all are in flight. ``payload`` comes back from `harvest`."""
 
-    def ring(self) -> Stamps:
-        """One of all stamps, which `Stamps.next` links in a ring from now on: for an only thread that takes
-        them by itself, in turn, and then never calls `begin`.
+    def spare(self) -> Stamps | None:
+        """Stamps for some steps to come, linked by `Stamps.next`: so that not each step has to ask the clock.
+        None when all are in flight.
 
-        It sets ``taken`` and ``payload`` of the next one, unless that is taken still: then all are in flight,
-        and it counts the step in `dropped` and calls `restart`.
+        Who uses one sets its ``payload``. Who needs one and gets none counts the step in `dropped` and calls
+        `restart`.
         """
 
     def mark(self, stamps: Stamps, index: int) -> None:
@@ -161,17 +133,10 @@ class HostClock:
     immediate = True
     record: Callable[[Any, Any], None] | None = None
 
-    def __init__(self, pool_size: int = HOST_STEPS_KEPT) -> None:
-        """
-        Args:
-            pool_size: steps in flight at most.
-        """
+    def __init__(self) -> None:
         self.dropped = 0
-        self._pool_size = pool_size
         self._lost = True  # the step before the next one is not known
-        self._done: deque[Stamps] = deque(maxlen=pool_size)
-        self._ringed = False
-        self._harvested: list[Stamps] = []  # of the ring
+        self._done: deque[Stamps] = deque(maxlen=HOST_STEPS_KEPT)
         #: See `StepClock.finish`.
         self.finish: Callable[[Stamps], None] = self._done.append
 
@@ -182,14 +147,14 @@ class HostClock:
         stamps.payload = payload
         return stamps
 
-    def ring(self) -> Stamps:
-        """See `StepClock.ring`."""
-        self._ringed = True
-        # There are so many stamps and no more; with holes between them the queue may be longer, and what fell
-        # out of it would never come back to the ring.
-        self._done = deque(self._done)
-        self.finish = self._done.append
-        return link(blank() for _ in range(self._pool_size))
+    def spare(self) -> Stamps | None:
+        """See `StepClock.spare`; never None."""
+        spare: Stamps | None = None
+        for _ in range(SPARE):
+            stamps = Stamps()
+            stamps.ns, stamps.next = [0, 0, 0, 0], spare
+            spare = stamps
+        return spare
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`."""
@@ -208,24 +173,15 @@ class HostClock:
     def discard(self, stamps: Stamps) -> None:
         """See `StepClock.discard`."""
         leave_hole(self._done)
-        self._give_back(stamps)
-
-    def _give_back(self, stamps: Stamps) -> None:
-        if self._ringed:
-            clear(stamps)
 
     @property
     def crowded(self) -> bool:
         """See `StepClock.crowded`."""
-        return len(self._done) >= self._pool_size // 2
+        return len(self._done) >= HOST_STEPS_KEPT // 2
 
     def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
         """See `StepClock.harvest`: everything finished so far."""
-        for stamps in self._harvested:
-            self._give_back(stamps)
         done: list[Stamps] = []
-        if self._ringed:
-            self._harvested = done
         try:
             while len(done) < most:
                 stamps = self._done.popleft()
@@ -235,7 +191,6 @@ class HostClock:
                 if not (stamps.ns[0] and stamps.ns[3]):
                     self.dropped += 1
                     self._lost = True
-                    self._give_back(stamps)
                     continue
                 if self._lost:
                     self._lost = False

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from llmprobe.record.clock import HOLE, Stamps, blank, clear, leave_hole, link
+from llmprobe.record.clock import HOLE, SPARE, Stamps, leave_hole
 from llmprobe.record.layout import Clock
 
 _monotonic_ns = time.monotonic_ns
@@ -56,10 +56,13 @@ class CudaClock:
             self._capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", self._capturing)
         self._free: deque[Stamps] = deque()
         for _ in range(pool_size):
-            stamps = blank()
+            stamps = Stamps()
             stamps.events = [self._new_event() for _ in range(4)]
-            self._free.append(stamps)
-        self._many = pool_size - pool_size // 4
+            # What a step sets has its place from the start: CPython makes each of many objects a dictionary
+            # of its own for names that come later.
+            stamps.stream, stamps.flags, stamps.own_ns, stamps.next = None, 0, 0, None
+            self._give_back(stamps)
+        self._few = pool_size // 4
         #: For encoders; made when they are needed, so that a model without one pays for none.
         self._free_events: deque[Any] = deque(maxlen=2 * pool_size)
         self._flying: deque[Stamps] = deque()
@@ -91,12 +94,15 @@ class CudaClock:
         return self._cuda.Event(enable_timing=True)
 
     def _give_back(self, stamps: Stamps) -> None:
+        stamps.payload = None
+        stamps.ns = [0, 0, 0, 0]
+        stamps.marked = 0
+        stamps.restarted = False
+        stamps.encode_ns = 0
         if stamps.encodes:
             self._free_events.extend(stamps.encodes)
             stamps.encodes = ()
-        clear(stamps)
-        if stamps.next is None:
-            self._free.append(stamps)
+        self._free.append(stamps)
 
     def begin(self, payload: Any) -> Stamps | None:
         """See `StepClock.begin`."""
@@ -109,11 +115,17 @@ class CudaClock:
         stamps.payload = payload
         return stamps
 
-    def ring(self) -> Stamps:
-        """See `StepClock.ring`."""
-        first = link(self._free)
-        self._free.clear()
-        return first
+    def spare(self) -> Stamps | None:
+        """See `StepClock.spare`."""
+        spare: Stamps | None = None
+        try:
+            for _ in range(SPARE):
+                stamps = self._free.pop()  # as in `begin`
+                stamps.next = spare
+                spare = stamps
+        except IndexError:
+            pass
+        return spare
 
     def mark(self, stamps: Stamps, index: int) -> None:
         """See `StepClock.mark`. If ``in_captures``, nothing while the stream is captured into a graph."""
@@ -166,7 +178,7 @@ class CudaClock:
     @property
     def crowded(self) -> bool:
         """See `StepClock.crowded`."""
-        return not self.elsewhere or len(self._flying) + len(self._harvested) > self._many
+        return not self.elsewhere or len(self._free) < self._few
 
     def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
         """See `StepClock.harvest`. Empty while another thread harvests, or a CUDA graph is captured.

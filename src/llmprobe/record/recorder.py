@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llmprobe.record import layout
 from llmprobe.record.events import CountedStep, JournalEvents
@@ -31,6 +31,15 @@ _HOST = int(layout.Clock.HOST)
 _NONE = (0,) * layout.KV_GROUPS
 
 
+class Engine(Protocol):
+    """Numbers steps itself; see `Recorder.join`."""
+
+    alone: bool
+
+    def latest(self) -> Latest:
+        """Its step that began last. Any thread may ask."""
+
+
 class Recorder:
     """Writes this process's journal. Methods may be called from any thread and never block."""
 
@@ -42,9 +51,7 @@ class Recorder:
         self._busy = threading.Lock()  # only ever tried, never waited for
         self.closed = False
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque(maxlen=_QUEUE_LIMIT)
-        #: An engine's hook may number its steps itself, from `begun` on, instead of calling `begin`: each of
-        #: those says here which one began last.
-        self.engines: list[Callable[[], Latest]] = []
+        self._engines: tuple[Engine, ...] = ()
         self._latest: Latest = (0, 0, 0, 0)
         self._given_up: deque[int] = deque(maxlen=_GIVEN_UP_KEPT)
         self._described = (0, 0, 0)
@@ -87,18 +94,28 @@ class Recorder:
     @property
     def latest(self) -> Latest:
         """The step that began last."""
-        return max(self._latest, *(engine() for engine in self.engines)) if self.engines else self._latest
+        latest = [engine.latest() for engine in self._engines]
+        return max([*latest, self._latest])  # read last: an engine that leaves puts its step there
 
     @property
     def begun(self) -> int:
         """How many steps began so far."""
         return self.latest[0]
 
-    def gone(self, engine: Callable[[], Latest]) -> None:
-        """One of `engines` begins no more steps."""
-        if engine in self.engines:
+    def join(self, engine: Engine) -> None:
+        """From here on ``engine`` numbers its steps itself, from `begun` on, instead of calling `begin`.
+
+        While it is ``alone`` its own last number is the last of all, and it need not look here.
+        """
+        self._engines = (*self._engines, engine)
+        for joined in self._engines:
+            joined.alone = len(self._engines) == 1
+
+    def leave(self, engine: Engine) -> None:
+        """It begins no more steps."""
+        if engine in self._engines:
             self._latest = self.latest
-            self.engines.remove(engine)
+            self._engines = tuple(joined for joined in self._engines if joined is not engine)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -216,8 +233,8 @@ class Recorder:
 
         While the hooks are switched off, no step is running: nobody would tell of its end.
         """
-        given_up = [self._given_up.popleft() for _ in range(len(self._given_up))]
         begun, time_ns, phase, tokens = self.latest
+        given_up = [self._given_up.popleft() for _ in range(len(self._given_up))]
         if not self._status[0] and begun > self._events.ended:
             given_up.append(begun)
         if given_up:

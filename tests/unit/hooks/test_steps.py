@@ -314,6 +314,24 @@ class Pooled(HostClock):
     elsewhere = False
     crowded = True  # type: ignore[assignment]
 
+    def __init__(self, pool: int) -> None:
+        super().__init__()
+        self._left = pool
+
+    def spare(self) -> Stamps | None:
+        if not self._left:
+            return None
+        self._left -= 1
+        stamps = super().spare()
+        assert stamps is not None
+        stamps.next = None
+        return stamps
+
+    def harvest(self, most: int = sys.maxsize) -> list[Stamps]:
+        done = super().harvest(most)
+        self._left += len(done)
+        return done
+
 
 def dummy(rig: Rig) -> None:
     rig.steps.entered_dummy(None)
@@ -341,7 +359,7 @@ def test_where_only_the_engine_harvests_steps_without_stamps_make_room(rig: Rig)
     rig.run(cached(a=(10, 1)))
     for context in range(11, 20):
         rig.run(cached(a=(context, 1)))
-    assert clock.dropped == 4  # those harvested are there for steps after the next harvest
+    assert clock.dropped == 3
     assert len(rig.reader.read().steps) >= 15
 
 
@@ -499,3 +517,56 @@ def test_a_worker_on_a_device_without_a_clock_arms_nothing(tmp_path: Path) -> No
     assert probe.recorder is None
     assert probe.patches == []
     steps.forget()
+
+
+def test_two_workers_of_one_process_number_their_steps_together(rig: Rig) -> None:
+    rig.run(new("a", 1))
+    assert rig.recorder.begun == 1
+    other = WorkerSteps(rig.probe)
+    other.use(HostClock(), rig.recorder, None)
+    other.armed = True
+    for context in range(1, 4):
+        rig.run(cached(a=(context, 1)))
+        other.entered(new("b", 1) if context == 1 else cached(b=(context, 1)))
+        assert rig.recorder.latest[0] == rig.recorder.begun == 2 * context + 1
+        other.forward_end(None)
+        other.sample_end(object())
+    rig.steps.write()
+    other.write()
+    steps = rig.reader.read().steps
+    assert sorted(steps["step"]) == [1, 2, 3, 4, 5, 6, 7]
+    apart = steps[steps["step"] > 2]  # between any two of one worker is one of the other's
+    assert (apart["flags"] & int(Flag.RESTARTED)).all()
+    other.forget()
+    rig.run(cached(a=(4, 1)))
+    assert rig.recorder.begun == 8
+
+
+def test_a_worker_that_takes_over_a_recorder_goes_on_with_its_numbers(rig: Rig) -> None:
+    for context in range(3):
+        rig.run(cached(a=(context, 1)))
+    rig.steps.forget()
+    assert rig.recorder.latest[0] == 3
+    other = WorkerSteps(rig.probe)
+    other.use(HostClock(), rig.recorder, None)
+    assert other.alone
+    other.entered(cached(b=(1, 1)))
+    assert rig.recorder.begun == 4
+
+
+def test_stamps_are_given_back_also_where_a_range_cannot_be_closed(rig: Rig) -> None:
+    class Broken:
+        open = True
+
+        def end(self) -> None:
+            raise RuntimeError("no range is open")
+
+    given: list[Stamps] = []
+    clock = HostClock()
+    clock.discard = given.append  # type: ignore[method-assign]
+    rig.use(clock)
+    rig.begin(new("a", 1))
+    rig.steps._nvtx = Broken()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="no range is open"):
+        rig.steps.abandon()
+    assert len(given) == 1

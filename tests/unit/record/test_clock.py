@@ -103,26 +103,3 @@ def test_a_cpu_device_gets_the_host_clock() -> None:
 def test_a_device_that_works_on_its_own_has_no_host_clock(device: str) -> None:
     assert step_clock(device) is None
     assert device in no_clock(device)
-
-
-def test_no_stamps_of_a_host_clock_s_ring_are_lost_however_many_holes_lie_between_them() -> None:
-    clock = HostClock()
-    at = clock.ring()
-    for number in range(2 * HOST_STEPS_KEPT):
-        if not at.taken:
-            at.taken, at.payload, stamps = True, number, at
-            assert at.next is not None
-            at = at.next
-            clock.mark(stamps, 0)
-            clock.mark(stamps, 3)
-            clock.finish(stamps)
-        clock.restart()
-    done = clock.harvest()
-    assert [stamps.payload for stamps in done] == list(range(HOST_STEPS_KEPT))
-    assert all(stamps.restarted for stamps in done)
-    assert at.taken  # until the next harvest
-    assert clock.harvest() == []
-    for _ in range(HOST_STEPS_KEPT):
-        assert not at.taken and at.payload is None
-        assert at.next is not None
-        at = at.next

@@ -451,19 +451,17 @@ def test_another_thread_first_makes_the_clocks_device_its_own(device: Device) ->
     assert device.chosen == [(True, "cuda:1")] * 2  # once a thread, and never in the engine's
 
 
-def test_stamps_taken_from_the_ring_come_back_to_it_once_they_are_read(device: Device) -> None:
-    clock = CudaClock(pool_size=3, in_captures=False)
-    at: Stamps | None = clock.ring()
-    assert clock.begin(None) is None  # who takes from the ring has no use for it
+def test_spare_stamps_are_all_of_the_pool_and_come_back_to_it(device: Device) -> None:
+    clock = CudaClock(pool_size=20, in_captures=False)
+    spare: Stamps | None = None
 
     def step(number: int) -> bool:
-        nonlocal at
-        assert at is not None
-        if at.taken:
+        nonlocal spare
+        stamps = spare or clock.spare()
+        if stamps is None:
             clock.restart()
             return False
-        at.taken, at.payload, stamps = True, number, at
-        at = at.next
+        stamps.payload, spare = number, stamps.next
         clock.mark(stamps, 0)
         device.work(100)
         assert clock.record is not None  # what stands for mark 3 in a step of vLLM's
@@ -472,18 +470,14 @@ def test_stamps_taken_from_the_ring_come_back_to_it_once_they_are_read(device: D
         clock.finish(stamps)
         return True
 
-    assert [step(number) for number in range(4)] == [True, True, True, False]
+    assert [step(number) for number in range(21)] == [True] * 20 + [False]
     device.host_ns += 10_000
-    assert [stamps.payload for stamps in clock.harvest()] == [0, 1, 2]
-    assert not step(4)  # they are the reader's until the next harvest
+    assert [stamps.payload for stamps in clock.harvest()] == list(range(20))
+    assert not step(21)  # they are the reader's until the next harvest
     assert clock.harvest() == []
-    assert [step(number) for number in range(5, 9)] == [True, True, True, False]
+    assert step(22) and step(23)
     device.host_ns += 10_000
-    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [
-        (5, True),
-        (6, False),
-        (7, False),
-    ]
+    assert [(stamps.payload, stamps.restarted) for stamps in clock.harvest()] == [(22, True), (23, False)]
 
 
 def test_a_hole_is_left_once_and_only_the_step_behind_it_says_so(device: Device) -> None:

@@ -65,11 +65,12 @@ class StepPath:
         self._off = False  # with `_stale`: the open step is given up, and none begins
         self._marked = False
         self._immediate = True
+        self.alone = True  #: See `Recorder.join`.
         self._parts = True
         self._stamps: Stamps | None = None  # of the open step
         self._row = NO_ROW  # of the step that began last
         # Of the clock and the recorder, bound once (`use`): so that no step has to look at those.
-        self._next: Stamps  # in the ring of the clock's
+        self._spare: Stamps | None = None
         self._finish: Callable[[Stamps], None]
         self._record: Callable[[Any, Any], None] | None = None
         self._own = 0
@@ -118,17 +119,18 @@ class StepPath:
             ids, computed, whole = None, None, cached
         if self._clock is None:
             return
-        number = self._row[0] + 1
+        number = (self._row[0] if self.alone else self._latest_of_all()) + 1
         row = number, entered, finished, total, ids, computed, counts, new, drafts, whole
         self._rows.append(row)
         self._row = row
-        stamps = self._next
-        if stamps.taken:
-            self._none_left()
-            return
-        stamps.taken = True
+        stamps = self._spare
+        if stamps is None:
+            stamps = self._clock.spare()
+            if stamps is None:
+                self._none_left()
+                return
+        self._spare = stamps.next
         stamps.payload = row
-        self._next = stamps.next  # type: ignore[assignment]
         self._stamps = stamps  # from here on, `abandon` gives it back
         self._marked = False
         if self._nvtx is not None:
@@ -256,7 +258,6 @@ class StepPath:
                 stamps.marked |= 8
             if not self._parts:
                 flags |= _NO_PARTS
-        self._stamps = None
         self._unseen += 1
         if self._nvtx is not None:
             self._nvtx.end()
@@ -264,6 +265,7 @@ class StepPath:
         stamps.flags = flags
         stamps.own_ns = self._own + _now() - entered
         self._own = 0
+        self._stamps = None
         self._finish(stamps)
 
     def dummy_end(self, output: Any) -> None:
@@ -281,9 +283,11 @@ class StepPath:
         self._stamps = None
         if stamps is None or self._clock is None:
             return
-        if self._nvtx is not None:  # first: whatever else fails, no range stays open
-            self._nvtx.end()
-        self._clock.discard(stamps)
+        try:
+            if self._nvtx is not None:  # first: whatever else fails, no range stays open
+                self._nvtx.end()
+        finally:
+            self._clock.discard(stamps)
         if self._recorder is not None:
             self._recorder.abandon(self._row[0])
 
@@ -334,6 +338,10 @@ class StepPath:
         """The step that began last; see `Recorder.engines`. Any thread may ask."""
         number, time_ns, _, total, *_ = self._row
         return number, time_ns, UNKNOWN_PHASE, max(total, 0)
+
+    def _latest_of_all(self) -> int:
+        """Where several workers number their steps for one recorder: the last number of all."""
+        return self._row[0] if self._recorder is None else self._recorder.begun
 
     def _none_left(self) -> None:
         """A step began, and all stamps are in flight."""
