@@ -335,7 +335,7 @@ class StepPath:
         return True
 
     def latest(self) -> Latest:
-        """The step that began last; see `Recorder.engines`. Any thread may ask."""
+        """The step that began last; see `Recorder.join`. Any thread may ask."""
         number, time_ns, _, total, *_ = self._row
         return number, time_ns, UNKNOWN_PHASE, max(total, 0)
 
