@@ -13,14 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llmprobe.record import layout
+from llmprobe.record.begun import Begun
 from llmprobe.record.events import CountedStep, JournalEvents
 from llmprobe.record.journal import JournalWriter
 
-#: Number, time, phase and tokens of the step that began last.
-Latest = tuple[int, int, int, int]
 _QUEUE_LIMIT = 4096
 _GIVEN_UP_KEPT = 64  # the last ones are the highest
 _LOAD_EVERY_NS = 50_000_000  # twice between two looks of the agent
@@ -29,15 +28,6 @@ _KIND_REQUEST = int(layout.Kind.REQUEST)
 _KIND_PENDING = int(layout.Kind.PENDING)
 _HOST = int(layout.Clock.HOST)
 _NONE = (0,) * layout.KV_GROUPS
-
-
-class Engine(Protocol):
-    """Numbers steps itself; see `Recorder.join`."""
-
-    alone: bool
-
-    def latest(self) -> Latest:
-        """Its step that began last. Any thread may ask."""
 
 
 class Recorder:
@@ -51,8 +41,7 @@ class Recorder:
         self._busy = threading.Lock()  # only ever tried, never waited for
         self.closed = False
         self._queue: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque(maxlen=_QUEUE_LIMIT)
-        self._engines: tuple[Engine, ...] = ()
-        self._latest: Latest = (0, 0, 0, 0)
+        self.steps_begun = Begun()
         self._given_up: deque[int] = deque(maxlen=_GIVEN_UP_KEPT)
         self._described = (0, 0, 0)
         self._published = (0, 0, 0)
@@ -92,30 +81,9 @@ class Recorder:
             self.writer.close(remove=remove)
 
     @property
-    def latest(self) -> Latest:
-        """The step that began last."""
-        latest = [engine.latest() for engine in self._engines]
-        return max([*latest, self._latest])  # read last: an engine that leaves puts its step there
-
-    @property
     def begun(self) -> int:
         """How many steps began so far."""
-        return self.latest[0]
-
-    def join(self, engine: Engine) -> None:
-        """From here on ``engine`` numbers its steps itself, from `begun` on, instead of calling `begin`.
-
-        While it is ``alone`` its own last number is the last of all, and it need not look here.
-        """
-        self._engines = (*self._engines, engine)
-        for joined in self._engines:
-            joined.alone = len(self._engines) == 1
-
-    def leave(self, engine: Engine) -> None:
-        """It begins no more steps."""
-        if engine in self._engines:
-            self._latest = self.latest
-            self._engines = tuple(joined for joined in self._engines if joined is not engine)
+        return self.steps_begun.latest.number
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -133,9 +101,7 @@ class Recorder:
         Costs no write: `publish` tells readers of it a few times a second, which is soon enough to tell a
         stalled engine from an idle one. ``phase`` may be `layout.UNKNOWN_PHASE` until `describe` tells it.
         """
-        number = self.latest[0] + 1
-        self._latest = (number, time_ns, phase, tokens)
-        return number
+        return self.steps_begun.begin(phase, tokens, time_ns)
 
     def describe(self, number: int, phase: int, tokens: int) -> None:
         """What the running step works on, for `publish`; ignored once another one began."""
@@ -233,7 +199,7 @@ class Recorder:
 
         While the hooks are switched off, no step is running: nobody would tell of its end.
         """
-        begun, time_ns, phase, tokens = self.latest
+        begun, time_ns, phase, tokens = self.steps_begun.latest
         given_up = [self._given_up.popleft() for _ in range(len(self._given_up))]
         if not self._status[0] and begun > self._events.ended:
             given_up.append(begun)

@@ -110,7 +110,7 @@ def test_a_window_has_all_of_the_step_that_it_begins_in(tmp_path: Path) -> None:
     world = LongSteps(tmp_path, [(9.6, 10), (1000.0, 10)])
     for _ in range(10):
         world.look()
-    world.server.worker.abandon(world.server.worker.latest[0])
+    world.server.worker.abandon(world.server.worker.begun)
     world.server.fronts[0].pending(world.at, 0)
     for _ in range(7):
         found = world.look()

@@ -16,10 +16,11 @@ from llmprobe.hooks.vllm import seams
 from llmprobe.hooks.vllm.batch import DUMMY, note_drafts, note_new
 from llmprobe.hooks.vllm.records import StepRecords
 from llmprobe.hooks.vllm.unread import FORGET, NO_ROW
+from llmprobe.record.begun import LatestStep
 from llmprobe.record.clock import Stamps, StepClock
 from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
-from llmprobe.record.recorder import Latest, Recorder
+from llmprobe.record.recorder import Recorder
 
 _now = time.monotonic_ns
 #: Steps wait for the housekeeping thread. After so many without it the step path looks whether they get too
@@ -65,7 +66,7 @@ class StepPath:
         self._off = False  # with `_stale`: the open step is given up, and none begins
         self._marked = False
         self._immediate = True
-        self.alone = True  #: See `Recorder.join`.
+        self.alone = True  #: See `llmprobe.record.begun.Engine`.
         self._parts = True
         self._stamps: Stamps | None = None  # of the open step
         self._row = NO_ROW  # of the step that began last
@@ -334,10 +335,10 @@ class StepPath:
             self._clock.restart()
         return True
 
-    def latest(self) -> Latest:
-        """The step that began last; see `Recorder.join`. Any thread may ask."""
+    def latest(self) -> LatestStep:
+        """The step that began last. Any thread may ask."""
         number, time_ns, _, total, *_ = self._row
-        return number, time_ns, UNKNOWN_PHASE, max(total, 0)
+        return LatestStep(number, time_ns, UNKNOWN_PHASE, max(total, 0))
 
     def _latest_of_all(self) -> int:
         """Where several workers number their steps for one recorder: the last number of all."""

@@ -84,11 +84,11 @@ class WorkerSteps(StepPath):
             encoder: what runs before it in a multimodal model.
         """
         if self._recorder is not None:
-            self._recorder.leave(self)
+            self._recorder.steps_begun.leave(self)
         self._clock, self._recorder, self._seam = clock, recorder, seam
         self._spare, self._finish, self._record = None, clock.finish, clock.record
         self._row = (recorder.begun, *NO_ROW[1:])  # numbers go on from there
-        recorder.join(self)
+        recorder.steps_begun.join(self)
         self._home = threading.get_ident()
         self._immediate = self._parts = clock.immediate
         self._unseen_most = UNSEEN_AT_MOST if clock.elsewhere else -1
@@ -112,7 +112,7 @@ class WorkerSteps(StepPath):
             self._probe.guard.call("vllm.forget", self.write)
         self.armed = False
         if recorder is not None:
-            recorder.leave(self)
+            recorder.steps_begun.leave(self)
         if self._running.steps is self:
             self._running.steps = None
         probe = self._probe
