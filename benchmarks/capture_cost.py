@@ -37,7 +37,7 @@ from support.gpu_models import CONFIGURATIONS, served
 from support.load import Load
 from support.machine import machine_line
 from support.nsys_server import GRAPHS
-from support.serving import NAME, running_server, variable
+from support.serving import NAME, running_server, variable, with_flags
 from support.switch import wait_known
 from support.table import Results, command
 
@@ -328,10 +328,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
     parser.add_argument("--markdown", action="store_true", help="print the tables as in docs/captures.md")
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    options = parser.parse_args(words[:cut])
-    options.flags = words[cut + 1 :]
+    options = with_flags(parser)
     if min(options.seconds, options.row_seconds) <= 0 or options.in_a_row < 0 or options.output_tokens < 2:
         parser.error("--seconds and --row-seconds above 0, --in-a-row from 0, --output-tokens from 2")
     if options.nsys is not None:

@@ -28,7 +28,7 @@ from support.gpu_models import CONFIGURATIONS, served
 from support.machine import has_gpu, machine_line
 from support.own_time import OwnTime
 from support.paired import Bar, Difference
-from support.serving import variable
+from support.serving import variable, with_flags
 from support.table import Results, bar, command
 
 _HEADER = ("", "off", "on", "on − off", "95 % interval", "bar")
@@ -242,11 +242,7 @@ def _options() -> argparse.Namespace:
     group.add_argument(
         "--env", type=variable, action="append", default=[], metavar="NAME=VALUE", help="of the server"
     )
-    words = sys.argv[1:]
-    # By hand: where `what` is given, argparse has given "no flags" away before it comes to them.
-    cut = words.index("--") if "--" in words else len(words)
-    options = parser.parse_args(words[:cut])
-    options.flags = words[cut + 1 :]
+    options = with_flags(parser)
     if (
         options.blocks < 1
         or options.block_seconds <= 0

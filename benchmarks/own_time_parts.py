@@ -24,7 +24,7 @@ from support.gpu_models import CONFIGURATIONS, served
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load
 from support.machine import machine_line
-from support.serving import NAME, running_server, variable
+from support.serving import NAME, running_server, variable, with_flags
 from support.switch import wait_known
 from support.table import Results, command
 
@@ -149,10 +149,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    options = parser.parse_args(words[:cut])
-    options.flags = words[cut + 1 :]
+    options = with_flags(parser)
     if min(options.concurrency) < 1 or options.seconds <= 0 or options.output_tokens < 2:
         parser.error("--concurrency from 1, --seconds above 0, --output-tokens from 2")
     return options

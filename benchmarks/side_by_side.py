@@ -30,7 +30,7 @@ from support.alternatives import ALTERNATIVES, AlternativeFailed, Served
 from support.gpu_models import CONFIGURATIONS, served
 from support.load import Load, LoadFailed
 from support.machine import machine_line
-from support.serving import NAME
+from support.serving import NAME, with_flags
 from support.table import Results, command
 
 from llmprobe.demo.server import ServerFailed
@@ -219,10 +219,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=128, help="of each request [128]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add every figure to it as it comes")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    options = parser.parse_args(words[:cut])
-    options.flags = words[cut + 1 :]
+    options = with_flags(parser)
     options.only = options.only or [one for one in names if one != "nsys" or shutil.which(one)]
     if options.seconds <= 0 or options.concurrency < 1 or options.output_tokens < 2:
         parser.error("--seconds above 0, --concurrency from 1, --output-tokens from 2")

@@ -82,6 +82,19 @@ def variable(text: str) -> tuple[str, str]:
     return name, value
 
 
+def with_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of this command line, and what follows ``--`` in it, for ``vllm serve``, as ``flags``.
+
+    By hand: where a word is given that may be left out, argparse has given "no flags" away before it comes
+    to them.
+    """
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:cut])
+    options.flags = words[cut + 1 :]
+    return options
+
+
 def new_directory() -> Path:
     """An LLMPROBE_DIR of this measurement's own, in shared memory like the default one."""
     return Path(tempfile.mkdtemp(prefix="llmprobe-benchmark-", dir=default_directory().parent))
