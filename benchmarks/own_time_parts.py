@@ -4,7 +4,7 @@
     python benchmarks/own_time_parts.py --model dense --concurrency 1 16 128 -- --max-model-len 2048
 
 `overhead.py` says how much it is; this says of what. Clocks are read around the parts, which takes some time
-of its own: about a microsecond a step of the engine's thread. Decides nothing: exit status 0.
+of its own: some microseconds a step of the engine's thread. Decides nothing: exit status 0.
 """
 
 from __future__ import annotations
