@@ -87,17 +87,26 @@ def _measure(options: argparse.Namespace, folder: Path) -> Iterator[Found]:
             )
             with load, Polling(log):
                 load.wait(2 * _SETTLE_SECONDS)
-                before, begin = json.loads(file.read_text()), time.monotonic_ns()
+                before, begin = _sums(file), time.monotonic_ns()
                 load.wait(options.seconds)
-                after, end = json.loads(file.read_text()), time.monotonic_ns()
+                after, end = _sums(file), time.monotonic_ns()
                 load.wait(1.0)
             print(f"{concurrency} at a time: done", file=sys.stderr, flush=True)
             yield _found(concurrency, log.own_ns([(begin, end)]), before, after)
 
 
-def _found(
-    concurrency: int, own: np.ndarray, before: dict[str, list[int]], after: dict[str, list[int]]
-) -> Found:
+def _sums(file: Path) -> _Sums:
+    try:
+        found: _Sums = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise SystemExit(f"{file.name}: the worker says nothing of its parts: is its probe armed?") from None
+    return found
+
+
+def _found(concurrency: int, own: np.ndarray, before: _Sums, after: _Sums) -> Found:
+    if not len(own):
+        raise SystemExit(f"{concurrency} at a time: no step was recorded")
+
     def a_step(*names: str) -> float:
         taken = sum(after[name][1] - before.get(name, [0, 0])[1] for name in names if name in after)
         return taken / len(own) / 1e3

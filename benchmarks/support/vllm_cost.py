@@ -102,7 +102,8 @@ def measure(plan: Plan, decided: Callable[[VllmCost], bool]) -> Iterator[VllmCos
         decided: whether what it is given needs no more pairs than the plan has, up to the most it allows.
 
     Raises:
-        RuntimeError: the engine recorded steps while it was off: its methods were not restored.
+        RuntimeError: the engine recorded steps while it was off: its methods were not restored. Or it
+            recorded none while it was on.
     """
     with running_server(plan.model, plan.flags, plan.env) as server:
         wait_known(server.directory)
@@ -190,6 +191,8 @@ def _result(concurrency: int, taken: _Taken, load: Load, steps: StepLog, agent_r
     if len(steps.own_ns([(block.begin_ns, block.end_ns) for block in off])):
         raise RuntimeError("the engine recorded steps while it was off")
     own = steps.own_ns([(block.begin_ns, block.end_ns) for block in on])
+    if not len(own):
+        raise RuntimeError("the engine recorded no step while it was on: its log says why")
     seen_off, seen_on = _seen(load, off), _seen(load, on)
     return VllmCost(
         concurrency=concurrency,
