@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from record.pretended_device import Device, attach
 
+from llmprobe.hooks.vllm import step_path
 from llmprobe.record.cuda_clock import CudaClock
 from llmprobe.record.layout import Flag
 
@@ -16,7 +17,9 @@ from .stepping import Rig, Runner
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    return attach(monkeypatch, Device())
+    device = attach(monkeypatch, Device())
+    monkeypatch.setattr(step_path, "_now", device.monotonic_ns)
+    return device
 
 
 @pytest.fixture
@@ -72,3 +75,29 @@ def test_steps_that_wait_for_the_device_are_given_up_only_where_all_stamps_do(
     (step,) = rig.written()
     assert step["step"] == 7 and step["flags"] & int(Flag.RESTARTED)
     assert rig.recorder.begun == 7
+
+
+def test_marks_follow_the_current_stream_within_five_steps(rig: Rig, device: Device) -> None:
+    clock = on_cuda(rig)
+    rig.run(new("a", 10))
+    for context in range(10, 20):
+        run(rig, device, context)
+    device.stream = "other"
+    for context in range(20, 30):
+        run(rig, device, context)
+    device.host_ns += 30_000_000
+    done = clock.harvest()
+    assert [stamps.stream for stamps in done[:11]] == ["main"] * 11
+    assert [stamps.stream for stamps in done[-6:]] == ["other"] * 6
+    assert all(stamps.events[0].stream == stamps.stream for stamps in done)
+
+
+def test_a_worker_that_warms_up_again_asks_which_stream_is_current(rig: Rig, device: Device) -> None:
+    on_cuda(rig)
+    rig.run(new("a", 10))
+    run(rig, device, 10)
+    device.stream = "other"
+    clock = on_cuda(rig)
+    run(rig, device, 11)
+    device.host_ns += 20_000_000
+    assert [stamps.stream for stamps in clock.harvest()] == ["other"]

@@ -20,6 +20,7 @@ class Device:
         self.speed = speed
         self.queries = 0
         self.refused = 0  # times asked for of what is not done
+        self.stream = "main"  # the current one
         self.chosen: list[tuple[bool, Any]] = []  # in another thread, the device made current there
 
     def monotonic_ns(self) -> int:
@@ -34,8 +35,8 @@ class Device:
         assert enable_timing
         return Event(self)
 
-    def current_stream(self, device: Any) -> None:
-        return None
+    def current_stream(self, device: Any) -> str:
+        return self.stream
 
     def is_current_stream_capturing(self) -> bool:
         return self.capturing
@@ -49,8 +50,10 @@ class Event:
         self.device = device
         self.at: float | None = None
         self.captured = False
+        self.stream = ""  # it was recorded on last
 
-    def record(self, stream: None) -> None:
+    def record(self, stream: str) -> None:
+        self.stream = stream
         self.at = max(self.device.busy_until, self.device.host_ns)
 
     def query(self) -> bool:

@@ -86,7 +86,7 @@ class WorkerSteps(StepPath):
         if self._recorder is not None:
             self._recorder.steps_begun.leave(self)
         self._clock, self._recorder, self._seam = clock, recorder, seam
-        self._spare, self._finish, self._record = None, clock.finish, clock.record
+        self._spare, self._finish, self._record, self._stream = None, clock.finish, clock.record, None
         self._row = (recorder.begun, *NO_ROW[1:])  # numbers go on from there
         recorder.steps_begun.join(self)
         self._home = threading.get_ident()
