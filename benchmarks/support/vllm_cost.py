@@ -90,6 +90,7 @@ class VllmCost:
     agent_core_ratio: float
     agent_core_ratio_off: float
     agent_resident_bytes: int
+    blocks: list[tuple[bool, Seen]]  # in the order of time: whether the probe was on, what the client saw
 
 
 def measure(plan: Plan, decided: Callable[[VllmCost], bool]) -> Iterator[VllmCost]:
@@ -218,6 +219,7 @@ def _result(concurrency: int, taken: _Taken, load: Load, steps: StepLog, agent_r
         agent_core_ratio=_agent_ratio(on),
         agent_core_ratio_off=_agent_ratio(off),
         agent_resident_bytes=agent_resident,
+        blocks=list(zip((block.on for block in taken.blocks), _seen(load, taken.blocks), strict=True)),
     )
 
 

@@ -20,7 +20,8 @@ _LOOKED_BACK = 4  # steps from the newest on: engines run one or two ahead of th
 
 
 class CudaClock:
-    """CUDA events on the stream that is current at a step's first mark; only its last one is ever queried.
+    """CUDA events on the stream that is current at a step's first mark (hooks may ask less often); only
+    its last one is ever queried.
     Of steps of one stream that are done only the newest is: those before it on that stream are done too.
 
     Device times are chained: each step is placed by ``elapsed_time`` from the end of the one before, which
