@@ -129,7 +129,7 @@ def test_a_first_token_tells_how_long_its_request_was_queued() -> None:
     (a, b) = outputs("a", "b")
     a.events = happened((1, 1.0), (2, 1.5))
     tokens.outputs([a, b])
-    assert {token.queue_ns for token in tokens.take()} == {500_000_000, None}
+    assert {token.queue_ns() for token in tokens.take()} == {500_000_000, None}
 
 
 def test_only_the_first_output_of_a_request_counts() -> None:
@@ -298,42 +298,60 @@ async def streamed(pieces: list[tuple[bytes, float]], chunk: Any = None, broken:
 
 def test_the_first_token_of_a_stream_is_there_when_its_piece_was_sent() -> None:
     tokens = FirstTokens()
-    delivered: list[int] = []
+    first: list[FirstToken] = []
 
     def chunk(number: int) -> None:
         if number == 0:
             tokens.arrived("a", time.monotonic_ns())
             tokens.outputs(outputs("a"))
-            (token,) = tokens.take()
-            assert token.held
-            token.when_sent(delivered.append)
-            assert not delivered
+            first.extend(tokens.take())
+            assert first[0].held
         else:
-            assert len(delivered) == 1  # once, and before the next piece
+            assert not first[0].held  # before the next piece
 
     with hooked():
-        got = asyncio.run(streamed([(b"first", HELD_NS / 1e9), (b"second", 0.0)], chunk))
+        got = asyncio.run(streamed([(b"first", HELD_NS / 1e9), (b"second", HELD_NS / 1e9)], chunk))
     assert got == [b"first", b"second"]
-    (seconds_ns,) = delivered
-    assert seconds_ns >= HELD_NS
+    (token,) = first
+    assert token.seconds_ns() >= HELD_NS
+
+
+def test_a_piece_before_the_first_token_holds_none() -> None:
+    """A chat's stream may begin with the role alone."""
+    tokens = FirstTokens()
+    first: list[FirstToken] = []
+
+    def chunk(number: int) -> None:
+        if number == 0:
+            tokens.arrived("a", time.monotonic_ns())
+        elif number == 1:
+            tokens.outputs(outputs("a"))
+            first.extend(tokens.take())
+        assert [token.held for token in first] == [[], [True], [False]][number]
+
+    with hooked():
+        pieces = [(b"role", 0.0), (b"first", HELD_NS / 1e9), (b"second", 0.0)]
+        assert len(asyncio.run(streamed(pieces, chunk))) == 3
+    assert first[0].seconds_ns() >= HELD_NS
 
 
 def test_a_first_token_that_is_never_sent_counts_from_the_engine() -> None:
     tokens = FirstTokens()
-    delivered: list[int] = []
-    known: list[int] = []
+    first: list[tuple[FirstToken, int]] = []
 
     def chunk(number: int) -> None:
         tokens.arrived("a", time.monotonic_ns())
         tokens.outputs(outputs("a"))
         (token,) = tokens.take()
-        known.append(token.seconds_ns())
-        token.when_sent(delivered.append)
+        assert token.held
+        first.append((token, token.seconds_ns()))
 
     with hooked():
         got = asyncio.run(streamed([(b"first", 0.0)], chunk, broken=True))
     assert got == []
-    assert delivered == known
+    ((token, known),) = first
+    assert not token.held
+    assert token.seconds_ns() == known
 
 
 def test_a_token_nobody_asks_about_is_sent_all_the_same() -> None:
@@ -357,7 +375,7 @@ def messages(kind: str) -> Any:
 
 
 @given(st.lists(st.sampled_from(["token", "piece", "empty"]), max_size=12), st.booleans())
-def test_each_token_leaves_with_the_next_piece_and_no_other_piece_passes_through_our_code(
+def test_each_token_leaves_with_the_next_piece_and_none_passes_through_our_code_after_the_first(
     events: list[str], before: bool
 ) -> None:
     got: list[Any] = []
@@ -369,6 +387,7 @@ def test_each_token_leaves_with_the_next_piece_and_no_other_piece_passes_through
         http = HttpRequest(0)
         handed = http.watched(send, Guard())
         made = []
+        had = before  # a first token, which has left
         if before:  # a token that is there before the response begins is held by no piece
             http.hold(FirstToken(0, 1))
         sent = [messages("start")]
@@ -384,13 +403,14 @@ def test_each_token_leaves_with_the_next_piece_and_no_other_piece_passes_through
             message = messages(event)
             sent.append(message)
             await handed(message)
-            if event == "piece":
+            if event == "piece" and waiting:
+                had = True
                 waiting.clear()
             assert [token for token in made if token.held] == waiting
-            assert (handed.func is send) is (not waiting)  # type: ignore[attr-defined]
+            assert (handed.func is send) is (had and not waiting)  # type: ignore[attr-defined]
         http.let_go()
         assert not any(token.held for token in made)
-        assert handed.func is send  # type: ignore[attr-defined]
+        assert (handed.func is send) is (had or bool(made))  # type: ignore[attr-defined]
         assert got == sent
 
     asyncio.run(serve())
@@ -420,21 +440,26 @@ def test_a_request_that_is_over_keeps_nothing_of_its_connection_and_holds_no_tok
 
 
 @pytest.mark.swallows
-def test_an_error_of_ours_while_a_piece_is_sent_does_not_reach_the_response() -> None:
+def test_an_error_of_ours_while_a_piece_is_sent_does_not_reach_the_response(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tokens = FirstTokens()
+    calls = []
 
-    def fails(seconds_ns: int) -> None:
+    def fails(self: HttpRequest, there_ns: int | None = None) -> None:
+        calls.append(there_ns)
         raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(HttpRequest, "let_go", fails)
 
     def chunk(number: int) -> None:
         if number == 0:
             tokens.arrived("a", time.monotonic_ns())
             tokens.outputs(outputs("a"))
-            (token,) = tokens.take()
-            token.when_sent(fails)
 
     with hooked():
         assert asyncio.run(streamed([(b"first", 0.0), (b"second", 0.0)], chunk)) == [b"first", b"second"]
+    assert calls
 
 
 def test_requests_that_another_thread_forgets_meanwhile_have_no_token() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import arrival, frontend
-from llmprobe.hooks.vllm.arrival import HttpRequest
+from llmprobe.hooks.vllm.arrival import FirstToken, HttpRequest
 from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.iterations import NOT_MADE, Iterations, Noted
 from llmprobe.hooks.vllm.unfinished import Engine
@@ -54,9 +54,9 @@ def counted(reader: JournalReader) -> tuple[int, int]:
 
 
 def noted(recorder: Recorder, told: SimpleNamespace | None, **other: Any) -> Noted:
-    fields = {"engine": 0, "time_ns": 1, "first": (), "queued": (), "made": NOT_MADE, "own_ns": 1000, **other}
-    engine, time_ns, first, queued, made, own_ns = fields.values()
-    return recorder, engine, time_ns, told, first, queued, made, own_ns
+    fields = {"engine": 0, "time_ns": 1, "first": (), "made": NOT_MADE, "own_ns": 1000, **other}
+    engine, time_ns, first, made, own_ns = fields.values()
+    return recorder, engine, time_ns, told, first, made, own_ns
 
 
 def finished(**other: Any) -> SimpleNamespace:
@@ -83,7 +83,9 @@ def test_they_are_counted_together(journal: Journal) -> None:
     iterations.note(
         noted(recorder, iteration(0.02, num_prompt_tokens=5, num_preempted_reqs=1), made=(1.5, 1_500_070_000))
     )
-    iterations.note(noted(recorder, None, first=(8_000_000, 9_000_000), queued=(1_000_000,), own_ns=0))
+    queued = [SimpleNamespace(type=1, timestamp=5.0), SimpleNamespace(type=2, timestamp=5.001)]
+    first = (FirstToken(1_000_000, 9_000_000, queued), FirstToken(0, 9_000_000))
+    iterations.note(noted(recorder, None, first=first, own_ns=0))
     recorder.publish()
     assert counted(reader) == (0, 0)
     for _ in range(2):  # the second time there is nothing to count
@@ -177,12 +179,31 @@ def test_a_front_end_that_is_replaced_leaves_what_it_noted_to_the_next(
     recorder, reader = journal
     front, _ = front_end(journal, tmp_path, "a")
     front.record(None, iteration(0.01, finished_requests=[finished()]), 0)
+    waits = FirstToken(0, 1_000_000)
+    waits.held = True
+    front._iterations.note(noted(recorder, None, first=(waits,)))
+    front.look(True)
     after = FrontEnd(front._probe, None, [], before=front)
-    front._sent(front._engines[0], None, 5_000_000)  # a first token whose piece leaves only now
+    waits.there_ns, waits.held = 5_000_000, False  # its piece leaves only now
     after.look(True)
     recorder.publish()
     assert (counted(reader), reader.counters()["requests"]) == ((1, 1), 1)
     assert reader.counters()["sum_ns_time_to_first_token"] == 5_000_000
+
+
+def test_first_tokens_that_leave_while_the_hooks_are_off_are_counted_by_nobody(journal: Journal) -> None:
+    recorder, reader = journal
+    iterations = Iterations(never)
+    left, waits = FirstToken(0, 1_000_000), FirstToken(0, 2_000_000)
+    waits.held = True
+    iterations.note(noted(recorder, None, first=(left, waits)))
+    iterations.write()
+    iterations.forget_held()
+    waits.held = False
+    iterations.write()
+    recorder.publish()
+    assert int(reader.histogram("time_to_first_token").sum()) == 1
+    assert reader.counters()["sum_ns_time_to_first_token"] == 1_000_000
 
 
 def test_an_engine_has_one_journal_however_often_its_server_is_scaled(
@@ -262,15 +283,20 @@ def test_two_threads_that_count_do_so_once(journal: Journal) -> None:
     thread = threading.Thread(target=look)
     thread.start()
     for number in range(3000):
-        iterations.note(noted(recorder, iteration(0.01, finished_requests=[finished()])))
+        token = FirstToken(0, 1)
+        token.held = number % 3 == 0
+        told = iteration(0.01, finished_requests=[finished()])
+        iterations.note(noted(recorder, told, first=(token,)))
         if number % 7 == 0:
             iterations.write()
+        token.held = False
     ended.set()
     thread.join()
     iterations.write()
     recorder.publish()
     assert counted(reader) == (3000, 3000)
     assert reader.counters()["requests"] == 3000
+    assert reader.counters()["sum_ns_time_to_first_token"] == 3000
 
 
 def test_only_requests_with_a_first_token_tell_how_long_they_were_queued(

@@ -44,33 +44,28 @@ def queued_ns(events: Any) -> int | None:
 
 
 class FirstToken:
-    """The first token of one engine request. ``queue_ns``: how long that was queued; None if not known."""
+    """The first token of one engine request. The event loop notes, the housekeeping thread reads."""
 
-    __slots__ = ("_arrived_ns", "_deliver", "_there_ns", "held", "queue_ns")
+    __slots__ = ("arrived_ns", "events", "held", "there_ns")
 
-    def __init__(self, arrived_ns: int, there_ns: int, queue_ns: int | None = None) -> None:
-        self._arrived_ns = arrived_ns
-        self._there_ns = there_ns
-        self._deliver: Callable[[int], None] | None = None
-        self.queue_ns = queue_ns
-        #: It waits for the piece of a response that will hold it.
+    def __init__(self, arrived_ns: int, there_ns: int, events: Any = None) -> None:
+        """
+        Args:
+            events: what the engine said with it, see `queued_ns`.
+        """
+        self.arrived_ns = arrived_ns
+        self.there_ns = there_ns
+        self.events = events
+        #: It waits for the piece of a response that will hold it; `there_ns` is not its last word then.
         self.held = False
 
     def seconds_ns(self) -> int:
         """Nanoseconds from arrival to what is known so far."""
-        return self._there_ns - self._arrived_ns
+        return self.there_ns - self.arrived_ns
 
-    def when_sent(self, deliver: Callable[[int], None]) -> None:
-        """Call ``deliver`` with `seconds_ns` once it is no longer held."""
-        self._deliver = deliver
-
-    def let_go(self, there_ns: int | None = None) -> None:
-        """It was sent at ``there_ns``, or (None) will not be: then it counts as it was."""
-        self.held = False
-        if there_ns is not None:
-            self._there_ns = there_ns
-        if self._deliver is not None:
-            self._deliver(self.seconds_ns())
+    def queue_ns(self) -> int | None:
+        """How long the request was queued; None if that is not known."""
+        return queued_ns(self.events)
 
 
 class HttpRequest:
@@ -80,8 +75,8 @@ class HttpRequest:
         "_handing",
         "_held",
         "_plain",
-        "_starting",
         "_streaming",
+        "_watched",
         "_watching",
         "answered",
         "arrived_ns",
@@ -96,12 +91,12 @@ class HttpRequest:
         #: Its response began before a token was there: tokens are sent as they come.
         self._streaming = False
         self._held: list[FirstToken] = []
-        #: What the application calls to send; what that calls before the response has begun, while a first
-        #: token is held, and else.
+        #: What the application calls to send; what that calls until the first token has left and whenever
+        #: another one is held, and else; and whether it is the former.
         self._handing: functools.partial[Any] | None = None
-        self._starting: Callable[[Any], Any] | None = None
         self._watching: Callable[[Any], Any] | None = None
         self._plain: Callable[[Any], Any] | None = None
+        self._watched = False
 
     def hold(self, token: FirstToken) -> None:
         """A first token for this request, which the next piece of a streaming response holds."""
@@ -109,50 +104,57 @@ class HttpRequest:
         if self._streaming:
             token.held = True
             self._held.append(token)
-            self._hand(self._watching)
+            if not self._watched:
+                self._watched = True
+                self._hand(self._watching)
 
     def watched(self, send: Callable[[Any], Any], guard: Guard) -> Callable[[Any], Any]:
         """``send`` that lets first tokens go. Any other piece passes through no code of ours.
 
         One event loop sends every piece of every stream, thousands a second: a function around each took it
-        1 to 2 µs. So this is a `functools.partial`: of ``send`` itself, except at the start and while a first
-        token waits.
+        1 to 2 µs. So this is a `functools.partial`: of ``send`` itself, once the first token has left and but
+        for when another one waits.
         """
 
         async def sending(message: Any) -> None:
             await send(message)
-            # Also inert: else every piece to come would pass through here.
-            guard.call_even_inert("vllm.first_token", self.let_go, _now())
+            try:  # also inert: else every piece to come would pass through here
+                self.let_go(_now())
+            except Exception as error:  # noqa: BLE001 - at each request: inline, and not by `Guard.call`
+                guard.failed("vllm.first_token", error)
 
         def watching(message: Any) -> Any:
-            if message["type"] == "http.response.body" and message.get("body"):
-                return sending(message)
-            return send(message)
-
-        def starting(message: Any) -> Any:
-            if message["type"] == "http.response.start":
+            if self._held:
+                if message["type"] == "http.response.body" and message.get("body"):
+                    return sending(message)
+            elif message["type"] == "http.response.start":
                 self._streaming = True
-                self._hand(send)
+                if self.answered:  # all there is; no piece holds it
+                    self._watched = False
+                    self._hand(send)
             return send(message)
 
-        self._starting, self._watching, self._plain = starting, watching, send
-        self._handing = functools.partial(send)
-        self._hand(starting)
+        self._watching, self._plain, self._watched = watching, send, True
+        self._handing = functools.partial(watching)
         return self._handing
 
     def let_go(self, there_ns: int | None = None) -> None:
         """What was held has been sent, or (None) will not be."""
-        held, self._held = self._held, []
-        if held:
-            self._hand(self._plain)
+        held = self._held
+        if not held:
+            return
+        self._held, self._watched = [], False
+        self._hand(self._plain)
         for token in held:
-            token.let_go(there_ns)
+            if there_ns is not None:
+                token.there_ns = there_ns
+            token.held = False  # last: another thread reads it from here on
 
     def end(self) -> None:
         """The application is done with it: no piece follows."""
         self._streaming = False
         # Functions that know this request: a ring, which would keep the connection until memory is swept.
-        self._handing = self._starting = self._watching = self._plain = None
+        self._handing = self._watching = self._plain = None
         self.let_go()
 
     def _hand(self, target: Callable[[Any], Any] | None) -> None:
@@ -201,7 +203,7 @@ class FirstTokens:
                 if known is None:  # the housekeeping thread has forgotten them all meanwhile
                     return
                 arrived_ns, http = known
-                token = FirstToken(arrived_ns, now, queued_ns(getattr(output, "events", None)))
+                token = FirstToken(arrived_ns, now, getattr(output, "events", None))
                 self._there.append(token)
                 if http is not None:
                     http.hold(token)
@@ -253,15 +255,19 @@ def install(probe: Probe, module: ModuleType) -> None:
     def make(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         async def __call__(self: Any, scope: Any, receive: Any, send: Any) -> None:
             http: HttpRequest | None = None
+            handed = send
             if patch.active and probe.active:
-                http = guard.call("vllm.arrival", _take_note, scope)
-            if http is None:
-                await original(self, scope, receive, send)
-                return
+                try:
+                    http = _take_note(scope)
+                    if http is not None:
+                        handed = http.watched(send, guard)
+                except Exception as error:  # noqa: BLE001 - at each request: inline, and not by `Guard.call`
+                    guard.failed("vllm.arrival", error)
             try:
-                await original(self, scope, receive, http.watched(send, guard))
+                await original(self, scope, receive, handed)
             finally:
-                guard.call_even_inert("vllm.first_token", http.end)
+                if http is not None:
+                    guard.call_even_inert("vllm.first_token", http.end)
 
         return __call__
 

@@ -6,7 +6,6 @@ end's event loop, never in the engine.
 
 from __future__ import annotations
 
-import functools
 import time
 import weakref
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from llmprobe.hooks.naming import server_name
 from llmprobe.hooks.patch import Patch
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import facts
-from llmprobe.hooks.vllm.arrival import FirstTokens
+from llmprobe.hooks.vllm.arrival import FirstToken, FirstTokens
 from llmprobe.hooks.vllm.iterations import NOT_MADE, Iterations
 from llmprobe.hooks.vllm.unfinished import Engine, Unfinished, engine_index
 from llmprobe.record.journal import JournalError
@@ -164,6 +163,8 @@ class FrontEnd:
             active: whether the hooks are at work.
         """
         self._iterations.write()
+        if not active:
+            self._iterations.forget_held()
         self._unfinished.look(active)
         if self.beside:
             self._note(_SIDE_BY_SIDE)
@@ -203,40 +204,28 @@ class FrontEnd:
             unfinished = self._unfinished.heard(of, running + waiting, entered)
             # Also when nothing changed: of several front ends the one that heard last is believed.
             recorder.load(running, waiting, scheduler.kv_cache_usage, unfinished, later=True, time_ns=entered)
-        first_ns: tuple[int, ...] = ()
-        queue_ns: tuple[int, ...] = ()
+        first_tokens: tuple[FirstToken, ...] = ()
         if iteration is not None and iteration.time_to_first_tokens_iter:
-            first_ns, queue_ns = self._first(of, iteration)
+            first_tokens = self._first(iteration)
         if engine in self._elsewhere:
             made = NOT_MADE
         own, self._own_ns = self._own_ns, 0
         self._iterations.note(
-            (recorder, engine, entered, iteration, first_ns, queue_ns, made, own + _now() - entered)
+            (recorder, engine, entered, iteration, first_tokens, made, own + _now() - entered)
         )
         if not of.requests:
             self._unfinished.settle(of)
 
-    def _first(self, of: Engine, iteration: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of an iteration's first tokens what is known now: their times, and how long they queued (ns)."""
+    def _first(self, iteration: Any) -> tuple[FirstToken, ...]:
+        """An iteration's first tokens."""
         tokens = self._first_tokens.take()
         first = iteration.time_to_first_tokens_iter
-        if len(tokens) != len(first):
-            # Some arrived before we looked. vLLM's own times end before it detokenizes and hands the tokens
-            # to their streams.
-            handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
-            return tuple(round(seconds * 1e9) + handed for seconds in first), ()
-        for token in tokens:
-            if token.held:
-                token.when_sent(functools.partial(self._sent, of, token.queue_ns))
-        there = [token for token in tokens if not token.held]
-        queued = tuple(token.queue_ns for token in there if token.queue_ns is not None)
-        return tuple(token.seconds_ns() for token in there), queued
-
-    def _sent(self, of: Engine, queue_ns: int | None, seconds_ns: int) -> None:
-        """A first token, that had to wait for its piece of a response, has left."""
-        if self._probe.active and of.recorder is not None:
-            queued = () if queue_ns is None else (queue_ns,)
-            self._iterations.note((of.recorder, of.index, 0, None, (seconds_ns,), queued, NOT_MADE, 0))
+        if len(tokens) == len(first):
+            return tokens
+        # Some arrived before we looked. vLLM's own times end before it detokenizes and hands the tokens
+        # to their streams.
+        handed = round(max(time.time() - iteration.iteration_timestamp, 0.0) * 1e9)
+        return tuple(FirstToken(0, round(seconds * 1e9) + handed) for seconds in first)
 
 
 _front_end: FrontEnd | None = None
@@ -273,7 +262,14 @@ def install_stat_loggers(probe: Probe, module: ModuleType) -> None:
     def make_record(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def record_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
-            if patch.active and probe.active and (front_end := _the_front_end(probe)) is not None:
+            # `Probe.active` and `_the_front_end`, inline: this runs at each step.
+            if (
+                patch.active
+                and probe.enabled
+                and not guard.inert
+                and probe.armed
+                and (front_end := _front_end) is not None
+            ):
                 try:
                     scheduler = args[0] if args else kwargs.get("scheduler_stats")
                     iteration = args[1] if len(args) > 1 else kwargs.get("iteration_stats")
@@ -326,14 +322,6 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
     """Note arrivals, first tokens and aborts, which the statistics tell late or not at all."""
     guard = probe.guard
 
-    def is_new(processor: Any, request: Any) -> bool:
-        return request.request_id not in processor.request_states
-
-    def arrived(processor: Any, request: Any, new: bool) -> None:
-        front_end = _the_front_end(probe)
-        if front_end is not None:
-            front_end.arrived(processor, request, new)
-
     def aborted(processor: Any, ids: Any) -> None:
         front_end = _the_front_end(probe)
         if front_end is not None:
@@ -341,12 +329,19 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
 
     def make_add(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-            request = args[0] if args else kwargs.get("request")
-            active = patch.active and probe.active
-            new = active and guard.call("vllm.add_request", is_new, self, request)
+            front_end = _the_front_end(probe) if patch.active and probe.active else None
+            if front_end is None:
+                return original(self, *args, **kwargs)
+            request, new = args[0] if args else kwargs.get("request"), False
+            try:
+                new = request.request_id not in self.request_states  # type: ignore[union-attr]
+            except Exception as error:  # noqa: BLE001 - at each request: inline, and not by `Guard.call`
+                guard.failed("vllm.add_request", error)
             result = original(self, *args, **kwargs)
-            if active:
-                guard.call("vllm.add_request", arrived, self, request, bool(new))
+            try:
+                front_end.arrived(self, request, new)
+            except Exception as error:  # noqa: BLE001
+                guard.failed("vllm.add_request", error)
             return result
 
         return add_request
@@ -354,7 +349,14 @@ def install_output_processor(probe: Probe, module: ModuleType) -> None:
     def make_process(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
         def process_outputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
-            if patch.active and probe.active and (front_end := _the_front_end(probe)) is not None:
+            # As at `record_stats`.
+            if (
+                patch.active
+                and probe.enabled
+                and not guard.inert
+                and probe.armed
+                and (front_end := _front_end) is not None
+            ):
                 try:
                     those = args[0] if args else kwargs.get("engine_core_outputs")
                     made = args[1] if len(args) > 1 else kwargs.get("engine_core_timestamp")

@@ -10,20 +10,21 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
+from llmprobe.hooks.vllm.arrival import FirstToken
 from llmprobe.hooks.vllm.output_lag import output_lag
 from llmprobe.record.recorder import Recorder
 
 _AT_MOST = 512  # only noted, should nobody come to count them
+_HELD_AT_MOST = 8192  # first tokens; each has a connection that is open
 
 
 #: When the engine core had made outputs (seconds of CLOCK_MONOTONIC; None where it does not say), and when
 #: they were handed to their streams (ns).
 Made = tuple[float | None, int]
 NOT_MADE: Made = (None, 0)
-#: An iteration of an engine, or what became known later of one: whose, the engine, when it was told; vLLM's
-#: ``IterationStats`` (or None), which it makes anew for each; times to first token, and how long those
-#: requests were queued (ns); its outputs; our own time (ns).
-Noted = tuple[Recorder, int, int, Any, tuple[int, ...], tuple[int, ...], Made, int]
+#: An iteration of an engine: whose, the engine, when it was told; vLLM's ``IterationStats`` or None, which it
+#: makes anew for each; its first tokens; its outputs; our own time (ns).
+Noted = tuple[Recorder, int, int, Any, tuple[FirstToken, ...], Made, int]
 
 
 class Iterations:
@@ -35,6 +36,8 @@ class Iterations:
             failed: told of iterations that cannot be read.
         """
         self._noted: deque[Noted] = deque()
+        #: First tokens that wait for their piece of a response, and whose they are.
+        self._held: deque[tuple[Recorder, FirstToken]] = deque(maxlen=_HELD_AT_MOST)
         self._failed = failed
 
     def note(self, noted: Noted) -> None:
@@ -49,24 +52,53 @@ class Iterations:
         Nobody waits for another thread that is counting: what that has taken it writes a moment later.
         """
         sums: dict[Recorder, _Sum] = {}
+        for _ in range(len(self._held)):
+            try:
+                recorder, token = self._held.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            self._first_tokens(sums, recorder, (token,))
         while self._noted:
             try:
                 noted = self._noted.popleft()
-            except IndexError:  # another thread took the last one
+            except IndexError:  # likewise
                 break
-            found = sums.get(noted[0])
-            if found is None:
-                found = sums[noted[0]] = _Sum(self._failed)
+            recorder, engine, time_ns, iteration, first_tokens, made, own_ns = noted
             try:
-                found.add(noted)
+                self._sum(sums, recorder).add(engine, time_ns, iteration, made, own_ns)
             except Exception as error:  # noqa: BLE001 - the others are good
                 self._failed("vllm.iteration", error)
+            if first_tokens:
+                self._first_tokens(sums, recorder, first_tokens)
         for recorder, found in sums.items():
             for write in (found.write_tokens, found.write_finished, found.write_lags):
                 try:
                     write(recorder)
                 except Exception as error:  # noqa: BLE001 - the others are good
                     self._failed("vllm.iteration", error)
+
+    def forget_held(self) -> None:
+        """Nobody counts any more when they leave: the hooks are off."""
+        self._held.clear()
+
+    def _sum(self, sums: dict[Recorder, _Sum], recorder: Recorder) -> _Sum:
+        found = sums.get(recorder)
+        if found is None:
+            found = sums[recorder] = _Sum(self._failed)
+        return found
+
+    def _first_tokens(
+        self, sums: dict[Recorder, _Sum], recorder: Recorder, tokens: tuple[FirstToken, ...]
+    ) -> None:
+        """Add those that have left; the others are asked again the next time."""
+        for token in tokens:
+            if token.held:
+                self._held.append((recorder, token))
+                continue
+            try:
+                self._sum(sums, recorder).add_first(token)
+            except Exception as error:  # noqa: BLE001 - the others are good
+                self._failed("vllm.iteration", error)
 
 
 class _Sum:
@@ -81,14 +113,17 @@ class _Sum:
         self._lags_ns: list[int] = []
         self._finished: list[tuple[int, int, Any]] = []
 
-    def add(self, noted: Noted) -> None:
+    def add_first(self, token: FirstToken) -> None:
+        """A first token that has left."""
+        self._first_token_ns.append(token.seconds_ns())
+        if (queue_ns := token.queue_ns()) is not None:
+            self._first_token_queue_ns.append(queue_ns)
+
+    def add(self, engine: int, time_ns: int, iteration: Any, made: Made, own_ns: int) -> None:
         """One more."""
-        _, engine, time_ns, iteration, first_token_ns, first_token_queue_ns, made, own_ns = noted
         self._own_ns += own_ns
         if (lag := output_lag(*made)) is not None:
             self._lags_ns.append(lag)
-        self._first_token_ns += first_token_ns
-        self._first_token_queue_ns += first_token_queue_ns
         if iteration is None:
             return
         if gaps := _token_gaps(iteration):

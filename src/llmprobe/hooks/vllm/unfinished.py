@@ -109,7 +109,7 @@ class Unfinished:
             if (engine := self.at[request_id]) is not None:
                 engine.sent_ns = self._arrived_ns
         else:
-            self._add(request_id, since_ns)
+            self._add(request_id, since_ns, self._arrived_ns)
 
     def sent(self, client: Any, request_id: str, index: int) -> None:
         """vLLM's ``client`` sends a request to the engine with that data-parallel index."""
@@ -218,10 +218,10 @@ class Unfinished:
             return False
         return sum(engine.has for engine in having) >= len(self.at)
 
-    def _add(self, request_id: str, since_ns: int) -> None:
+    def _add(self, request_id: str, since_ns: int, now_ns: int) -> None:
         if len(self.engines) == 1:
             (engine,) = self.engines.values()
-            engine.sent_ns = self._clock()
+            engine.sent_ns = now_ns
             self._place(request_id, engine, since_ns)
             return
         self.at[request_id] = None
@@ -258,7 +258,8 @@ class Unfinished:
         in_flight = getattr(self._client, "reqs_in_flight", {})
         for request_id in list(states):
             if request_id not in self.at:
-                self._add(request_id, self._clock())
+                now_ns = self._clock()
+                self._add(request_id, now_ns, now_ns)
                 if (identity := in_flight.get(request_id)) is not None:
                     self.sent(self._client, request_id, engine_index(identity))
         self._gone([request_id for request_id in list(self.at) if request_id not in states])
