@@ -39,12 +39,14 @@ def events(module: Any) -> None:
     """The step clock of a CUDA device: each event it records, and the times it asks for."""
     clock = module.CudaClock
     made, mark = clock.__init__, clock.mark
-    places = [0]
+    places, ended = [0], [True]
     totals = [_sums.setdefault(f"event {index}", [0, 0]) for index in range(4)]
     now = time.monotonic_ns
 
     def marked(self: Any, stamps: Any, index: int) -> None:
         places[0] = index
+        if index in (0, 3):
+            ended[0] = index == 3
         mark(self, stamps, index)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,8 +60,11 @@ def events(module: Any) -> None:
             total[1] += now() - begin
             total[0] += 1
 
-        self._record = recorded
-        self.record = lambda event, stream: recorded(event, stream, 3)  # by hooks, in the place of mark 3
+        def by_hooks(event: Any, stream: Any) -> None:  # in the place of marks 0 and 3, in turns
+            ended[0] = not ended[0]
+            recorded(event, stream, 3 if ended[0] else 0)
+
+        self._record, self.record = recorded, by_hooks
 
     clock.__init__, clock.mark = init, marked
     clock.harvest = _timed("harvest", clock.harvest, time.thread_time_ns)

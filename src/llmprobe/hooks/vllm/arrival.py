@@ -159,7 +159,7 @@ class HttpRequest:
 
     def _hand(self, target: Callable[[Any], Any] | None) -> None:
         if self._handing is not None:
-            # A partial that is being called does not hold what it calls: all three stay referenced here. One
+            # A partial that is being called does not hold what it calls: both stay referenced here. One
             # without a ``__dict__`` would be melted into a partial that middleware makes of it.
             self._handing.__setstate__((target, (), {}, {}))  # type: ignore[attr-defined]
 
