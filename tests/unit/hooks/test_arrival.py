@@ -299,6 +299,7 @@ async def streamed(pieces: list[tuple[bytes, float]], chunk: Any = None, broken:
 def test_the_first_token_of_a_stream_is_there_when_its_piece_was_sent() -> None:
     tokens = FirstTokens()
     first: list[FirstToken] = []
+    there: list[int] = []
 
     def chunk(number: int) -> None:
         if number == 0:
@@ -308,12 +309,14 @@ def test_the_first_token_of_a_stream_is_there_when_its_piece_was_sent() -> None:
             assert first[0].held
         else:
             assert not first[0].held  # before the next piece
+            there.append(first[0].there_ns)
 
     with hooked():
-        got = asyncio.run(streamed([(b"first", HELD_NS / 1e9), (b"second", HELD_NS / 1e9)], chunk))
-    assert got == [b"first", b"second"]
+        got = asyncio.run(streamed([(b"first", HELD_NS / 1e9), (b"second", 0.0), (b"third", 0.0)], chunk))
+    assert got == [b"first", b"second", b"third"]
     (token,) = first
     assert token.seconds_ns() >= HELD_NS
+    assert there == [token.there_ns] * 2  # once
 
 
 def test_a_piece_before_the_first_token_holds_none() -> None:
@@ -375,7 +378,7 @@ def messages(kind: str) -> Any:
 
 
 @given(st.lists(st.sampled_from(["token", "piece", "empty"]), max_size=12), st.booleans())
-def test_each_token_leaves_with_the_next_piece_and_none_passes_through_our_code_after_the_first(
+def test_each_token_leaves_with_the_next_piece_and_no_other_piece_passes_through_our_code(
     events: list[str], before: bool
 ) -> None:
     got: list[Any] = []
@@ -387,7 +390,6 @@ def test_each_token_leaves_with_the_next_piece_and_none_passes_through_our_code_
         http = HttpRequest(0)
         handed = http.watched(send, Guard())
         made = []
-        had = before  # a first token, which has left
         if before:  # a token that is there before the response begins is held by no piece
             http.hold(FirstToken(0, 1))
         sent = [messages("start")]
@@ -403,14 +405,13 @@ def test_each_token_leaves_with_the_next_piece_and_none_passes_through_our_code_
             message = messages(event)
             sent.append(message)
             await handed(message)
-            if event == "piece" and waiting:
-                had = True
+            if event == "piece":
                 waiting.clear()
             assert [token for token in made if token.held] == waiting
-            assert (handed.func is send) is (had and not waiting)  # type: ignore[attr-defined]
+            assert (handed.func is send) is (not waiting)  # type: ignore[attr-defined]
         http.let_go()
         assert not any(token.held for token in made)
-        assert (handed.func is send) is (had or bool(made))  # type: ignore[attr-defined]
+        assert handed.func is send  # type: ignore[attr-defined]
         assert got == sent
 
     asyncio.run(serve())
@@ -459,7 +460,17 @@ def test_an_error_of_ours_while_a_piece_is_sent_does_not_reach_the_response(
 
     with hooked():
         assert asyncio.run(streamed([(b"first", 0.0), (b"second", 0.0)], chunk)) == [b"first", b"second"]
-    assert calls
+    assert any(there_ns is not None for there_ns in calls)  # while it was sent, not at the end
+
+
+@pytest.mark.swallows
+def test_an_error_of_ours_as_a_request_arrives_does_not_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: HttpRequest, send: Any, guard: Guard) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(HttpRequest, "watched", fails)
+    with hooked():
+        assert asyncio.run(streamed([(b"first", 0.0)])) == [b"first"]
 
 
 def test_requests_that_another_thread_forgets_meanwhile_have_no_token() -> None:
@@ -488,13 +499,16 @@ def test_a_partial_that_middleware_makes_of_send_sees_the_exchange_too() -> None
         got.append(message)
 
     http = HttpRequest(0)
-    wrapped = functools.partial(http.watched(send, Guard()))
+    handed = http.watched(send, Guard())
+    wrapped = functools.partial(handed)
+    assert wrapped.func is handed
     asyncio.run(wrapped(messages("start")))
     token = FirstToken(0, 1)
     http.hold(token)
     assert token.held
     asyncio.run(wrapped(messages("piece")))
     assert not token.held
+    assert handed.func is send  # type: ignore[attr-defined]
     assert len(got) == 2
 
 

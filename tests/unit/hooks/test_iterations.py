@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import arrival, frontend
+from llmprobe.hooks.vllm import iterations as iterations_module
 from llmprobe.hooks.vllm.arrival import FirstToken, HttpRequest
 from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.iterations import NOT_MADE, Iterations, Noted
@@ -191,19 +192,55 @@ def test_a_front_end_that_is_replaced_leaves_what_it_noted_to_the_next(
     assert reader.counters()["sum_ns_time_to_first_token"] == 5_000_000
 
 
-def test_first_tokens_that_leave_while_the_hooks_are_off_are_counted_by_nobody(journal: Journal) -> None:
+def test_first_tokens_that_leave_while_the_hooks_are_off_are_counted_by_nobody(
+    journal: Journal, tmp_path: Path
+) -> None:
     recorder, reader = journal
-    iterations = Iterations(never)
+    front, _ = front_end(journal, tmp_path, "a")
     left, waits = FirstToken(0, 1_000_000), FirstToken(0, 2_000_000)
     waits.held = True
-    iterations.note(noted(recorder, None, first=(left, waits)))
-    iterations.write()
-    iterations.forget_held()
+    front._iterations.note(noted(recorder, None, first=(left, waits)))
+    front.look(False)
     waits.held = False
-    iterations.write()
+    front.look(True)
     recorder.publish()
     assert int(reader.histogram("time_to_first_token").sum()) == 1
     assert reader.counters()["sum_ns_time_to_first_token"] == 1_000_000
+
+
+def test_of_many_first_tokens_that_wait_for_their_piece_none_is_lost(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iterations_module, "_HELD_AT_MOST", 3)
+    recorder, reader = journal
+    iterations = Iterations(never)
+    tokens = [FirstToken(0, 1_000_000) for _ in range(5)]
+    for token in tokens:
+        token.held = True
+    iterations.note(noted(recorder, None, first=tuple(tokens)))
+    for _ in range(2):
+        iterations.write()
+        recorder.publish()
+        assert int(reader.histogram("time_to_first_token").sum()) == 2  # those beyond, as far as they came
+    for token in tokens:
+        token.there_ns, token.held = 2_000_000, False
+    iterations.write()
+    recorder.publish()
+    assert int(reader.histogram("time_to_first_token").sum()) == 5
+    assert reader.counters()["sum_ns_time_to_first_token"] == 2 * 1_000_000 + 3 * 2_000_000
+
+
+def test_a_first_token_that_cannot_be_counted_costs_the_others_nothing(journal: Journal) -> None:
+    recorder, reader = journal
+    failed: list[str] = []
+    iterations = Iterations(lambda where, error: failed.append(where))
+    broken: Any = [SimpleNamespace(type=1, timestamp="soon"), SimpleNamespace(type=2, timestamp="late")]
+    iterations.note(noted(recorder, iteration(0.01), first=(FirstToken(0, 1, broken), FirstToken(0, 1))))
+    iterations.write()
+    recorder.publish()
+    assert failed == ["vllm.iteration"]
+    assert counted(reader) == (1, 1)
+    assert int(reader.histogram("time_to_first_token").sum()) == 2  # only how long it queued is not known
 
 
 def test_an_engine_has_one_journal_however_often_its_server_is_scaled(

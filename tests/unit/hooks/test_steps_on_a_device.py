@@ -101,3 +101,55 @@ def test_a_worker_that_warms_up_again_asks_which_stream_is_current(rig: Rig, dev
     run(rig, device, 11)
     device.host_ns += 20_000_000
     assert [stamps.stream for stamps in clock.harvest()] == ["other"]
+
+
+def test_marks_follow_a_program_that_changes_the_stream_with_each_call(rig: Rig, device: Device) -> None:
+    clock = on_cuda(rig)
+    expected = []
+    for number in range(10):
+        device.stream = "main" if number % 2 else "other"
+        for scheduled in (new(f"r{number}", 10), cached(**{f"r{number}": (10, 1)})):
+            rig.run(scheduled)
+            expected.append(device.stream)
+    device.host_ns += 20_000_000
+    assert [stamps.stream for stamps in clock.harvest()] == expected
+
+
+def test_after_a_pause_marks_are_on_the_current_stream(rig: Rig, device: Device) -> None:
+    clock = on_cuda(rig)
+    rig.run(new("a", 10))
+    run(rig, device, 10)
+    for call in rig.probe.on_paused:
+        call()
+    device.stream = "other"
+    for call in rig.probe.on_resumed:
+        call()
+    run(rig, device, 11)
+    device.host_ns += 20_000_000
+    assert [stamps.stream for stamps in clock.harvest()] == ["main", "main", "other"]
+
+
+def test_which_stream_is_current_is_asked_in_every_fifth_step_only(
+    rig: Rig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(device, "current_stream", lambda index: asked.append(index) or "main")
+    on_cuda(rig)
+    rig.run(new("a", 10))  # the first step
+    for context in range(10, 29):
+        run(rig, device, context)
+    assert len(asked) == 1 + 20 // 5
+
+
+def test_a_step_that_the_device_waited_for_begins_when_the_host_recorded_it(rig: Rig, device: Device) -> None:
+    """Whether the clock was asked for it or the hook recorded the event itself."""
+    on_cuda(rig)
+    rig.run(new("a", 10))
+    device.speed = 0.999  # its clock is slower than the host's
+    begun = []
+    for context in range(10, 20):
+        device.host_ns += 500_000_000
+        begun.append(device.host_ns)
+        run(rig, device, context)
+    device.host_ns += 20_000_000
+    assert list(rig.written()["e0"][-10:]) == begun

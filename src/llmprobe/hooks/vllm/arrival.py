@@ -44,7 +44,7 @@ def queued_ns(events: Any) -> int | None:
 
 
 class FirstToken:
-    """The first token of one engine request. The event loop notes, the housekeeping thread reads."""
+    """The first token of one engine request: noted on the event loop, counted when iterations are."""
 
     __slots__ = ("arrived_ns", "events", "held", "there_ns")
 
@@ -91,8 +91,8 @@ class HttpRequest:
         #: Its response began before a token was there: tokens are sent as they come.
         self._streaming = False
         self._held: list[FirstToken] = []
-        #: What the application calls to send; what that calls until the first token has left and whenever
-        #: another one is held, and else; and whether it is the former.
+        #: What the application calls to send; what that calls until the response has begun and while a first
+        #: token is held, and else; and whether it is the former.
         self._handing: functools.partial[Any] | None = None
         self._watching: Callable[[Any], Any] | None = None
         self._plain: Callable[[Any], Any] | None = None
@@ -112,8 +112,8 @@ class HttpRequest:
         """``send`` that lets first tokens go. Any other piece passes through no code of ours.
 
         One event loop sends every piece of every stream, thousands a second: a function around each took it
-        1 to 2 µs. So this is a `functools.partial`: of ``send`` itself, once the first token has left and but
-        for when another one waits.
+        1 to 2 µs. So this is a `functools.partial`: of ``send`` itself, except at the start and while a first
+        token waits.
         """
 
         async def sending(message: Any) -> None:
@@ -128,14 +128,13 @@ class HttpRequest:
                 if message["type"] == "http.response.body" and message.get("body"):
                     return sending(message)
             elif message["type"] == "http.response.start":
-                self._streaming = True
-                if self.answered:  # all there is; no piece holds it
-                    self._watched = False
-                    self._hand(send)
+                self._streaming, self._watched = True, False
+                self._hand(send)
             return send(message)
 
         self._watching, self._plain, self._watched = watching, send, True
-        self._handing = functools.partial(watching)
+        self._handing = functools.partial(send)
+        self._hand(watching)
         return self._handing
 
     def let_go(self, there_ns: int | None = None) -> None:

@@ -15,7 +15,7 @@ from llmprobe.hooks.vllm.output_lag import output_lag
 from llmprobe.record.recorder import Recorder
 
 _AT_MOST = 512  # only noted, should nobody come to count them
-_HELD_AT_MOST = 8192  # first tokens; each has a connection that is open
+_HELD_AT_MOST = 8192  # first tokens that wait for their piece; more count as far as they came
 
 
 #: When the engine core had made outputs (seconds of CLOCK_MONOTONIC; None where it does not say), and when
@@ -37,7 +37,7 @@ class Iterations:
         """
         self._noted: deque[Noted] = deque()
         #: First tokens that wait for their piece of a response, and whose they are.
-        self._held: deque[tuple[Recorder, FirstToken]] = deque(maxlen=_HELD_AT_MOST)
+        self._held: deque[tuple[Recorder, FirstToken]] = deque()
         self._failed = failed
 
     def note(self, noted: Noted) -> None:
@@ -92,7 +92,7 @@ class Iterations:
     ) -> None:
         """Add those that have left; the others are asked again the next time."""
         for token in tokens:
-            if token.held:
+            if token.held and len(self._held) < _HELD_AT_MOST:
                 self._held.append((recorder, token))
                 continue
             try:

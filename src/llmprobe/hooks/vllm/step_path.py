@@ -103,7 +103,11 @@ class StepPath:
         total = scheduled.total_num_scheduled_tokens
         new, drafts = scheduled.scheduled_new_reqs, scheduled.scheduled_spec_decode_tokens
         finished = scheduled.finished_req_ids or ()
-        new = note_new(new) if new else ()
+        if new:
+            new = note_new(new)
+            self._stream = None  # a program may run its model on another stream with each call
+        else:
+            new = ()
         drafts = note_drafts(drafts) if drafts else _NO_DRAFTS
         if not total:  # nothing to run, but requests ended
             self._rows.append((0, entered, finished, 0, (), (), None, new, drafts, None))
@@ -168,7 +172,7 @@ class StepPath:
                 if self._parts or self._record is None or self._stream is None:
                     self._clock.mark(stamps, 0)  # type: ignore[union-attr]
                     self._stream = stamps.stream
-                else:  # the same, but which stream is current is asked in every fifth step only
+                else:  # the same; which stream is current, is asked in every fifth step and with new requests
                     stamps.ns[0] = entered
                     stamps.stream = self._stream
                     self._record(stamps.events[0], stamps.stream)
@@ -339,6 +343,7 @@ class StepPath:
             self._stale = True
             return False
         self._rows.append(FORGET)
+        self._stream = None
         if self._clock is not None:
             self._clock.restart()
         return True
