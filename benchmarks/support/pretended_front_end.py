@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.vllm import arrival, frontend
+from llmprobe.hooks.vllm import arrival, frontend_hooks
 from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.unfinished import Engine
 from llmprobe.settings import Settings
@@ -134,9 +134,9 @@ class Server:
         self.recorder = recorder
         front = FrontEnd(self.probe, None, [])
         front._engines[0] = Engine(0, recorder)
-        frontend._front_end = front
-        frontend.install_stat_loggers(self.probe, loggers)
-        frontend.install_output_processor(self.probe, processors)
+        frontend_hooks._front_end = front
+        frontend_hooks.install_stat_loggers(self.probe, loggers)
+        frontend_hooks.install_output_processor(self.probe, processors)
         arrival.install(self.probe, web)
         self._loggers = loggers.StatLoggerManager.__new__(loggers.StatLoggerManager)  # the front end is there
         self._processor = processors.OutputProcessor()

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from llmprobe.agent import daemon
 from llmprobe.agent.options import Options
 from llmprobe.record.agent_launch import LOG_NAME, agent_running
+from llmprobe.record.directory import prepare_directory
 from llmprobe.record.journal import JournalError
-from llmprobe.record.recorder import prepare_directory
 from llmprobe.settings import Settings, SettingsError
 
 log = logging.getLogger("llmprobe.agent")

@@ -34,8 +34,8 @@ from llmprobe.capture.nsys import (
     run_nsys,
 )
 from llmprobe.cli import nsys_target
+from llmprobe.record.directory import prepare_directory
 from llmprobe.record.journal import JournalError
-from llmprobe.record.recorder import prepare_directory
 from llmprobe.settings import Settings
 
 _USUAL_PLACES = (

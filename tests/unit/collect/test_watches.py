@@ -21,7 +21,8 @@ from llmprobe.record.journal_reader import JournalReader
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from llmprobe.record.recorder import Recorder, prepare_directory
+from llmprobe.record.directory import prepare_directory
+from llmprobe.record.recorder import Recorder
 prepare_directory(Path(sys.argv[1]))
 engine_core_pid = {"": None, "parent": os.getppid(), "other": 1}[os.environ.get("CORE", "")]
 recorders = []

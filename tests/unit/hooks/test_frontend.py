@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.vllm import frontend
+from llmprobe.hooks.vllm import frontend, frontend_hooks
 from llmprobe.hooks.vllm.frontend import FrontEnd
 from llmprobe.hooks.vllm.unfinished import Engine as Known
 from llmprobe.record.journal_reader import JournalReader
@@ -342,9 +342,9 @@ def config(model: str, index: int = 0, **settings: Any) -> Any:
 def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Probe, type]]:
     """vLLM's class under our hooks, and the probe."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.32.0"))
-    monkeypatch.setattr(frontend, "_front_end", None)
+    monkeypatch.setattr(frontend_hooks, "_front_end", None)
     probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
-    frontend.install_stat_loggers(probe, SimpleNamespace(StatLoggerManager=StatLoggerManager))  # type: ignore[arg-type]
+    frontend_hooks.install_stat_loggers(probe, SimpleNamespace(StatLoggerManager=StatLoggerManager))  # type: ignore[arg-type]
     yield probe, StatLoggerManager
     probe.remove_patches()
     probe.disarm()

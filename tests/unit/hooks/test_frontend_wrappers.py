@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmprobe.hooks.probe import Probe
-from llmprobe.hooks.vllm import frontend
+from llmprobe.hooks.vllm import frontend_hooks
 from llmprobe.settings import Settings
 
 REQUEST = SimpleNamespace(request_id="a")
@@ -70,8 +70,8 @@ class Told:
 def probe(tmp_path: Path) -> Iterator[Probe]:
     made = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path)}))
     made.armed = True
-    frontend.install_output_processor(made, SimpleNamespace(OutputProcessor=OutputProcessor))  # type: ignore[arg-type]
-    frontend.install_stat_loggers(made, SimpleNamespace(StatLoggerManager=StatLoggerManager))  # type: ignore[arg-type]
+    frontend_hooks.install_output_processor(made, SimpleNamespace(OutputProcessor=OutputProcessor))  # type: ignore[arg-type]
+    frontend_hooks.install_stat_loggers(made, SimpleNamespace(StatLoggerManager=StatLoggerManager))  # type: ignore[arg-type]
     yield made
     made.remove_patches()
 
@@ -79,7 +79,7 @@ def probe(tmp_path: Path) -> Iterator[Probe]:
 @pytest.mark.parametrize("method", CALLS)
 def test_each_call_is_told(probe: Probe, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Told()
-    monkeypatch.setattr(frontend, "_front_end", told)
+    monkeypatch.setattr(frontend_hooks, "_front_end", told)
     assert CALLS[method]() == RESULTS[method]
     assert told.methods == [method]
 
@@ -89,7 +89,7 @@ def test_each_call_is_told(probe: Probe, method: str, monkeypatch: pytest.Monkey
 def test_an_error_of_ours_does_not_reach_the_caller(
     probe: Probe, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frontend, "_front_end", Told(broken=True))
+    monkeypatch.setattr(frontend_hooks, "_front_end", Told(broken=True))
     assert CALLS[method]() == RESULTS[method]
     assert sum(probe.guard.errors.values()) == 1
 
@@ -99,7 +99,7 @@ def test_a_request_that_vllm_keeps_otherwise_is_taken_in_all_the_same(
     probe: Probe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Told()
-    monkeypatch.setattr(frontend, "_front_end", told)
+    monkeypatch.setattr(frontend_hooks, "_front_end", told)
     monkeypatch.setattr(OutputProcessor, "request_states", None)
     assert CALLS["arrived"]() == "added a"
     assert sum(probe.guard.errors.values()) == 1
@@ -111,7 +111,7 @@ def test_nothing_is_told_while_the_probe_is_not_at_work(
     probe: Probe, method: str, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Told()
-    monkeypatch.setattr(frontend, "_front_end", None if state == "no front end" else told)
+    monkeypatch.setattr(frontend_hooks, "_front_end", None if state == "no front end" else told)
     if state == "off":
         probe.enabled = False
     elif state == "inert":
