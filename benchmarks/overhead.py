@@ -140,6 +140,8 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
     rows.append(
         ["agent, resident", "", f"{mebibytes:.0f} MiB", "", "", bar(mebibytes, _AGENT_BYTES >> 20, "MiB")]
     )
+    if cost.gpu_memory:
+        rows.append(_difference("GPU memory in use", cost.gpu_memory, 1 / (1 << 20), "MiB", 0))
     notes = [
         f"{cost.pairs} pairs of blocks of {options.block_seconds:g} s; {cost.requests} requests of "
         f"{options.prompt_tokens} + {options.output_tokens} tokens; {cost.own.steps} steps with the "

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pynvml
 
 from llmprobe.agent.client import LocalAgent
 from llmprobe.demo.server import VllmServer
 from support import flood
-from support.gpm import gpus
+from support.gpm import memory_used
 from support.journals import live_journals
 from support.load import Load
-from support.machine import has_gpu
 
 #: How much the gap ratio of the report and the live one may differ.
 TOLERANCE = 0.03
@@ -291,7 +289,7 @@ class Captures:
         for reader in live_journals(self._server.directory, "worker"):
             resident += psutil.Process(int(reader.path.name.split("-")[1])).memory_info().rss
             reader.close()
-        return Memory(resident, _gpu_bytes())
+        return Memory(resident, memory_used())
 
     def _capture(self, tool: str, seconds: float, options: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """When it was asked for, and the capture once it is done."""
@@ -349,10 +347,3 @@ def profiler_flags(folder: Path) -> list[str]:
 def _mean(rows: list[tuple[float | None, float]]) -> float | None:
     known = [(value, weight) for value, weight in rows if value is not None and weight]
     return sum(v * w for v, w in known) / sum(w for _, w in known) if known else None
-
-
-def _gpu_bytes() -> int | None:
-    if not has_gpu():
-        return None
-    pynvml.nvmlInit()
-    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(gpu).used) for gpu in gpus())

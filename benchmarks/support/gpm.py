@@ -83,6 +83,16 @@ def name() -> str:
     return found.decode() if isinstance(found, bytes) else str(found)
 
 
+def memory_used() -> int | None:
+    """Bytes in use on all GPUs that CUDA shows this process, by whomever; None without a GPU."""
+    if not has_gpu():
+        return None
+    pynvml.nvmlInit()
+    used = sum(int(pynvml.nvmlDeviceGetMemoryInfo(gpu).used) for gpu in gpus())
+    pynvml.nvmlShutdown()
+    return used
+
+
 def device_memory(pid: int) -> int:
     """Bytes of the first GPU's memory in use, those of ``pid`` alone where NVML knows them."""
     pynvml.nvmlInit()

@@ -15,6 +15,7 @@ from llmprobe.demo.server import VllmServer
 from llmprobe.record.journal_reader import JournalReader
 from llmprobe.record.window_file import WindowFileError, read_window, window_path
 from support.agent_cost import AgentCost
+from support.gpm import memory_used
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load, Seen
 from support.own_time import OwnTime
@@ -61,6 +62,7 @@ class Block:
     agent_cpu_seconds: float
     front_end_cpu_seconds: float
     engine_cpu_seconds: float
+    gpu_bytes: int | None  # in use at its end
 
     @property
     def seconds(self) -> float:
@@ -90,6 +92,7 @@ class VllmCost:
     agent_core_ratio: float
     agent_core_ratio_off: float
     agent_resident_bytes: int
+    gpu_memory: Difference | None  # bytes in use on the GPU at the end of a block
     blocks: list[tuple[bool, Seen]]  # in the order of time: whether the probe was on, what the client saw
 
 
@@ -152,7 +155,8 @@ def _blocks(plan: Plan, server: VllmServer, load: Load, agent: AgentCost) -> Ite
             load.wait(plan.block_seconds)
             end = time.monotonic_ns()
             front, thread = _cpu_seconds(processes) - front, _thread_seconds(engine) - thread
-            taken.blocks.append(Block(on, begin, end, agent.cpu_seconds() - used, front, thread))
+            spent = agent.cpu_seconds() - used
+            taken.blocks.append(Block(on, begin, end, spent, front, thread, memory_used()))
             if on:
                 front_end_ns, own_thread_ns = _own(front_ends, worker)
                 taken.front_end_ns += front_end_ns - own[0]
@@ -219,12 +223,20 @@ def _result(concurrency: int, taken: _Taken, load: Load, steps: StepLog, agent_r
         agent_core_ratio=_agent_ratio(on),
         agent_core_ratio_off=_agent_ratio(off),
         agent_resident_bytes=agent_resident,
+        gpu_memory=_gpu_memory(off, on),
         blocks=list(zip((block.on for block in taken.blocks), _seen(load, taken.blocks), strict=True)),
     )
 
 
 def _seen(load: Load, blocks: list[Block]) -> list[Seen]:
     return [load.seen(block.begin_ns, block.end_ns) for block in blocks]
+
+
+def _gpu_memory(off: list[Block], on: list[Block]) -> Difference | None:
+    used = [
+        [float(block.gpu_bytes) for block in blocks if block.gpu_bytes is not None] for blocks in (off, on)
+    ]
+    return paired(*used) if used[0] else None
 
 
 def _a_token(seconds: list[float], blocks: list[Block], seen: list[Seen]) -> list[float]:

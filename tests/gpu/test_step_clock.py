@@ -110,6 +110,7 @@ def engine(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_GPU_SYNC_CHECK": "error",  # vLLM's own, where the release has it
         "LLMPROBE": "1",
         "LLMPROBE_DIR": str(directory),
         "LLMPROBE_AGENT": "off",

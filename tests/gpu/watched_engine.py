@@ -42,11 +42,14 @@ class Watch:
         self.sections = self.allocations = self.executed = 0
         self.depth = 0  # wrappers round each other: the outermost is a step
         self._strict = False
+        self._host_mode = 0  # what vLLM had torch do: its own check (VLLM_GPU_SYNC_CHECK) sets it too
 
     def mode(self, strict: bool) -> None:
+        if self.cuda and strict and not self._strict:
+            self._host_mode = torch.cuda.get_sync_debug_mode()
         self._strict = strict
         if self.cuda:
-            torch.cuda.set_sync_debug_mode(_ERROR if strict else 0)
+            torch.cuda.set_sync_debug_mode(_ERROR if strict else self._host_mode)
 
     @contextlib.contextmanager
     def ours(self) -> Iterator[None]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from llmprobe.cli.checks import packages
+from nsys_ranges import exported, ranges
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.integration
@@ -90,29 +89,13 @@ def nvtx(nsys: str, tmp_path: Path) -> Path | None:
     return folder
 
 
-def ranges(nsys: str, recording: Path) -> list[tuple[str, int]]:
-    """Name and payload of every range of ours in a recording, in the order in which they began."""
-    target = recording.with_suffix(".sqlite")
-    command = [nsys, "export", "--type", "sqlite", "--output", str(target), str(recording)]
-    subprocess.run(command, capture_output=True, timeout=300, check=True)
-    with closing(sqlite3.connect(target)) as data:
-        query = """
-            select coalesce(event.text, name.value), event.int64Value from NVTX_EVENTS as event
-            join NVTX_EVENTS as domain
-                on domain.domainId = event.domainId and domain.eventType = 75 and domain.text = 'llmprobe'
-            left join StringIds as name on name.id = event.textId
-            where event.eventType = 59 and event.end is not null order by event.start
-        """
-        return data.execute(query).fetchall()
-
-
 def test_so_many_decode_steps_are_recorded_whole_and_the_program_runs_on(
     nsys: str, record: Record, nvtx: Path | None
 ) -> None:
     recordings = record(nvtx)
     assert len(recordings) == TIMES
     for recording in recordings:
-        assert ranges(nsys, recording) == [("decode", 1), ("forward", 0), ("sample", 0)]
+        assert ranges(exported(nsys, recording)) == [("decode", 1), ("forward", 0), ("sample", 0)]
 
 
 def test_where_the_doctor_says_that_ranges_are_dropped_nothing_is_recorded(nsys: str, record: Record) -> None:
