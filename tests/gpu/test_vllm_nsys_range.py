@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(shutil.which("nsys") is None, reason="needs nsys"),
 ]
 PROGRAM = Path(__file__).parents[1] / "integration" / "offline.py"
 TIMES, REQUESTS = 3, 3  # the program has so many requests, which decode together
@@ -31,9 +32,6 @@ TIMES, REQUESTS = 3, 3  # the program has so many requests, which decode togethe
 def test_decode_steps_are_recorded_whole_with_their_kernels_and_the_program_runs_on(
     runner: str, tmp_path: Path
 ) -> None:
-    nsys = os.environ.get("LLMPROBE_TEST_NSYS") or shutil.which("nsys")
-    if nsys is None:
-        pytest.skip("no nsys on PATH, and LLMPROBE_TEST_NSYS names none")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLMPROBE")}
     environment = {
         **kept,
@@ -47,7 +45,7 @@ def test_decode_steps_are_recorded_whole_with_their_kernels_and_the_program_runs
     }
     model = make_model(tmp_path / "model")
     command = [
-        nsys, "profile", "--trace", "cuda,nvtx", "--sample", "none", "--cpuctxsw", "none",
+        "nsys", "profile", "--trace", "cuda,nvtx", "--sample", "none", "--cpuctxsw", "none",
         "-c", "nvtx", "-p", "decode@llmprobe", f"--capture-range-end=repeat:{TIMES}",
         "--output", str(tmp_path / "range"), sys.executable, str(PROGRAM), str(model), "bfloat16",
     ]  # fmt: skip
@@ -56,7 +54,7 @@ def test_decode_steps_are_recorded_whole_with_their_kernels_and_the_program_runs
     recordings = sorted(tmp_path.glob("range*.nsys-rep"))
     assert len(recordings) == TIMES
     for recording in recordings:
-        database = exported(nsys, recording)
+        database = exported("nsys", recording)
         found = ranges(database)
         print(recording.name, found, kernels(database))
         assert [name for name, _ in found] == ["decode", "forward", "sample"]
