@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support import gpm
-from support.accuracy_table import COUNTED_SECONDS, ELAPSED_SECONDS, Measured, Shape, holds, table
+from support.accuracy_table import ELAPSED_SECONDS, Measured, Shape, holds, table
+from support.counted import counted, wait_steady
 from support.gpu_models import make_configuration
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load
@@ -38,13 +38,11 @@ from support.serving import NAME
 from support.step_agreement import Agreement, NoMatch, agreement
 
 from llmprobe.collect.collector import Collector
-from llmprobe.record.layout import Phase
 
 _MACHINE = "machine.txt"
 #: Once more, and longer, where nsys lost too much of the first: of thousands of launches a second it does.
 _RECORD_SECONDS = (0.6, 1.2, 2.4)
 _FRESH_SECONDS = 1.5
-_STEADY_STEPS, _STEADY_SECONDS = 12, 60.0
 _COMMON = ("--max-model-len", "10240", "--max-num-seqs", "128", "--max-num-batched-tokens", "2048")
 _GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32,64,128]}')
 
@@ -206,18 +204,18 @@ def _run(
     """One load; with ``elapsed``, the sum of components too."""
     output = 4 if shape.prefill else 1600
     load = Load(server.server.port, NAME, shape.batch, shape.context, output)
-    error, counted = None, (None, None)
+    error, traffic = None, (None, None)
     with load:
         if shape.prefill:
             load.wait(3.0)
         else:
-            _wait_steady(load, log, shape.batch)
+            wait_steady(load, log, shape.batch)
         if elapsed:
             error = _elapsed_error(collector, load)
         if not shape.prefill:
-            counted = _counted(collector, load)
+            (traffic,) = counted(collector, load)
         found = _recorded(name, server, log, shape, load, options.data)
-    return Measured(name, shape, SERVERS[name].eager, found, error, *counted)
+    return Measured(name, shape, SERVERS[name].eager, found, error, *traffic)
 
 
 def _recorded(
@@ -237,20 +235,6 @@ def _recorded(
                 raise
             print(f"{name}, {shape.label}: once more, {error}", file=sys.stderr, flush=True)
     raise AssertionError
-
-
-def _wait_steady(load: Load, log: StepLog, batch: int) -> None:
-    """Until the last steps are decode steps of so many requests."""
-    until = time.monotonic() + _STEADY_SECONDS
-    while time.monotonic() < until:
-        load.wait(0.25)
-        last = log.steps()[-_STEADY_STEPS:]
-        if (
-            len(last) == _STEADY_STEPS
-            and ((last["phase"] == Phase.DECODE) & (last["requests"] == batch)).all()
-        ):
-            return
-    raise RuntimeError(f"no steady decode of {batch} requests within {_STEADY_SECONDS:.0f} s")
 
 
 def _elapsed_error(collector: Collector, load: Load) -> float:
@@ -275,25 +259,6 @@ def _ahead(collector: Collector, load: Load) -> tuple[float, float]:
         looks.append((sum(components) - now, now))
         load.wait(0.01)
     return max(looks)
-
-
-def _counted(collector: Collector, load: Load) -> tuple[float | None, float | None]:
-    """MBU by the journal over some seconds, and what the DRAM counter says of them."""
-    before = _work(collector)
-    with gpm.Counters() as counters:
-        load.wait(COUNTED_SECONDS)
-    after = _work(collector)
-    moved, took = after[0] - before[0], after[1] - before[1]
-    return (moved / took / gpm.bandwidth() if took else None), counters.ratios.get("dram")
-
-
-def _work(collector: Collector) -> tuple[float, float]:
-    """Bytes that steps moved so far, and how long they took, idle time included."""
-    collector.tick(final=True)
-    (view,) = collector.views()
-    moved = sum(count for rank in view.ranks for kinds in rank.bytes.values() for count in kinds.values())
-    took = sum(time for rank in view.ranks for phase in rank.device_time.values() for time in phase.values())
-    return moved, took
 
 
 def _cache_tokens(facts: dict[str, Any]) -> int:

@@ -14,41 +14,59 @@ _METRICS = {"graphics": 1, "sm": 2, "tensor": 5, "dram": 10}  # NVML_GPM_METRIC_
 
 
 class Counters:
-    """Means over the time from entering the ``with`` block to leaving it, of the first GPU.
+    """Means over the time from entering the ``with`` block to leaving it.
 
-    ``ratios`` has ``graphics``, ``sm``, ``tensor`` and ``dram`` (0 to 1) afterwards; empty where this GPU has
-    no counters, or there is none.
+    ``ratios`` has ``graphics``, ``sm``, ``tensor`` and ``dram`` (0 to 1) of the first GPU afterwards,
+    ``each`` those of every GPU asked for; empty where this GPU has no counters, or there is none.
     """
 
+    def __init__(self, gpus: int = 1) -> None:
+        self._number = gpus
+        self.each: list[dict[str, float]] = []
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Of the first GPU."""
+        return self.each[0] if self.each else {}
+
     def __enter__(self) -> Counters:
-        self.ratios: dict[str, float] = {}
-        self._samples: list[Any] = []
+        self.each = []
+        self._samples: list[tuple[Any, list[Any]]] = []
         if not has_gpu():
             return self
         pynvml.nvmlInit()
-        self._gpu = gpus()[0]
-        self._samples = [pynvml.nvmlGpmSampleAlloc() for _ in range(2)]
-        pynvml.nvmlGpmSampleGet(self._gpu, self._samples[0])
+        for gpu in gpus()[: self._number]:
+            pair = [pynvml.nvmlGpmSampleAlloc() for _ in range(2)]
+            pynvml.nvmlGpmSampleGet(gpu, pair[0])
+            self._samples.append((gpu, pair))
         return self
 
     def __exit__(self, *exception: object) -> None:
         if not self._samples:
             return
-        pynvml.nvmlGpmSampleGet(self._gpu, self._samples[1])
-        asked: Any = pynvml.c_nvmlGpmMetricsGet_t()
-        asked.version = pynvml.NVML_GPM_METRICS_GET_VERSION
-        asked.numMetrics = len(_METRICS)
-        asked.sample1, asked.sample2 = self._samples
-        for index, metric in enumerate(_METRICS.values()):
-            asked.metrics[index].metricId = metric
-        pynvml.nvmlGpmMetricsGet(asked)
-        for index, name in enumerate(_METRICS):
-            found = asked.metrics[index]
-            if found.nvmlReturn == pynvml.NVML_SUCCESS:
-                self.ratios[name] = float(ctypes.c_double(found.value).value) / 100
-        for sample in self._samples:
-            pynvml.nvmlGpmSampleFree(sample)
+        for gpu, pair in self._samples:
+            pynvml.nvmlGpmSampleGet(gpu, pair[1])
+        for _, pair in self._samples:
+            self.each.append(_between(pair))
+            for sample in pair:
+                pynvml.nvmlGpmSampleFree(sample)
         pynvml.nvmlShutdown()
+
+
+def _between(pair: list[Any]) -> dict[str, float]:
+    asked: Any = pynvml.c_nvmlGpmMetricsGet_t()
+    asked.version = pynvml.NVML_GPM_METRICS_GET_VERSION
+    asked.numMetrics = len(_METRICS)
+    asked.sample1, asked.sample2 = pair
+    for index, metric in enumerate(_METRICS.values()):
+        asked.metrics[index].metricId = metric
+    pynvml.nvmlGpmMetricsGet(asked)
+    ratios = {}
+    for index, name in enumerate(_METRICS):
+        found = asked.metrics[index]
+        if found.nvmlReturn == pynvml.NVML_SUCCESS:
+            ratios[name] = float(ctypes.c_double(found.value).value) / 100
+    return ratios
 
 
 def gpus() -> list[Any]:

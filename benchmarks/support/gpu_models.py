@@ -15,8 +15,9 @@ from llmprobe.demo.model import make_model
 _COMMON = {"torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 #: By name: dense models of 8 and of 2 billion parameters, one of another family with 12 billion, a mixture of
-#: experts, one whose layers mostly see a window, and one of 8 billion parameters whose rows start at odd
-#: addresses: no kernel can load them by the vector, and tensor cores of today want them aligned to 16 bytes.
+#: experts, one whose layers mostly see a window, one with latent attention and experts, and one of 8 billion
+#: parameters whose rows start at odd addresses: no kernel can load them by the vector, and tensor cores of
+#: today want them aligned to 16 bytes.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dense": {
         "architectures": ["Qwen3ForCausalLM"],
@@ -105,6 +106,38 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
     },
+}
+CONFIGURATIONS["latent"] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "vocab_size": 102400,
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
 }
 # Sizes that no tile of a kernel divides, nor eight.
 CONFIGURATIONS["odd"] = {**CONFIGURATIONS["dense"], "hidden_size": 4095, "intermediate_size": 12287}

@@ -105,6 +105,20 @@ def read_truth(path: Path) -> Truth:
     )
 
 
+def device_busy(path: Path) -> np.ndarray:
+    """(M, 2): when anything ran on a device, of every process in an export; nanoseconds of nsys's clock.
+
+    Asks for no range of llmprobe, so it serves a server whose probe is off too. Raises ValueError if nothing
+    ran.
+    """
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as data:
+        rows = [row[:2] for table in _ACTIVITIES for row in _activities(data, table)]
+    if not rows:
+        raise ValueError(f"{path} holds nothing that ran on a device")
+    begin, end = np.array(rows, dtype=np.int64).T
+    return _union(begin, end)
+
+
 def _ranges(data: sqlite3.Connection) -> list[tuple[int, int, str, int, int]]:
     """(Begin, end, name, thread, payload) of llmprobe's ranges, by begin."""
     columns = {row[1] for row in data.execute("PRAGMA table_info(NVTX_EVENTS)")}

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,21 @@ FINAL = ("done", "failed", "cancelled")
 
 
 @contextlib.contextmanager
-def serving(folder: Path, flags: Sequence[str] = (), prefix: Sequence[str] = ()) -> Iterator[VllmServer]:
+def serving(
+    folder: Path, flags: Sequence[str] = (), prefix: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Iterator[VllmServer]:
     """One that answers, and its agent; what they said is printed at the end.
 
     Args:
         folder: the model, the log and the captures go there.
         flags: further ones of ``vllm serve``.
         prefix: a command that starts the server.
+        env: further variables of it.
     """
     directory = Path(tempfile.mkdtemp(prefix="llmprobe-test-", dir=default_directory().parent))
     common = ["--served-model-name", NAME, "--max-model-len", "2048", "--max-num-seqs", "8"]
     common += ["--gpu-memory-utilization", "0.3"]
-    environment = {"LLMPROBE_CAPTURE_DIR": str(folder / "kept")}
+    environment = {"LLMPROBE_CAPTURE_DIR": str(folder / "kept"), **(env or {})}
     started = VllmServer.start(
         make_model(folder / "model"),
         directory,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,6 +178,42 @@ def test_this_process_alone_is_not_taken_for_another(gpu: Gpu) -> None:
     found = users(listed, {os.getpid()}, 1, used)
     print(listed, used, found)
     assert found.shared is not True
+
+
+def test_another_process_is_seen_while_it_uses_the_gpu(gpu: Gpu, tmp_path: Path) -> None:
+    torch.ones(1, device="cuda")
+    if os.getpid() not in {process.pid for process in gpu.processes() or ()}:
+        pytest.skip("NVML lists pids of another namespace")
+    over, began = tmp_path / "over", tmp_path / "began"
+    program = (
+        "import os, pathlib, sys, time, torch\n"
+        "held = torch.ones(1 << 20, device='cuda')\n"
+        "pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))\n"
+        "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n"
+    )
+    # Through a shell that ends: a child of this process would be the server's own.
+    shell = ["setsid", "sh", "-c", '"$@" &', "sh", sys.executable, "-c", program, str(over), str(began)]
+    subprocess.run(shell, check=True)
+    try:
+        other = int(_until(lambda: began.exists() and began.read_text(), "the other process"))
+        print(gpu.processes())
+        _until(lambda: _shared(gpu) is True, "a note of it")
+        assert str(other) in users(gpu.processes(), {os.getpid()}, 1, None).note
+    finally:
+        over.touch()
+    _until(lambda: _shared(gpu) is not True, "end of it")
+
+
+def _shared(gpu: Gpu) -> bool | None:
+    return users(gpu.processes(), {os.getpid()}, 1, gpu.slow_readings().memory_used_bytes).shared
+
+
+def _until(ready: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + 60
+    while not (found := ready()):
+        assert time.monotonic() < deadline, f"no {what} after 60 s"
+        time.sleep(0.2)
+    return found
 
 
 def test_a_rank_gets_counters_and_the_bandwidth_nvml_tells(tmp_path: Path, counters: Gpu) -> None:

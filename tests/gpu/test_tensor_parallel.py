@@ -1,4 +1,4 @@
-"""A model on two GPUs: both ranks are measured, and both are in every capture."""
+"""A model on two GPUs: both ranks are measured, live windows see both, and both are in every capture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from llmprobe.agent.client import LocalAgent
 
@@ -61,6 +62,32 @@ def test_both_ranks_are_measured_and_captured(tmp_path: Path) -> None:
                 operators = {row["name"]: row for row in report["operators"]}
                 assert operators["communication"]["share"] > 0
                 wait(lambda before=before: requests.answered > before + 4, "further answers", 30)
+        assert requests.failures == []
+
+
+def _alone(agent: LocalAgent) -> dict[str, float]:
+    """Rank → seconds of decode in which only communication ran, by live windows."""
+    text = str(agent.request("GET", "/metrics", timeout=30)[1])
+    return {
+        sample.labels["rank"]: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "llmprobe_device_time_seconds_total"
+        and (sample.labels["phase"], sample.labels["component"]) == ("decode", "communication")
+    }
+
+
+@limited(330)
+def test_live_windows_see_what_communication_alone_takes(tmp_path: Path) -> None:
+    with serving(tmp_path, FLAGS, env={"LLMPROBE_KERNEL_WINDOWS": "0.1/3"}) as server:
+        agent = LocalAgent(server.directory)
+        with Requests(server) as requests:
+            found = wait(
+                lambda: found if len(found := _alone(agent)) == 2 and min(found.values()) > 0 else None,
+                "communication in windows of both ranks",
+                60,
+            )
+            print(found)
         assert requests.failures == []
 
 

@@ -1,0 +1,196 @@
+"""Bytes that decode steps move by the model of the work, beside the GPU's own DRAM counter.
+
+    python benchmarks/traffic_counter.py                           every kind; six minutes a pair
+    python benchmarks/traffic_counter.py --only fp8-weights --only drafts --markdown
+    python benchmarks/traffic_counter.py --only two-gpus           needs two GPUs
+    python benchmarks/traffic_counter.py --list
+
+Serves models whose weights, cache or split over GPUs is of another kind than a plain dense model's, keeps a
+steady number of requests decoding, and holds llmprobe's MBU against what NVML counted over the same seconds.
+Needs NVIDIA GPUs of 80 GB that have the counters (Hopper on), and vLLM. Exit status 1 if a bar is missed or a
+server does not come up. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.accuracy_table import Shape, counter_bar
+from support.counted import counted, ranks, wait_steady
+from support.gpu_models import make_configuration
+from support.journals import Polling, StepLog, live_journals
+from support.load import Load
+from support.machine import machine_line
+from support.serving import NAME, running_server
+from support.switch import wait_known
+from support.table import Results, command
+
+from llmprobe.collect.collector import Collector
+from llmprobe.collect.views import RankView
+
+_OUTPUT_TOKENS = 1600
+_SHAPES = (Shape(1, 512), Shape(32, 512), Shape(32, 4000))
+_COMMON = ("--load-format", "dummy", "--max-model-len", "8192", "--max-num-seqs", "32")
+_GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32]}')
+_NGRAMS = '{"method":"ngram","num_speculative_tokens":4,"prompt_lookup_max":3,"prompt_lookup_min":1}'
+_TWO = ("--tensor-parallel-size", "2")
+
+
+def _integers(bits: int) -> dict[str, Any]:
+    """compressed-tensors: of 8 bits with inputs as integers too, of 4 with one scale for 128 weights."""
+    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
+    weights |= {"strategy": "channel"} if bits == 8 else {"strategy": "group", "group_size": 128}
+    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": token if bits == 8 else None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if bits == 8 else "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A configuration of `support.gpu_models`, what is changed in it, and how it is served."""
+
+    model: str
+    flags: tuple[str, ...] = ()
+    changes: dict[str, Any] = field(default_factory=dict)
+    gpus: int = 1
+
+
+KINDS = {
+    "plain": Kind("dense"),
+    "fp8-weights": Kind("dense", ("--quantization", "fp8")),
+    "8-bit-weights": Kind("dense", changes={"quantization_config": _integers(8)}),
+    "4-bit-weights": Kind("dense", changes={"quantization_config": _integers(4)}),
+    "fp8-cache": Kind("dense", ("--kv-cache-dtype", "fp8", "--attention-backend", "TRITON_ATTN")),
+    "latent": Kind("latent", ("--attention-backend", "TRITON_MLA")),
+    "drafts": Kind("dense", ("--speculative-config", _NGRAMS)),
+    "two-gpus": Kind("dense", _TWO, gpus=2),
+    "experts-on-two-gpus": Kind("moe", (*_TWO, "--enable-expert-parallel"), gpus=2),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """One rank under one load; bytes and tokens are means of a step."""
+
+    kind: str
+    load: str
+    rank: int
+    steps: int
+    tokens: float
+    weights: float
+    kv_read: float
+    kv_write: float
+    mbu: float | None
+    counter: float | None
+
+
+def main() -> int:
+    """Measure what the command line asks for; returns the exit status."""
+    options = _options()
+    found: list[Found] = []
+    failed: list[str] = []
+    machine = machine_line()
+    with tempfile.TemporaryDirectory(prefix="llmprobe-traffic-") as folder:
+        for name in options.only or list(KINDS):
+            try:
+                for row in _measured(name, Path(folder)):
+                    found.append(row)
+                    print(row, file=sys.stderr, flush=True)
+            except Exception as error:  # noqa: BLE001 - the others are worth measuring
+                failed.append(f"{name}: {type(error).__name__}: {error}"[:600])
+                print(failed[-1], file=sys.stderr, flush=True)
+    if options.json:
+        saved = {"machine": machine, "found": [asdict(row) for row in found], "failed": failed}
+        options.json.write_text(json.dumps(saved, indent=1) + "\n")
+    table = _table(found, failed, machine)
+    table.show(options.markdown)
+    return int(bool(failed) or any("MISSED" in cell for row in table.rows for cell in row))
+
+
+def _measured(name: str, folder: Path) -> Iterator[Found]:
+    kind = KINDS[name]
+    model = make_configuration(kind.model, folder / name, **kind.changes)
+    with running_server(model, [*_COMMON, *_GRAPHS, *kind.flags]) as server:
+        wait_known(server.directory)
+        log = StepLog(live_journals(server.directory, "worker")[0])
+        collector = Collector(server.directory)
+        for shape in _SHAPES:
+            with Load(server.port, NAME, shape.batch, shape.context, _OUTPUT_TOKENS) as load, Polling(log):
+                wait_steady(load, log, shape.batch)
+                before = [_totals(rank) for rank in ranks(collector)]
+                pairs = counted(collector, load)
+                after = [_totals(rank) for rank in ranks(collector)]
+            for number, (mbu, counter) in enumerate(pairs):
+                steps = after[number][0] - before[number][0]
+                if not steps:
+                    raise RuntimeError(f"rank {number} decoded nothing in {shape.label}")
+                means = [
+                    (last - first) / steps
+                    for first, last in zip(before[number][1], after[number][1], strict=True)
+                ]
+                tokens = float(log.steps()["decode_tokens"][-steps:].mean())
+                yield Found(name, shape.label, number, steps, tokens, *means, mbu, counter)
+        collector.close()
+
+
+def _totals(rank: RankView) -> tuple[int, list[float]]:
+    """Decode steps so far, and their bytes: of weights, of the cache read and written."""
+    kinds = rank.bytes.get("decode", {})
+    return rank.steps.get("decode", 0), [kinds.get(kind, 0.0) for kind in ("weights", "kv_read", "kv_write")]
+
+
+def _table(found: list[Found], failed: list[str], machine: str) -> Results:
+    header = ("server", "load", "rank", "steps", "query tokens", "weights", "cache read", "cache written")
+    header = (*header, "MBU", "DRAM counter", "DRAM counter − MBU", "bar")
+    rows = []
+    for row in found:
+        sizes = [f"{size / 1e6:.1f} MB" for size in (row.weights, row.kv_read, row.kv_write)]
+        cells = [row.kind, row.load, str(row.rank), str(row.steps), f"{row.tokens:.1f}", *sizes]
+        if row.mbu is None or row.counter is None:
+            cells += ["", "", "", "not counted"]
+        else:
+            over = row.counter - row.mbu
+            cells += [f"{row.mbu:.3f}", f"{row.counter:.3f}", f"{over:+.3f}", counter_bar(over)]
+        rows.append(cells)
+    notes = [f"{problem}: not measured" for problem in failed]
+    title = "Bytes of decode steps, beside the DRAM counter"
+    return Results(title, command("traffic_counter.py"), machine, header, rows, notes)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="example: python benchmarks/traffic_counter.py --only fp8-cache --only latent --markdown",
+    )
+    parser.add_argument("--only", action="append", choices=list(KINDS), help="this kind; may be repeated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
+    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/accuracy.md")
+    parser.add_argument("--list", action="store_true", help="name the kinds and end")
+    options = parser.parse_args()
+    if options.list:
+        for name, kind in KINDS.items():
+            print(f"{name} ({kind.gpus} GPU{'s' if kind.gpus > 1 else ''}):", kind.model, *kind.flags)
+        raise SystemExit(0)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
