@@ -13,7 +13,9 @@ Needs an NVIDIA GPU, vLLM, and nsys on PATH. See README.md beside this file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from support.gpu_models import CONFIGURATIONS, make_configuration
 from support.journals import live_journals
-from support.load import Load
+from support.load import Load, LoadFailed
 from support.machine import machine_line
 from support.nsys_server import NsysFailed, NsysServer, nsys_version
 from support.nsys_truth import device_busy
@@ -35,6 +37,7 @@ from support.table import Results, command
 _SETTLE_SECONDS, _WARM_UP_SECONDS = 1.0, 12.0
 #: An idle stretch shorter than this lies between kernels, whoever launches them.
 _WAIT_NS = 20_000
+_ENDED = 143  # as a shell says of a process that SIGTERM ended
 
 
 @dataclass(frozen=True)
@@ -53,48 +56,72 @@ class Stretch:
 def main() -> int:
     """Measure what the command line asks for; returns the exit status."""
     options = _options()
-    found: list[Stretch] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_ENDED))  # the server is stopped, the table shown
+    watched = _Watched()
     try:
         machine = f"{machine_line()}; nsys {nsys_version()}"
         with tempfile.TemporaryDirectory(prefix="llmprobe-idle-") as folder:
             model = make_configuration(options.model, Path(folder) / options.model)
             with NsysServer(options.model, model, options.flags, {}) as server:
                 server.wait_ready()
-                _measure(server, options, found)
+                try:
+                    watched.measure(server, options)
+                finally:
+                    _show(watched.stretches(), options, machine)
     except NsysFailed as error:
-        if not found:
-            sys.exit(str(error))
-        print(error, file=sys.stderr)
+        sys.exit(str(error))
+    return 0
+
+
+class _Watched:
+    """The stretches of one load, as far as they have got."""
+
+    def __init__(self) -> None:
+        self._load: Load | None = None
+        self._times: list[tuple[bool, int, int, float, np.ndarray]] = []
+
+    def measure(self, server: NsysServer, options: argparse.Namespace) -> None:
+        """Load it, switch, look and record, in turns."""
+        directory = server.server.directory
+        wait_known(directory)
+        pid = live_journals(directory, "worker")[0].facts()["pid"]
+        thread = Path(f"/proc/{pid}/task/{pid}/schedstat")  # of the worker's steps: its process's first
+        tokens = (options.prompt_tokens, options.output_tokens)
+        load = Load(
+            server.server.port, NAME, options.concurrency, *tokens, spread_seconds=options.spread_seconds
+        )
+        self._load = load
+        with load:
+            load.wait(_WARM_UP_SECONDS)
+            for pair in range(options.pairs):
+                for on in (False, True) if pair % 2 == 0 else (True, False):
+                    switch(directory, on)
+                    load.wait(_SETTLE_SECONDS)
+                    begin, used = time.monotonic_ns(), _seconds(thread)
+                    load.wait(options.seconds)
+                    end, used = time.monotonic_ns(), _seconds(thread) - used
+                    busy = device_busy(server.record(f"{pair}-{on}", options.record_seconds))
+                    self._times.append((on, begin, end, used, busy))
+                print(f"pair {pair + 1} of {options.pairs}", file=sys.stderr, flush=True)
+            load.wait(load.longest_seconds())  # what ran in the last stretch is known once it is over
+
+    def stretches(self) -> list[Stretch]:
+        """Those whose requests are known."""
+        found = []
+        for on, begin, end, used, busy in self._times:
+            assert self._load is not None
+            with contextlib.suppress(LoadFailed):
+                tokens = self._load.seen(begin, end).tokens_per_second
+                step = self._load.concurrency / tokens
+                found.append(_stretch(on, step, used / ((end - begin) / 1e9) * step, busy))
+        return found
+
+
+def _show(found: list[Stretch], options: argparse.Namespace, machine: str) -> None:
     if options.json:
         saved = {"machine": machine, "stretches": [asdict(one) for one in found]}
         options.json.write_text(json.dumps(saved, indent=1) + "\n")
     _table(found, options, machine).show(options.markdown)
-    return 0
-
-
-def _measure(server: NsysServer, options: argparse.Namespace, found: list[Stretch]) -> None:
-    wait_known(server.server.directory)
-    pid = live_journals(server.server.directory, "worker")[0].facts()["pid"]
-    thread = Path(f"/proc/{pid}/task/{pid}/schedstat")  # the worker's steps run in its process's first thread
-    tokens = (options.prompt_tokens, options.output_tokens)
-    load = Load(server.server.port, NAME, options.concurrency, *tokens, spread_seconds=options.spread_seconds)
-    times = []
-    with load:
-        load.wait(_WARM_UP_SECONDS)
-        for pair in range(options.pairs):
-            for on in (False, True) if pair % 2 == 0 else (True, False):
-                switch(server.server.directory, on)
-                load.wait(_SETTLE_SECONDS)
-                begin, used = time.monotonic_ns(), _seconds(thread)
-                load.wait(options.seconds)
-                end, used = time.monotonic_ns(), _seconds(thread) - used
-                busy = device_busy(server.record(f"{pair}-{on}", options.record_seconds))
-                times.append((on, begin, end, used, busy))
-            print(f"pair {pair + 1} of {options.pairs}", file=sys.stderr, flush=True)
-        load.wait(load.longest_seconds())  # what ran in the last stretch is known once it is over
-        for on, begin, end, used, busy in times:
-            step = options.concurrency / load.seen(begin, end).tokens_per_second
-            found.append(_stretch(on, step, used / ((end - begin) / 1e9) * step, busy))
 
 
 def _stretch(on: bool, step: float, engine: float, busy: np.ndarray) -> Stretch:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from support.table import Results, command
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.views import RankView
 
+_ENDED = 143  # as a shell says of a process that SIGTERM ended
 _OUTPUT_TOKENS = 1600
 _SHAPES = (Shape(1, 512), Shape(32, 512), Shape(32, 4000))
 _COMMON = ("--load-format", "dummy", "--max-model-len", "8192", "--max-num-seqs", "32")
@@ -105,23 +107,26 @@ class Found:
 def main() -> int:
     """Measure what the command line asks for; returns the exit status."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_ENDED))  # the server is stopped, the table shown
     found: list[Found] = []
     failed: list[str] = []
     machine = machine_line()
-    with tempfile.TemporaryDirectory(prefix="llmprobe-traffic-") as folder:
-        for name in options.only or list(KINDS):
-            try:
-                for row in _measured(name, Path(folder)):
-                    found.append(row)
-                    print(row, file=sys.stderr, flush=True)
-            except Exception as error:  # noqa: BLE001 - the others are worth measuring
-                failed.append(f"{name}: {type(error).__name__}: {error}"[:600])
-                print(failed[-1], file=sys.stderr, flush=True)
-    if options.json:
-        saved = {"machine": machine, "found": [asdict(row) for row in found], "failed": failed}
-        options.json.write_text(json.dumps(saved, indent=1) + "\n")
-    table = _table(found, failed, machine)
-    table.show(options.markdown)
+    try:
+        with tempfile.TemporaryDirectory(prefix="llmprobe-traffic-") as folder:
+            for name in options.only or list(KINDS):
+                try:
+                    for row in _measured(name, Path(folder)):
+                        found.append(row)
+                        print(row, file=sys.stderr, flush=True)
+                except Exception as error:  # noqa: BLE001 - the others are worth measuring
+                    failed.append(f"{name}: {type(error).__name__}: {error}"[:600])
+                    print(failed[-1], file=sys.stderr, flush=True)
+    finally:
+        if options.json:
+            saved = {"machine": machine, "found": [asdict(row) for row in found], "failed": failed}
+            options.json.write_text(json.dumps(saved, indent=1) + "\n")
+        table = _table(found, failed, machine)
+        table.show(options.markdown)
     return int(bool(failed) or any("MISSED" in cell for row in table.rows for cell in row))
 
 

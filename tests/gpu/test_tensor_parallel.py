@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,6 +24,17 @@ pytestmark = [
 ]
 FLAGS = ("--tensor-parallel-size", "2")
 PROGRAM = Path(sys.executable).with_name("llmprobe")
+Loaded: TypeAlias = tuple[LocalAgent, Requests]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    """A server with kernel windows, its agent, and the requests that keep it busy."""
+    folder = tmp_path_factory.mktemp("two")
+    windows = {"LLMPROBE_KERNEL_WINDOWS": "0.1/3"}
+    with serving(folder, FLAGS, env=windows) as server, Requests(server) as requests:
+        wait(lambda: requests.answered >= 8 or requests.failures, "answers", 60)
+        yield LocalAgent(server.directory), requests
 
 
 def _two_ranks(agent: LocalAgent) -> list[dict[str, Any]] | None:
@@ -45,26 +57,6 @@ def _report(agent: LocalAgent, done: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-@limited(330)
-def test_both_ranks_are_measured_and_captured(tmp_path: Path) -> None:
-    with serving(tmp_path, FLAGS) as server:
-        agent = LocalAgent(server.directory)
-        with Requests(server) as requests:
-            wait(lambda: requests.answered >= 8 or requests.failures, "answers", 60)
-            ranks = wait(lambda: _two_ranks(agent), "two ranks, each with a GPU", 30)
-            print(json.dumps(ranks, indent=1)[:6000])
-            assert sorted(rank["rank"] for rank in ranks) == [0, 1]
-            assert len({rank["gpu"]["uuid"] for rank in ranks}) == 2
-            for tool in ("kernels", "torch"):
-                before = requests.answered
-                report = _report(agent, capture(agent, tool=tool, seconds=1.0))
-                assert min(gpu["kernels"] for gpu in report["gpus"]) > 1000
-                operators = {row["name"]: row for row in report["operators"]}
-                assert operators["communication"]["share"] > 0
-                wait(lambda before=before: requests.answered > before + 4, "further answers", 30)
-        assert requests.failures == []
-
-
 def _alone(agent: LocalAgent) -> dict[str, float]:
     """Rank → seconds of decode in which only communication ran, by live windows."""
     text = str(agent.request("GET", "/metrics", timeout=30)[1])
@@ -78,20 +70,6 @@ def _alone(agent: LocalAgent) -> dict[str, float]:
 
 
 @limited(330)
-def test_live_windows_see_what_communication_alone_takes(tmp_path: Path) -> None:
-    with serving(tmp_path, FLAGS, env={"LLMPROBE_KERNEL_WINDOWS": "0.1/3"}) as server:
-        agent = LocalAgent(server.directory)
-        with Requests(server) as requests:
-            found = wait(
-                lambda: found if len(found := _alone(agent)) == 2 and min(found.values()) > 0 else None,
-                "communication in windows of both ranks",
-                60,
-            )
-            print(found)
-        assert requests.failures == []
-
-
-@limited(330)
 @pytest.mark.skipif(shutil.which("nsys") is None, reason="needs nsys")
 def test_nsys_sees_both_ranks(tmp_path: Path) -> None:
     prefix = [str(PROGRAM), "run", "--nsys", "--no-summary", "--"]
@@ -102,3 +80,32 @@ def test_nsys_sees_both_ranks(tmp_path: Path) -> None:
             wait(lambda: tools(agent)["nsys"] is None, "nsys", 15)
             _report(agent, capture(agent, tool="nsys", seconds=1.0))
         assert requests.failures == []
+
+
+@limited(330)
+def test_both_ranks_are_measured_and_captured(loaded: Loaded) -> None:
+    agent, requests = loaded
+    ranks = wait(lambda: _two_ranks(agent), "two ranks, each with a GPU", 30)
+    print(json.dumps(ranks, indent=1)[:6000])
+    assert sorted(rank["rank"] for rank in ranks) == [0, 1]
+    assert len({rank["gpu"]["uuid"] for rank in ranks}) == 2
+    for tool in ("kernels", "torch"):
+        before = requests.answered
+        report = _report(agent, capture(agent, tool=tool, seconds=1.0))
+        assert min(gpu["kernels"] for gpu in report["gpus"]) > 1000
+        operators = {row["name"]: row for row in report["operators"]}
+        assert operators["communication"]["share"] > 0
+        wait(lambda before=before: requests.answered > before + 4, "further answers", 30)
+    assert requests.failures == []
+
+
+@limited(330)
+def test_live_windows_see_what_communication_alone_takes(loaded: Loaded) -> None:
+    agent, requests = loaded
+    found = wait(
+        lambda: found if len(found := _alone(agent)) == 2 and min(found.values()) > 0 else None,
+        "communication in windows of both ranks",
+        60,
+    )
+    print(found)
+    assert requests.failures == []

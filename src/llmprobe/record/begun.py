@@ -29,18 +29,23 @@ class Begun:
 
     def __init__(self) -> None:
         self._engines: tuple[Engine, ...] = ()
-        self._latest = LatestStep(0, 0, 0, 0)
+        #: Of what `begin` numbered, and of engines that left. As a `LatestStep`, but a plain tuple, which is
+        #: made without a call: `begin` is on the step path.
+        self._latest = (0, 0, 0, 0)
 
     @property
     def latest(self) -> LatestStep:
         """Of all of them."""
         latest = [engine.latest() for engine in self._engines]
-        return max([*latest, self._latest])  # read last: an engine that leaves puts its step there
+        return LatestStep(
+            *max([*latest, self._latest])
+        )  # read last: an engine that leaves puts its step there
 
     def begin(self, phase: int, tokens: int, time_ns: int) -> int:
         """A step of somebody who does not number them begins. Returns its number."""
-        number = self.latest.number + 1
-        self._latest = LatestStep(number, time_ns, phase, tokens)
+        last = self.latest if self._engines else self._latest
+        number = last[0] + 1
+        self._latest = (number, time_ns, phase, tokens)
         return number
 
     def join(self, engine: Engine) -> None:
