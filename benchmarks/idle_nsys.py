@@ -7,13 +7,13 @@
 Says why a server loses time to what its host does: one whose device waits for the host in each step has
 nothing to hide that behind. llmprobe's clock is not asked: idle is when nsys has no kernel, copy, set or
 graph.
-Needs an NVIDIA GPU, vLLM, and nsys on PATH. See README.md beside this file.
+Needs an NVIDIA GPU, vLLM, and nsys on PATH. Exit status 1 if nothing could be told. See README.md beside this
+file.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import signal
 import sys
@@ -37,6 +37,7 @@ from support.table import Results, command
 _SETTLE_SECONDS, _WARM_UP_SECONDS = 1.0, 12.0
 #: An idle stretch shorter than this lies between kernels, whoever launches them.
 _WAIT_NS = 20_000
+_MOST_LOST = 0.1
 _ENDED = 143  # as a shell says of a process that SIGTERM ended
 
 
@@ -51,6 +52,7 @@ class Stretch:
     idle: float  # share of the recording in which nothing ran
     waiting: float  # of it in stretches of more than 20 µs
     waits: float  # such stretches a step
+    lost: float  # share of launches that nsys did not record: they look like idle time
 
 
 def main() -> int:
@@ -67,10 +69,12 @@ def main() -> int:
                 try:
                     watched.measure(server, options)
                 finally:
-                    _show(watched.stretches(), options, machine)
+                    watched.ended_ns = time.monotonic_ns()
+                    found, dropped = watched.stretches()
+                    _show(found, dropped, options, machine)
     except NsysFailed as error:
         sys.exit(str(error))
-    return 0
+    return int(not found)
 
 
 class _Watched:
@@ -78,7 +82,8 @@ class _Watched:
 
     def __init__(self) -> None:
         self._load: Load | None = None
-        self._times: list[tuple[bool, int, int, float, np.ndarray]] = []
+        self._times: list[tuple[bool, int, int, float, tuple[np.ndarray, float]]] = []
+        self.ended_ns = 0
 
     def measure(self, server: NsysServer, options: argparse.Namespace) -> None:
         """Load it, switch, look and record, in turns."""
@@ -103,34 +108,45 @@ class _Watched:
                     busy = device_busy(server.record(f"{pair}-{on}", options.record_seconds))
                     self._times.append((on, begin, end, used, busy))
                 print(f"pair {pair + 1} of {options.pairs}", file=sys.stderr, flush=True)
-            load.wait(load.longest_seconds())  # what ran in the last stretch is known once it is over
+            load.wait(
+                load.longest_seconds() + _SETTLE_SECONDS
+            )  # what ran in the last stretch is known once it is over
 
-    def stretches(self) -> list[Stretch]:
-        """Those whose requests are known."""
-        found = []
-        for on, begin, end, used, busy in self._times:
+    def stretches(self) -> tuple[list[Stretch], list[str]]:
+        """Those that can be told, and why the others cannot."""
+        found, dropped = [], []
+        for number, (on, begin, end, used, (busy, lost)) in enumerate(self._times, 1):
             assert self._load is not None
-            with contextlib.suppress(LoadFailed):
-                tokens = self._load.seen(begin, end).tokens_per_second
+            if self.ended_ns - end < 1e9 * self._load.longest_seconds():
+                dropped.append(f"stretch {number}: its last requests were not over yet")
+            elif lost > _MOST_LOST:
+                dropped.append(f"stretch {number}: nsys lost {lost:.0%} of the launches")
+            else:
+                try:
+                    tokens = self._load.seen(begin, end).tokens_per_second
+                except LoadFailed as error:
+                    dropped.append(f"stretch {number}: {error}")
+                    continue
                 step = self._load.concurrency / tokens
-                found.append(_stretch(on, step, used / ((end - begin) / 1e9) * step, busy))
-        return found
+                found.append(_stretch(on, step, used / ((end - begin) / 1e9) * step, busy, lost))
+        return found, dropped
 
 
-def _show(found: list[Stretch], options: argparse.Namespace, machine: str) -> None:
+def _show(found: list[Stretch], dropped: list[str], options: argparse.Namespace, machine: str) -> None:
     if options.json:
-        saved = {"machine": machine, "stretches": [asdict(one) for one in found]}
+        saved = {"machine": machine, "stretches": [asdict(one) for one in found], "dropped": dropped}
         options.json.write_text(json.dumps(saved, indent=1) + "\n")
-    _table(found, options, machine).show(options.markdown)
+    _table(found, dropped, options, machine).show(options.markdown)
 
 
-def _stretch(on: bool, step: float, engine: float, busy: np.ndarray) -> Stretch:
+def _stretch(on: bool, step: float, engine: float, busy: np.ndarray, lost: float) -> Stretch:
     total = int(busy[-1, 1] - busy[0, 0])
     gaps = busy[1:, 0] - busy[:-1, 1]
     long = gaps[gaps > _WAIT_NS]
     seconds = total / 1e9
     waits = len(long) / (seconds / step)
-    return Stretch(on, step, engine, seconds, float(gaps.sum() / total), float(long.sum() / total), waits)
+    idle, waiting = float(gaps.sum() / total), float(long.sum() / total)
+    return Stretch(on, step, engine, seconds, idle, waiting, waits, lost)
 
 
 def _seconds(schedstat: Path) -> float:
@@ -138,7 +154,7 @@ def _seconds(schedstat: Path) -> float:
     return int(schedstat.read_text().split()[0]) / 1e9
 
 
-def _table(found: list[Stretch], options: argparse.Namespace, machine: str) -> Results:
+def _table(found: list[Stretch], dropped: list[str], options: argparse.Namespace, machine: str) -> Results:
     sides = [[one for one in found if one.on is on] for on in (False, True)]
 
     def row(name: str, form: str, value: Callable[[Stretch], float]) -> list[str]:
@@ -153,12 +169,15 @@ def _table(found: list[Stretch], options: argparse.Namespace, machine: str) -> R
         row("GPU idle a step, µs", ".0f", lambda one: 1e6 * one.idle * one.step_seconds),
         row("GPU busy a step, µs", ".0f", lambda one: 1e6 * (1 - one.idle) * one.step_seconds),
         row("stretches above 20 µs a step", ".2f", lambda one: one.waits),
+        row("launches that nsys lost, %", ".2f", lambda one: 100 * one.lost),
     ]
     notes = [
-        f"Medians (least … most) of {len(sides[1])} stretches each, off and on in turns: {options.seconds:g} "
-        f"s without recording for the first three rows, then {options.record_seconds:g} s recorded.",
+        f"Medians (least … most) of {len(sides[0])} stretches off and {len(sides[1])} on, in turns: "
+        f"{options.seconds:g} s without recording for the first three rows, then {options.record_seconds:g} "
+        "s recorded. Microseconds and stretches a step: the recorded shares of a step that was not recorded.",
         f"{options.concurrency} at a time, {options.prompt_tokens} + {options.output_tokens} tokens, the "
         f"first sent over {options.spread_seconds:g} s.",
+        *dropped,
     ]
     header = ("median (least … most)", "off", "on")
     return Results("Idle GPU, by nsys", command("idle_nsys.py"), machine, header, rows, notes)
@@ -184,7 +203,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=512, help="of each request [512]")
     parser.add_argument("--spread-seconds", type=float, default=5.0, help="see overhead.py [5]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
-    parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = with_flags(parser)
     if min(options.concurrency, options.pairs) < 1 or options.output_tokens < 2:
         parser.error("--concurrency and --pairs from 1, --output-tokens from 2")

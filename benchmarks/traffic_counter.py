@@ -7,8 +7,8 @@
 
 Serves models whose weights, cache or split over GPUs is of another kind than a plain dense model's, keeps a
 steady number of requests decoding, and holds llmprobe's MBU against what NVML counted over the same seconds.
-Needs NVIDIA GPUs of 80 GB that have the counters (Hopper on), and vLLM. Exit status 1 if a bar is missed or a
-server does not come up. See README.md beside this file.
+Needs NVIDIA GPUs of 80 GB that have the counters (Hopper on), and vLLM. Exit status 1 if a bar is missed, a
+server does not come up, or nothing was counted. See README.md beside this file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,9 +36,12 @@ from support.table import Results, command
 
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.views import RankView
+from llmprobe.record.layout import Phase
 
 _ENDED = 143  # as a shell says of a process that SIGTERM ended
+_UNCOUNTED = "not counted"
 _OUTPUT_TOKENS = 1600
+_BETWEEN_SECONDS = 2.0
 _SHAPES = (Shape(1, 512), Shape(32, 512), Shape(32, 4000))
 _COMMON = ("--load-format", "dummy", "--max-model-len", "8192", "--max-num-seqs", "32")
 _GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32]}')
@@ -117,17 +121,25 @@ def main() -> int:
                 try:
                     for row in _measured(name, Path(folder)):
                         found.append(row)
+                        _save(found, failed, machine, options.json)
                         print(row, file=sys.stderr, flush=True)
                 except Exception as error:  # noqa: BLE001 - the others are worth measuring
                     failed.append(f"{name}: {type(error).__name__}: {error}"[:600])
                     print(failed[-1], file=sys.stderr, flush=True)
     finally:
-        if options.json:
-            saved = {"machine": machine, "found": [asdict(row) for row in found], "failed": failed}
-            options.json.write_text(json.dumps(saved, indent=1) + "\n")
+        _save(found, failed, machine, options.json)
         table = _table(found, failed, machine)
         table.show(options.markdown)
-    return int(bool(failed) or any("MISSED" in cell for row in table.rows for cell in row))
+    cells = [cell for row in table.rows for cell in row]
+    return int(bool(failed) or any("MISSED" in cell or cell == _UNCOUNTED for cell in cells))
+
+
+def _save(found: list[Found], failed: list[str], machine: str, path: Path | None) -> None:
+    if path:
+        saved = {"machine": machine, "found": [asdict(row) for row in found], "failed": failed}
+        written = path.with_name(f".{path.name}")
+        written.write_text(json.dumps(saved, indent=1) + "\n")
+        written.replace(path)  # never half a file, whenever this is ended
 
 
 def _measured(name: str, folder: Path) -> Iterator[Found]:
@@ -141,8 +153,14 @@ def _measured(name: str, folder: Path) -> Iterator[Found]:
             with Load(server.port, NAME, shape.batch, shape.context, _OUTPUT_TOKENS) as load, Polling(log):
                 wait_steady(load, log, shape.batch)
                 before = [_totals(rank) for rank in ranks(collector)]
+                begin = time.monotonic_ns()
                 pairs = counted(collector, load)
+                end = time.monotonic_ns()
                 after = [_totals(rank) for rank in ranks(collector)]
+            log.poll()
+            rows = log.steps()
+            rows = rows[(rows["time"] >= begin) & (rows["time"] < end) & (rows["phase"] == Phase.DECODE)]
+            tokens = float(rows["decode_tokens"].mean()) if len(rows) else 0.0  # the same at every rank
             for number, (mbu, counter) in enumerate(pairs):
                 steps = after[number][0] - before[number][0]
                 if not steps:
@@ -151,8 +169,8 @@ def _measured(name: str, folder: Path) -> Iterator[Found]:
                     (last - first) / steps
                     for first, last in zip(before[number][1], after[number][1], strict=True)
                 ]
-                tokens = float(log.steps()["decode_tokens"][-steps:].mean())
                 yield Found(name, shape.label, number, steps, tokens, *means, mbu, counter)
+            time.sleep(_BETWEEN_SECONDS)  # what is left of this load ends
         collector.close()
 
 
@@ -170,7 +188,7 @@ def _table(found: list[Found], failed: list[str], machine: str) -> Results:
         sizes = [f"{size / 1e6:.1f} MB" for size in (row.weights, row.kv_read, row.kv_write)]
         cells = [row.kind, row.load, str(row.rank), str(row.steps), f"{row.tokens:.1f}", *sizes]
         if row.mbu is None or row.counter is None:
-            cells += ["", "", "", "not counted"]
+            cells += ["", "", "", _UNCOUNTED]
         else:
             over = row.counter - row.mbu
             cells += [f"{row.mbu:.3f}", f"{row.counter:.3f}", f"{over:+.3f}", counter_bar(over)]

@@ -19,13 +19,15 @@ _STEADY_STEPS, _STEADY_SECONDS = 12, 60.0
 def wait_steady(load: Load, log: StepLog, batch: int) -> None:
     """Until the last steps are decode steps of so many requests. Raises RuntimeError.
 
-    Steps from before the call do not count: those of another load may look the same.
+    Steps that began before the call do not count, whenever they are read: those of another load may look the
+    same.
     """
-    before = len(log.steps())
+    since = time.monotonic_ns()
     until = time.monotonic() + _STEADY_SECONDS
     while time.monotonic() < until:
         load.wait(0.25)
-        last = log.steps()[before:][-_STEADY_STEPS:]
+        steps = log.steps()
+        last = steps[steps["time"] >= since][-_STEADY_STEPS:]
         if (
             len(last) == _STEADY_STEPS
             and ((last["phase"] == Phase.DECODE) & (last["requests"] == batch)).all()

@@ -105,18 +105,25 @@ def read_truth(path: Path) -> Truth:
     )
 
 
-def device_busy(path: Path) -> np.ndarray:
-    """(M, 2): when anything ran on a device, of every process in an export; nanoseconds of nsys's clock.
+def device_busy(path: Path) -> tuple[np.ndarray, float]:
+    """When anything ran on a device, of every process in an export, and what nsys lost of it.
 
     Asks for no range of llmprobe, so it serves a server whose probe is off too. Raises ValueError if nothing
     ran.
+
+    Returns:
+        (M, 2) nanoseconds of nsys's clock; the share of launches whose kernel or graph is not there, which
+        look like idle time.
     """
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as data:
-        rows = [row[:2] for table in _ACTIVITIES for row in _activities(data, table)]
+        activities = [row for table in _ACTIVITIES for row in _activities(data, table)]
+        launches = [row[3] for row in _calls(data) if "Launch" in row[4]]
+    rows = [row[:2] for row in activities]
     if not rows:
         raise ValueError(f"{path} holds nothing that ran on a device")
     begin, end = np.array(rows, dtype=np.int64).T
-    return _union(begin, end)
+    lost = len(set(launches) - {row[3] for row in activities}) / max(len(launches), 1)
+    return _union(begin, end), lost
 
 
 def _ranges(data: sqlite3.Connection) -> list[tuple[int, int, str, int, int]]:

@@ -189,7 +189,8 @@ def test_another_process_is_seen_while_it_uses_the_gpu(gpu: Gpu, tmp_path: Path)
         "import os, pathlib, sys, time, torch\n"
         "held = torch.ones(1 << 20, device='cuda')\n"
         "pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))\n"
-        "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n"
+        "end = time.monotonic() + 120\n"  # whatever becomes of the test
+        "while time.monotonic() < end and not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n"
     )
     # Through a shell that ends: a child of this process would be the server's own.
     shell = ["setsid", "sh", "-c", '"$@" &', "sh", sys.executable, "-c", program, str(over), str(began)]

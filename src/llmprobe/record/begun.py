@@ -37,9 +37,8 @@ class Begun:
     def latest(self) -> LatestStep:
         """Of all of them."""
         latest = [engine.latest() for engine in self._engines]
-        return LatestStep(
-            *max([*latest, self._latest])
-        )  # read last: an engine that leaves puts its step there
+        # This one is read last: an engine that leaves puts its step there.
+        return LatestStep(*max([*latest, self._latest]))
 
     def begin(self, phase: int, tokens: int, time_ns: int) -> int:
         """A step of somebody who does not number them begins. Returns its number."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import lzma
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.nsys_idle import idle
-from support.nsys_truth import Truth, read_truth
+from support.nsys_truth import Truth, device_busy, read_truth
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "nsys"
 
 
 def truth(name: str, folder: Path) -> Truth:
+    return read_truth(export(name, folder))
+
+
+def export(name: str, folder: Path) -> Path:
     path = folder / "export.sqlite"
     path.write_bytes(lzma.decompress((DATA / f"vllm_h100_{name}.sqlite.xz").read_bytes()))
-    return read_truth(path)
+    return path
 
 
 @pytest.mark.parametrize(("name", "ratio", "inside"), [("decode", 0.014, 0.009), ("prefill", 0.018, 0.016)])
@@ -44,3 +51,17 @@ def test_a_recording_that_lost_launches_says_nothing(tmp_path: Path) -> None:
     complete = recorded.complete.copy()
     complete[2] = False
     assert idle(replace(recorded, complete=complete)) is None
+
+
+def test_busy_time_needs_no_range_and_what_nsys_lost_is_told(tmp_path: Path) -> None:
+    path = export("eager", tmp_path)
+    found, lost = device_busy(path)
+    assert np.array_equal(found, read_truth(path).busy)
+    with contextlib.closing(sqlite3.connect(path)) as data:
+        kernels = "CUPTI_ACTIVITY_KIND_KERNEL"
+        data.execute("DELETE FROM NVTX_EVENTS")
+        data.execute(f"DELETE FROM {kernels} WHERE rowid IN (SELECT rowid FROM {kernels} LIMIT 100)")
+        data.commit()
+    fewer, more_lost = device_busy(path)
+    assert len(fewer) > 0
+    assert more_lost > lost
