@@ -26,6 +26,7 @@ from typing import Any
 
 from support.accuracy_table import Shape, counter_bar
 from support.counted import counted, ranks, wait_steady
+from support.families import integers
 from support.gpu_models import make_configuration
 from support.journals import Polling, StepLog, live_journals
 from support.load import Load
@@ -49,26 +50,6 @@ _NGRAMS = '{"method":"ngram","num_speculative_tokens":4,"prompt_lookup_max":3,"p
 _TWO = ("--tensor-parallel-size", "2")
 
 
-def _integers(bits: int) -> dict[str, Any]:
-    """compressed-tensors: of 8 bits with inputs as integers too, of 4 with one scale for 128 weights."""
-    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
-    weights |= {"strategy": "channel"} if bits == 8 else {"strategy": "group", "group_size": 128}
-    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": token if bits == 8 else None,
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized" if bits == 8 else "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": group},
-    }
-
-
 @dataclass(frozen=True)
 class Kind:
     """A configuration of `support.gpu_models`, what is changed in it, and how it is served."""
@@ -82,8 +63,8 @@ class Kind:
 KINDS = {
     "plain": Kind("dense"),
     "fp8-weights": Kind("dense", ("--quantization", "fp8")),
-    "8-bit-weights": Kind("dense", changes={"quantization_config": _integers(8)}),
-    "4-bit-weights": Kind("dense", changes={"quantization_config": _integers(4)}),
+    "8-bit-weights": Kind("dense", changes={"quantization_config": integers(8, True)}),
+    "4-bit-weights": Kind("dense", changes={"quantization_config": integers(4, False, 128)}),
     "fp8-cache": Kind("dense", ("--kv-cache-dtype", "fp8", "--attention-backend", "TRITON_ATTN")),
     "latent": Kind("latent", ("--attention-backend", "TRITON_MLA")),
     "drafts": Kind("dense", ("--speculative-config", _NGRAMS)),

@@ -50,13 +50,19 @@ _WINDOWED = {
 }
 
 
-def _integers(bits: int, activations: bool) -> dict[str, Any]:
-    """compressed-tensors: integer weights, one scale a row; with ``activations``, inputs as integers too."""
+def integers(bits: int, activations: bool, group_size: int = 32) -> dict[str, Any]:
+    """compressed-tensors: integer weights.
+
+    Args:
+        bits: of a weight.
+        activations: inputs are integers too, and weights have one scale a row; else one for ``group_size``.
+        group_size: weights.
+    """
     row = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     group = {
         "targets": ["Linear"],
-        "weights": row if activations else {**row, "strategy": "group", "group_size": 32},
+        "weights": row if activations else {**row, "strategy": "group", "group_size": group_size},
         "input_activations": token if activations else None,
         "output_activations": None,
     }
@@ -130,8 +136,8 @@ FAMILIES = (
         {"num_experts": 8, "shared_expert_intermediate_size": 96, **_EXPERTS},
     ),
     Family("latent attention", "deepseek_v3", {**_LATENT, "n_group": 2, "topk_group": 1}),
-    Family("integer weights and inputs", "llama", {}, _integers(8, True), {"load_format": "dummy"}),
-    Family("4-bit weights", "llama", {}, _integers(4, False), {"load_format": "dummy"}),
+    Family("integer weights and inputs", "llama", {}, integers(8, True), {"load_format": "dummy"}),
+    Family("4-bit weights", "llama", {}, integers(4, False), {"load_format": "dummy"}),
     Family("8-bit cache", "llama", engine={"kv_cache_dtype": "fp8"}),
     Family(
         "drafts by n-grams",
