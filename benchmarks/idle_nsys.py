@@ -6,9 +6,8 @@
 
 Says why a server loses time to what its host does: one whose device waits for the host in each step has
 nothing to hide that behind. llmprobe's clock is not asked: idle is when nsys has no kernel, copy, set or
-graph.
-Needs an NVIDIA GPU, vLLM, and nsys on PATH. Exit status 1 if nothing could be told. See README.md beside this
-file.
+graph. Needs an NVIDIA GPU, vLLM, and nsys on PATH. Exit status 1 if nothing could be told. See README.md
+beside this file.
 """
 
 from __future__ import annotations
@@ -108,9 +107,8 @@ class _Watched:
                     busy = device_busy(server.record(f"{pair}-{on}", options.record_seconds))
                     self._times.append((on, begin, end, used, busy))
                 print(f"pair {pair + 1} of {options.pairs}", file=sys.stderr, flush=True)
-            load.wait(
-                load.longest_seconds() + _SETTLE_SECONDS
-            )  # what ran in the last stretch is known once it is over
+            # What ran in the last stretch is known once it is over.
+            load.wait(load.longest_seconds() + _SETTLE_SECONDS)
 
     def stretches(self) -> tuple[list[Stretch], list[str]]:
         """Those that can be told, and why the others cannot."""

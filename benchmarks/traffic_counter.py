@@ -1,6 +1,6 @@
 """Bytes that decode steps move by the model of the work, beside the GPU's own DRAM counter.
 
-    python benchmarks/traffic_counter.py                           every kind; six minutes a pair
+    python benchmarks/traffic_counter.py                           every kind; 3 minutes each
     python benchmarks/traffic_counter.py --only fp8-weights --only drafts --markdown
     python benchmarks/traffic_counter.py --only two-gpus           needs two GPUs
     python benchmarks/traffic_counter.py --list

@@ -49,7 +49,7 @@ def counted(collector: Collector, load: Load) -> list[tuple[float | None, float 
     found: list[tuple[float | None, float | None]] = []
     for number, (first, last) in enumerate(zip(before, after, strict=True)):
         moved, took = last[0] - first[0], last[1] - first[1]
-        dram = counters.each[number].get("dram") if counters.each else None
+        dram = counters.each[number].get("dram") if number < len(counters.each) else None
         found.append((moved / took / bandwidth if took and bandwidth else None, dram))
     return found
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import counted
 
 from llmprobe.record.layout import STEP, Phase
-
-counted = pytest.importorskip("support.counted")
 
 
 def decode_steps(requests: int, time_ns: int) -> np.ndarray:
