@@ -7,6 +7,8 @@
 
 Serves models whose weights, cache or split over GPUs is of another kind than a plain dense model's, keeps a
 steady number of requests decoding, and holds llmprobe's MBU against what NVML counted over the same seconds.
+With made-up weights the routers of `latent-experts` send every token to the same experts: there the model,
+which takes routing for even, has to miss, and what is shown is the verdict that the counter puts right.
 Needs NVIDIA GPUs of 80 GB that have the counters (Hopper on), and vLLM. Exit status 1 if a bar is missed, a
 server does not come up, or nothing was counted. See README.md beside this file.
 """
@@ -35,14 +37,17 @@ from support.serving import NAME, running_server
 from support.switch import wait_known
 from support.table import Results, command
 
+from llmprobe.agent.client import LocalAgent
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.views import RankView
+from llmprobe.demo.server import VllmServer
 from llmprobe.record.layout import Phase
 
 _ENDED = 143  # as a shell says of a process that SIGTERM ended
 _UNCOUNTED = "not counted"
 _OUTPUT_TOKENS = 1600
 _BETWEEN_SECONDS = 2.0
+_VERDICT_SECONDS = 14.0  # the window of a verdict, and what it takes to stand
 _SHAPES = (Shape(1, 512), Shape(32, 512), Shape(32, 4000))
 _COMMON = ("--load-format", "dummy", "--max-model-len", "8192", "--max-num-seqs", "32")
 _GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32]}')
@@ -52,21 +57,29 @@ _TWO = ("--tensor-parallel-size", "2")
 
 @dataclass(frozen=True)
 class Kind:
-    """A configuration of `support.gpu_models`, what is changed in it, and how it is served."""
+    """A configuration of `support.gpu_models`, what is changed in it, and how it is served.
+
+    ``uneven``: its routers favour some experts.
+    """
 
     model: str
     flags: tuple[str, ...] = ()
     changes: dict[str, Any] = field(default_factory=dict)
     gpus: int = 1
+    uneven: bool = False
 
 
+_LATENT = ("--attention-backend", "TRITON_MLA")
 KINDS = {
     "plain": Kind("dense"),
     "fp8-weights": Kind("dense", ("--quantization", "fp8")),
     "8-bit-weights": Kind("dense", changes={"quantization_config": integers(8, True)}),
     "4-bit-weights": Kind("dense", changes={"quantization_config": integers(4, False, 128)}),
     "fp8-cache": Kind("dense", ("--kv-cache-dtype", "fp8", "--attention-backend", "TRITON_ATTN")),
-    "latent": Kind("latent", ("--attention-backend", "TRITON_MLA")),
+    "latent": Kind("latent", _LATENT, {"first_k_dense_replace": 14}),  # no layer of it has experts
+    # The scores of its experts are softmax values in bfloat16, which made-up weights leave equal: a tie at
+    # each token, and the same ones win it.
+    "latent-experts": Kind("latent", _LATENT, uneven=True),
     "drafts": Kind("dense", ("--speculative-config", _NGRAMS)),
     "two-gpus": Kind("dense", _TWO, gpus=2),
     "experts-on-two-gpus": Kind("moe", (*_TWO, "--enable-expert-parallel"), gpus=2),
@@ -87,6 +100,7 @@ class Found:
     kv_write: float
     mbu: float | None
     counter: float | None
+    verdict: str | None = None  # of an uneven kind, after a while
 
 
 def main() -> int:
@@ -138,6 +152,7 @@ def _measured(name: str, folder: Path) -> Iterator[Found]:
                 pairs = counted(collector, load)
                 end = time.monotonic_ns()
                 after = [_totals(rank) for rank in ranks(collector)]
+                verdict = _verdict(server, load) if kind.uneven and shape.batch > 1 else None
             log.poll()
             rows = log.steps()
             rows = rows[(rows["time"] >= begin) & (rows["time"] < end) & (rows["phase"] == Phase.DECODE)]
@@ -150,9 +165,18 @@ def _measured(name: str, folder: Path) -> Iterator[Found]:
                     (last - first) / steps
                     for first, last in zip(before[number][1], after[number][1], strict=True)
                 ]
-                yield Found(name, shape.label, number, steps, tokens, *means, mbu, counter)
+                yield Found(name, shape.label, number, steps, tokens, *means, mbu, counter, verdict)
             time.sleep(_BETWEEN_SECONDS)  # what is left of this load ends
         collector.close()
+
+
+def _verdict(server: VllmServer, load: Load) -> str:
+    """What the server's own agent says of decode, once this load is all it has seen for a while."""
+    load.wait(_VERDICT_SECONDS)
+    found = LocalAgent(server.directory).request("GET", "/api/status", timeout=30)[1]
+    (shown,) = found["servers"]
+    verdict = shown["verdicts"]["decode"]
+    return f"{verdict['bottleneck']} ({verdict['confidence']:.2f}): {verdict['reason']}"
 
 
 def _totals(rank: RankView) -> tuple[int, list[float]]:
@@ -172,9 +196,11 @@ def _table(found: list[Found], failed: list[str], machine: str) -> Results:
             cells += ["", "", "", _UNCOUNTED]
         else:
             over = row.counter - row.mbu
-            cells += [f"{row.mbu:.3f}", f"{row.counter:.3f}", f"{over:+.3f}", counter_bar(over)]
+            bar = counter_bar(over) if row.verdict is None else "uneven routing, see below"
+            cells += [f"{row.mbu:.3f}", f"{row.counter:.3f}", f"{over:+.3f}", bar]
         rows.append(cells)
     notes = [f"{problem}: not measured" for problem in failed]
+    notes += [f"{row.kind}, {row.load}: {row.verdict}" for row in found if row.verdict is not None]
     title = "Bytes of decode steps, beside the DRAM counter"
     return Results(title, command("traffic_counter.py"), machine, header, rows, notes)
 

@@ -23,6 +23,7 @@ from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.graphs import launched_whole
 from llmprobe.compute.headline import headline, in_its_order, leading, stalled
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
+from llmprobe.compute.routing import by_counter
 from llmprobe.compute.servers import combine
 from llmprobe.compute.stall import RunningStep
 from llmprobe.compute.steady import SHORT_SECONDS, WINDOW_SECONDS, Steady
@@ -131,8 +132,11 @@ class Judge:
                     one_graph=launched_whole(shown.facts.get("flags") or {}, phase, tokens),
                     no_model=shown.no_model,
                     no_peaks=shown.no_peaks,
+                    experts=shown.experts,
                     running=_running(shown, phase),
                 )
+                seen = by_counter(seen, self._limits)
+                found = seen.figures
                 weight = found.seconds if found else 0.0
                 if seen.running is not None:
                     weight += seen.running.pending_seconds
@@ -169,9 +173,12 @@ class Judge:
             window_seconds=window().seconds(phase),
             figures=window().figures(phase, known_gaps),
             counters=shown.counters_lately,
+            routing=None,
         )
         standing = self._states.get((key, phase), Steady()).standing
-        return weight, classify(lately, self._limits, standing, self._limits.idle_steps * _SHORT_STEPS)
+        return weight, classify(
+            by_counter(lately, self._limits), self._limits, standing, self._limits.idle_steps * _SHORT_STEPS
+        )
 
     def _press(self, key: str, view: ServerView, ranks: list[tuple[RankView, Rank]], now_ns: int) -> None:
         full = {

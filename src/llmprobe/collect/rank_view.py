@@ -76,6 +76,7 @@ def rank_view(
         attainable=rank.attainable,
         no_model="" if rank.model is not None else f"no model of the work: {rank.model_problem}",
         no_peaks="" if rank.peaks is not None else why_no_peaks(facts, mig=gpu is not None and gpu.mig),
+        experts=None if rank.model is None else rank.model.experts,
         one_graph=frozenset(phase for phase in steps if _one_graph(rank, phase, since_ns, now)),
         operator_floors={
             phase: {name: list(sums) for name, sums in of_phase.items()}

@@ -17,6 +17,7 @@ from llmprobe.collect.windows import KernelTotals
 from llmprobe.compute.advice import Advice
 from llmprobe.compute.attribution import Attribution
 from llmprobe.compute.evidence import CounterEvidence, KernelEvidence
+from llmprobe.compute.facts import Experts
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.host import HostSignals
@@ -124,6 +125,8 @@ class RankView:
     #: Why there is no model of the work, and why there are no peaks; empty where there are.
     no_model: str = ""
     no_peaks: str = ""
+    #: Of its model; None if that has none, or is not known.
+    experts: Experts | None = None
     #: Phases whose steps of the last 30 s were launched as one CUDA graph each (`llmprobe.compute.graphs`).
     one_graph: frozenset[str] = frozenset()
     #: Cumulative, as `device_time`: phase → operator → seconds of floor by memory, by compute.

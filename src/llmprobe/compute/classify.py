@@ -164,8 +164,10 @@ class _Case:
         mbu, mfu = (figures.mbu_busy, figures.mfu_busy) if waits else (self._mbu, self._mfu)
         for name, value in (("MBU", mbu), ("MFU", mfu)):
             if value is not None and value > limits.above_peak_ratio:
-                cache = ", or the weights fit a cache" if name == "MBU" else ""
-                found.append(f"{name} {value:.2f} is above the peak: the clock or the peak is wrong{cache}")
+                other = ", or the weights fit a cache" if name == "MBU" else ""
+                if name == "MBU" and self._seen.experts is not None:
+                    other += ", or its steps reach fewer experts than even routing would"
+                found.append(f"{name} {value:.2f} is above the peak: the clock or the peak is wrong{other}")
         counters, step = self._counters, figures.mbu_step
         if counters and step and step - counters.dram_active_ratio > limits.counter_disagreement_ratio:
             found.append(
@@ -183,7 +185,11 @@ class _Case:
         if self._old_kernels and self._seen.kernels:
             why = f"the last kernel window is {self._seen.kernels.age_seconds:.0f} s old"
         near = f"MBU {self._mbu_span or 0:.2f} and MFU {self._mfu_span or 0:.2f} of the span"
-        return f"{near} leave room for launch bubbles, and {why}"
+        return f"{near} leave room for launch bubbles, and {why}{self._routed()}"
+
+    def _routed(self) -> str:
+        """What the bytes of experts were put right by, as the end of a reason; empty where they were not."""
+        return "" if self._seen.routing is None else f"; {self._seen.routing.said()}"
 
     def _near_a_roof(self) -> bool:
         """Whether so much of the span is accounted for that bubbles cannot be what it consists of."""
@@ -321,6 +327,8 @@ class _Case:
         if bottleneck == INEFFICIENT and self._device_queue:
             factor /= 2
         votes = [Vote("model of the work", modelled, factor)]
+        if self._seen.routing is not None and bottleneck != COMPUTE:
+            votes = []  # what it says of the memory is what the counter said
         if self._kernels is not None:
             votes.append(Vote("kernel windows", True))
         if counters is not None:
@@ -347,6 +355,7 @@ class _Case:
     ) -> Verdict:
         """``told``: the signs to show, if not all that explain."""
         told = self._signs if told is None else told
+        reason += "" if bottleneck == SYNC else self._routed()
         attained = attributes.attained(self._seen, bottleneck, self._mbu, self._mfu)
         near = None if attained is None else attained >= 1 - self._limits.near_roof_ratio
         return Verdict(
@@ -372,12 +381,18 @@ class _Case:
             age = 0.0 if kernels is None else kernels.age_seconds
             shown.append(Evidence("sync_gap_ratio", self._stall.ratio, limits.sync_gap_ratio, source, age))
         if self._mbu is not None:
-            shown.append(Evidence("mbu_busy", self._mbu, limits.memory_mbu_ratio, "modelled"))
+            counted = self._seen.routing is not None
+            shown.append(
+                Evidence("mbu_busy", self._mbu, limits.memory_mbu_ratio, "counter" if counted else "modelled")
+            )
         if self._mfu is not None:
             shown.append(Evidence("mfu_busy", self._mfu, limits.compute_mfu_ratio, "modelled"))
         if figures.intensity is not None:
             ridge = self._seen.peaks.ridge_flops_per_byte if self._seen.peaks else None
             shown.append(Evidence("intensity_flops_per_byte", figures.intensity, ridge, "modelled"))
+        if (routing := self._seen.routing) is not None:
+            reached = routing.reached
+            shown.append(Evidence("experts_reached", reached, routing.even, "counter", routing.age_seconds))
         if kernels is not None:
             bubbles, age = kernels.launch_gap_ratio, kernels.age_seconds
             shown.append(Evidence("launch_gap_ratio", bubbles, None, "sampled", age))

@@ -154,3 +154,24 @@ class CounterEvidence:
     age_seconds: float
     shared: bool | None = None
     graphics_active_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class RoutingEvidence:
+    """How many experts of a layer a step reads, mean, where the DRAM counter shows that routing is uneven.
+
+    ``reached``: what the counter leaves for them; at most so many, as it counts all else that is read too.
+    ``even``: what even routing would reach; ``count``: that there are.
+    """
+
+    reached: float
+    even: float
+    count: int
+    age_seconds: float
+
+    def said(self) -> str:
+        """As the end of a reason."""
+        return (
+            f"by the DRAM counter its steps reach some {self.reached:.0f} of {self.count} experts, "
+            f"where even routing would reach {self.even:.0f}"
+        )

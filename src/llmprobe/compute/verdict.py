@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llmprobe.compute.evidence import CounterEvidence, Evidence, KernelEvidence
+from llmprobe.compute.evidence import CounterEvidence, Evidence, KernelEvidence, RoutingEvidence
+from llmprobe.compute.facts import Experts
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.hardware import Peaks
 from llmprobe.compute.host import HostSignals
@@ -57,6 +58,9 @@ class Observation:
         one_graph: each step was launched as one CUDA graph, see `llmprobe.compute.graphs`.
         no_model: why MBU and MFU are not known, if that is a matter of the model.
         no_peaks: why there are no peaks, if more of it is known than that.
+        experts: of the model; None if it has none.
+        routing: None unless figures have had the bytes of experts put right by a counter, see
+            `llmprobe.compute.routing`.
         running: a step of it that has not ended; None where there is none.
         problems: contradictions that were found elsewhere; any makes the verdict `UNKNOWN`.
     """
@@ -74,6 +78,8 @@ class Observation:
     one_graph: bool = False
     no_model: str = ""
     no_peaks: str = ""
+    experts: Experts | None = None
+    routing: RoutingEvidence | None = None
     running: RunningStep | None = None
     problems: tuple[str, ...] = ()
 

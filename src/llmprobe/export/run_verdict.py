@@ -14,6 +14,7 @@ from llmprobe.compute.classify import classify
 from llmprobe.compute.figures import PhaseFigures
 from llmprobe.compute.headline import headline, in_its_order
 from llmprobe.compute.pressure import EngineLoad, pressures, worst
+from llmprobe.compute.routing import by_counter
 from llmprobe.compute.servers import combine
 from llmprobe.compute.steady import WINDOW_SECONDS
 from llmprobe.compute.thresholds import Thresholds
@@ -49,7 +50,8 @@ def run_verdict(
             if phase == "dummy":
                 continue
             figures = _figures(phase, rank, old, of_phase, seconds, looked)
-            observed = _observation(phase, rank, figures, seconds, looked)
+            observed = by_counter(_observation(phase, rank, figures, seconds, looked), limits)
+            figures = observed.figures or figures
             told.setdefault(phase, []).append((figures.seconds, _judge(observed, figures, limits), figures))
     verdicts = {phase: combine([(time, verdict) for time, verdict, _ in of]) for phase, of in told.items()}
     engines_before = {engine.engine: engine for engine in before.engines} if before else {}
@@ -111,6 +113,7 @@ def _observation(
         one_graph=phase in looked.one_graph,
         no_model=rank.no_model,
         no_peaks=rank.no_peaks,
+        experts=rank.experts,
     )
 
 

@@ -19,9 +19,9 @@ PEAKS = Peaks(901_100 / 0.018 / 0.7, 1e12, "bfloat16", "nominal", "made for this
 class World:
     """A server under a load of our making, looked at once a second."""
 
-    def __init__(self, directory: Path, **more: Any) -> None:
+    def __init__(self, directory: Path, clock: Clock | None = None, **more: Any) -> None:
         self.directory = directory
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.server = Server(directory)
         self.more: dict[str, Any] = {"peaks": lambda facts: PEAKS, **more}
         self.collector = self.collect()

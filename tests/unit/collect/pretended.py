@@ -41,7 +41,9 @@ MODEL = {
 
 
 class Server:
-    """One pretended server: a worker and front ends, each with a journal."""
+    """One pretended server: a worker and front ends, each with a journal. ``requests`` decode in a step."""
+
+    requests = 1
 
     def __init__(
         self, directory: Path, group: str = "g", server: str = "vllm-1", fronts: int = 1, engine: int = 0
@@ -64,13 +66,13 @@ class Server:
             0,
             flags,
             (begin, middle, middle, end),
-            requests=1,
+            requests=self.requests,
             prefill_requests=0,
             prompt_tokens=0,
-            decode_tokens=1,
-            sampled=1,
-            context_decode=(10, 0, 0, 0),
-            pairs_decode=(10, 0, 0, 0),
+            decode_tokens=self.requests,
+            sampled=self.requests,
+            context_decode=(10 * self.requests, 0, 0, 0),
+            pairs_decode=(10 * self.requests, 0, 0, 0),
         )
 
     def close(self) -> None:

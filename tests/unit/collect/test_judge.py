@@ -56,10 +56,8 @@ def test_the_headline_says_class_confidence_and_figure(world: World) -> None:
     assert verdict.steps_per_second == pytest.approx(50, rel=0.05)
 
 
-def test_the_first_load_of_a_server_is_not_held_against_counters_from_before_it(tmp_path: Path) -> None:
-    """A GPU that idled before the first step reads less over 10 s than the steps of its first seconds say."""
-    world = World(tmp_path)
-    counted: dict[str, CounterEvidence | None] = {"long": None, "short": None}
+def _counted_world(directory: Path, counted: dict[str, CounterEvidence | None]) -> World:
+    """A server on a GPU whose counters read as ``counted`` says, over a "long" and a "short" time."""
 
     class Counted(Telemetry):
         def counters(self, facts: Any) -> CounterEvidence | None:
@@ -68,15 +66,38 @@ def test_the_first_load_of_a_server_is_not_held_against_counters_from_before_it(
         def counters_lately(self, facts: Any) -> CounterEvidence | None:
             return counted["short"]
 
-    world.collector = Collector(
-        tmp_path,
-        clock=world.clock,
-        peaks=lambda facts: PEAKS,
-        own_writers=lambda: {
-            one.writer.path: one.writer for one in (world.server.worker, *world.server.fronts)
-        },
-        telemetry=Counted(lambda: None, clock=world.clock, root=tmp_path / "root", thread=False),
-    )
+    clock = Clock()
+    telemetry = Counted(lambda: None, clock=clock, root=directory / "root", thread=False)
+    return World(directory, clock, telemetry=telemetry)
+
+
+def test_experts_that_the_counter_does_not_see_are_in_no_figure_of_the_verdict(tmp_path: Path) -> None:
+    """16 tokens reach 7 of 8 experts if routing is even, and 2 here."""
+    read = CounterEvidence(0.36, 0.02, None, 0.0, shared=False)
+    world = _counted_world(tmp_path, {"long": read, "short": read})
+    experts = {"bytes": 4_000_000, "params": 2_000_000, "count": 8, "top_k": 1}
+    model = {**MODEL, "operators": {**MODEL["operators"], "experts": experts}}
+    world.server.worker.update_facts(model=model)
+    world.server.requests = 16
+    world.seconds(15, span_ms=72, gap_ms=2)
+    view = world.second(span_ms=72, gap_ms=2)
+    world.server.close()
+    verdict = view.verdicts["decode"]
+    assert verdict.bottleneck == "inefficient_kernels"
+    assert "reach some 2 of 8 experts, where even routing would reach 7" in verdict.reason
+    step = 1 / 13  # as many as fit a second
+    assert verdict.headroom_seconds == pytest.approx(step - 0.36 * step, rel=0.02)
+    gains = [item.gain_seconds for item in view.advice["decode"] if item.gain_seconds is not None]
+    assert gains
+    assert max(gains) == pytest.approx(verdict.headroom_seconds, rel=0.02)
+    figures = view.ranks[0].figures["decode"]
+    assert figures.mbu_step == pytest.approx(0.81, abs=0.01)  # by the model: other windows have no counter
+
+
+def test_the_first_load_of_a_server_is_not_held_against_counters_from_before_it(tmp_path: Path) -> None:
+    """A GPU that idled before the first step reads less over 10 s than the steps of its first seconds say."""
+    counted: dict[str, CounterEvidence | None] = {"long": None, "short": None}
+    world = _counted_world(tmp_path, counted)
     seen = []
     for second in range(1, 16):
         for name, length in (("long", 10), ("short", 3)):

@@ -16,6 +16,7 @@ from compute.verdicts import counters, host, kernels
 from llmprobe.collect.collector import Collector
 from llmprobe.collect.views import RankView, ServerView
 from llmprobe.compute.accounting import COMPONENTS, IDLE_COMPONENTS
+from llmprobe.compute.facts import Experts
 from llmprobe.compute.host import ThreadLoad
 from llmprobe.compute.thresholds import Thresholds
 from llmprobe.compute.verdict import CAUSES
@@ -233,6 +234,15 @@ def test_counters_count_only_where_steps_filled_what_they_are_of() -> None:
     assert evidence(*range(1, 8))["dram_active_ratio"] == pytest.approx(0.72)
     assert "dram_active_ratio" not in evidence(1, 2, 3)  # the first of these reach back before the load
     assert "dram_active_ratio" not in evidence(*(number / 2 for number in range(1, 9)))  # half of it idle
+
+
+def test_experts_that_the_counter_did_not_see_are_in_no_figure_of_the_verdict() -> None:
+    """16 tokens a step reach 7 of 8 experts if routing is even, and 2 here."""
+    experts = Experts(8 * 0.08 * 3352e9 / 100, 1.0, 8, 1)
+    views = [decode(at, experts=experts, counters_lately=counters(0.3, 0.02)) for at in range(1, 12)]
+    verdict = of(views[-1], looks=watched(*views))["verdicts"]["decode"]
+    assert "MBU 0.30" in verdict["reason"]
+    assert "reach some 2 of 8 experts, where even routing would reach 7" in verdict["reason"]
 
 
 def test_a_gpu_that_others_used_is_judged_by_nobody() -> None:

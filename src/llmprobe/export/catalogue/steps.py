@@ -154,7 +154,8 @@ SECTIONS = (
                 "ratio",
                 (*RANK, "phase", "basis"),
                 ("modelled",),
-                "Memory bandwidth utilisation: least bytes the steps must move ÷ time ÷ peak bandwidth.",
+                "Memory bandwidth utilisation: least bytes the steps must move ÷ time ÷ peak bandwidth. Of a "
+                "mixture of experts as if its routing were even.",
             ),
             Family(
                 "llmprobe_mfu_ratio",
