@@ -27,7 +27,13 @@ class NsysServer:
     """The server, and the nsys session around it. A context manager; starts at once, see `wait_ready`."""
 
     def __init__(
-        self, name: str, model: Path, flags: Sequence[str], env: Mapping[str, str], graphs: str = GRAPHS[0]
+        self,
+        name: str,
+        model: Path,
+        flags: Sequence[str],
+        env: Mapping[str, str],
+        graphs: str = GRAPHS[0],
+        more: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -36,6 +42,7 @@ class NsysServer:
             flags: further ones of ``vllm serve``.
             env: variables of the server beside those of this process.
             graphs: one of `GRAPHS`.
+            more: options of ``nsys launch``.
 
         Raises NsysFailed where there is no nsys.
         """
@@ -45,7 +52,7 @@ class NsysServer:
         self._session = f"accuracy-{secrets.token_hex(4)}"
         self.folder = Path(tempfile.mkdtemp(prefix="llmprobe-accuracy-"))
         launch = ["nsys", "launch", f"--session-new={self._session}", "--wait=primary"]
-        launch += ["--trace=cuda,nvtx", graphs_flag(graphs)]
+        launch += ["--trace=cuda,nvtx", graphs_flag(graphs), *more]
         self.server = VllmServer.start(
             model,
             new_directory(),

@@ -52,7 +52,7 @@ def read_truth(path: Path) -> Truth:
         forwards = np.array(sorted(row[0] for row in ranges if row[2] == "forward"), dtype=np.int64)
         (process,) = {row[3] >> _PROCESS_BITS for row in steps}
         threads = {row[3] for row in steps}
-        calls = [row for row in _calls(data) if row[2] in threads]
+        calls = [row for row in cuda_calls(data) if row[2] in threads]
         rows = [
             row
             for table in _ACTIVITIES
@@ -117,7 +117,7 @@ def device_busy(path: Path) -> tuple[np.ndarray, float]:
     """
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as data:
         activities = [row for table in _ACTIVITIES for row in _activities(data, table)]
-        launches = [row[3] for row in _calls(data) if "Launch" in row[4]]
+        launches = [row[3] for row in cuda_calls(data) if "Launch" in row[4]]
     rows = [row[:2] for row in activities]
     if not rows:
         raise ValueError(f"{path} holds nothing that ran on a device")
@@ -149,7 +149,7 @@ def _ranges(data: sqlite3.Connection) -> list[tuple[int, int, str, int, int]]:
     return [row[:5] for row in rows if (row[3] >> _PROCESS_BITS, row[5]) in domains]
 
 
-def _calls(data: sqlite3.Connection) -> list[tuple[int, int, int, int, str]]:
+def cuda_calls(data: sqlite3.Connection) -> list[tuple[int, int, int, int, str]]:
     """(Begin, end, thread, correlation, name) of CUDA calls."""
     return data.execute(
         "SELECT start, end, globalTid, correlationId, value FROM CUPTI_ACTIVITY_KIND_RUNTIME "
