@@ -45,9 +45,9 @@ from llmprobe.record.layout import Phase
 
 _ENDED = 143  # as a shell says of a process that SIGTERM ended
 _UNCOUNTED = "not counted"
-_OUTPUT_TOKENS = 1600
+_OUTPUT_TOKENS, _LONG_OUTPUT_TOKENS = 1600, 4000
 _BETWEEN_SECONDS = 2.0
-_VERDICT_SECONDS = 14.0  # the window of a verdict, and what it takes to stand
+_VERDICT_SECONDS = 40.0  # for a window of 10 s of one load's decode, and what it takes to stand
 _SHAPES = (Shape(1, 512), Shape(32, 512), Shape(32, 4000))
 _COMMON = ("--load-format", "dummy", "--max-model-len", "8192", "--max-num-seqs", "32")
 _GRAPHS = ("--compilation-config", '{"cudagraph_capture_sizes":[1,2,4,8,16,32]}')
@@ -145,7 +145,8 @@ def _measured(name: str, folder: Path) -> Iterator[Found]:
         log = StepLog(live_journals(server.directory, "worker")[0])
         collector = Collector(server.directory)
         for shape in _SHAPES:
-            with Load(server.port, NAME, shape.batch, shape.context, _OUTPUT_TOKENS) as load, Polling(log):
+            sizes = shape.context, _LONG_OUTPUT_TOKENS if kind.uneven else _OUTPUT_TOKENS
+            with Load(server.port, NAME, shape.batch, *sizes) as load, Polling(log):
                 wait_steady(load, log, shape.batch)
                 before = [_totals(rank) for rank in ranks(collector)]
                 begin = time.monotonic_ns()
@@ -171,12 +172,16 @@ def _measured(name: str, folder: Path) -> Iterator[Found]:
 
 
 def _verdict(server: VllmServer, load: Load) -> str:
-    """What the server's own agent says of decode, once this load is all it has seen for a while."""
-    load.wait(_VERDICT_SECONDS)
-    found = LocalAgent(server.directory).request("GET", "/api/status", timeout=30)[1]
-    (shown,) = found["servers"]
-    verdict = shown["verdicts"]["decode"]
-    return f"{verdict['bottleneck']} ({verdict['confidence']:.2f}): {verdict['reason']}"
+    """What the server's own agent says of decode, once it goes by the counter; or at last, and MISSED."""
+    until = time.monotonic() + _VERDICT_SECONDS
+    while True:
+        load.wait(1.0)
+        status = LocalAgent(server.directory).request("GET", "/api/status", timeout=30)[1]
+        verdict = status["servers"][0]["verdicts"]["decode"]
+        held = "experts_read_ratio" in {item["quantity"] for item in verdict["evidence"]}
+        if held or time.monotonic() > until:
+            said = f"{verdict['bottleneck']} ({verdict['confidence']:.2f}): {verdict['reason']}"
+            return said if held else f"MISSED, not by the counter: {said}"
 
 
 def _totals(rank: RankView) -> tuple[int, list[float]]:
@@ -196,7 +201,9 @@ def _table(found: list[Found], failed: list[str], machine: str) -> Results:
             cells += ["", "", "", _UNCOUNTED]
         else:
             over = row.counter - row.mbu
-            bar = counter_bar(over) if row.verdict is None else "uneven routing, see below"
+            bar = counter_bar(over)
+            if row.verdict is not None:
+                bar = "MISSED" if row.verdict.startswith("MISSED") else "verdict by the counter: held"
             cells += [f"{row.mbu:.3f}", f"{row.counter:.3f}", f"{over:+.3f}", bar]
         rows.append(cells)
     notes = [f"{problem}: not measured" for problem in failed]

@@ -13,9 +13,9 @@ _DECIDING = {
     "unknown": ("sync_gap_ratio", "mbu_busy", "mfu_busy"),
     "sync_bound": ("sync_gap_ratio", "launch_gap_ratio", "graphics_active_ratio"),
     "balanced": ("mbu_busy", "mfu_busy", "intensity_flops_per_byte"),
-    "memory_bound": ("mbu_busy", "dram_active_ratio", "experts_reached"),
+    "memory_bound": ("mbu_busy", "dram_active_ratio", "experts_read_ratio"),
     "compute_bound": ("mfu_busy", "tensor_active_ratio"),
-    "inefficient_kernels": ("mbu_busy", "mfu_busy", "experts_reached"),
+    "inefficient_kernels": ("mbu_busy", "mfu_busy", "experts_read_ratio"),
 }
 #: Classes that host signals explain: a wait, or a step that is slow for no reason of its own.
 _EXPLAINED = ("sync_bound", "inefficient_kernels")
@@ -24,7 +24,7 @@ _WORDS = {
     "mbu_busy": "MBU of busy time",
     "mfu_busy": "MFU of busy time",
     "intensity_flops_per_byte": "FLOPs per byte",
-    "experts_reached": "experts reached",
+    "experts_read_ratio": "experts read",
     "launch_gap_ratio": "launch gaps",
     "dram_active_ratio": "DRAM active",
     "tensor_active_ratio": "tensor cores active",

@@ -133,6 +133,7 @@ class Judge:
                     no_model=shown.no_model,
                     no_peaks=shown.no_peaks,
                     experts=shown.experts,
+                    expert_parallel=shown.expert_parallel,
                     running=_running(shown, phase),
                 )
                 seen = by_counter(seen, self._limits)
@@ -171,7 +172,7 @@ class Judge:
         lately = dataclasses.replace(
             seen,
             window_seconds=window().seconds(phase),
-            figures=window().figures(phase, known_gaps),
+            figures=window().figures(phase, known_gaps, operators=seen.experts is not None),
             counters=shown.counters_lately,
             routing=None,
         )

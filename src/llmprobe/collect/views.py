@@ -158,6 +158,11 @@ class RankView:
     journal: Path | None = None
 
     @property
+    def expert_parallel(self) -> bool:
+        """Whether its engine spreads whole experts over ranks."""
+        return bool((self.facts.get("flags") or {}).get("enable_expert_parallel"))
+
+    @property
     def windows_on(self) -> bool:
         """Whether its process opens kernel windows now and then."""
         return bool((self.facts.get("kernel_windows") or {}).get("on"))

@@ -36,6 +36,7 @@ _CAUSE_WORDS = {
 }
 #: Causes of waits in which the GPU has nothing to run.
 _NOTHING_RUNS = ("host_between_steps", "launch_bubbles", "sampling")
+_WORTH_A_WORD = 0.5  # weight of uneven routing
 
 
 def classify(
@@ -188,8 +189,9 @@ class _Case:
         return f"{near} leave room for launch bubbles, and {why}{self._routed()}"
 
     def _routed(self) -> str:
-        """What the bytes of experts were put right by, as the end of a reason; empty where they were not."""
-        return "" if self._seen.routing is None else f"; {self._seen.routing.said()}"
+        """What bytes of experts were put right by, as the end of a reason; empty where that is not much."""
+        routing = self._seen.routing
+        return f"; {routing.said()}" if routing is not None and routing.weight >= _WORTH_A_WORD else ""
 
     def _near_a_roof(self) -> bool:
         """Whether so much of the span is accounted for that bubbles cannot be what it consists of."""
@@ -326,9 +328,10 @@ class _Case:
         # That neither roof is near says little by itself: the model of the work may lack a part.
         if bottleneck == INEFFICIENT and self._device_queue:
             factor /= 2
+        # What a counter put right of the memory's bytes is no second witness.
+        if (routing := self._seen.routing) is not None and bottleneck != COMPUTE:
+            factor *= 1 - routing.weight * (0.5 if bottleneck == BALANCED else 1.0)
         votes = [Vote("model of the work", modelled, factor)]
-        if self._seen.routing is not None and bottleneck != COMPUTE:
-            votes = []  # what it says of the memory is what the counter said
         if self._kernels is not None:
             votes.append(Vote("kernel windows", True))
         if counters is not None:
@@ -376,23 +379,21 @@ class _Case:
     def _shown(self, told: tuple[Sign, ...]) -> tuple[Evidence, ...]:
         figures, limits, kernels, counters = self._figures, self._limits, self._kernels, self._counters
         shown: list[Evidence] = []
+        bytes_by: Source = "modelled" if self._seen.routing is None else "counter"
         if figures.sync_gap_ratio is not None:
             source: Source = "sampled" if kernels is not None else "counter" if self._counted else "measured"
             age = 0.0 if kernels is None else kernels.age_seconds
             shown.append(Evidence("sync_gap_ratio", self._stall.ratio, limits.sync_gap_ratio, source, age))
         if self._mbu is not None:
-            counted = self._seen.routing is not None
-            shown.append(
-                Evidence("mbu_busy", self._mbu, limits.memory_mbu_ratio, "counter" if counted else "modelled")
-            )
+            shown.append(Evidence("mbu_busy", self._mbu, limits.memory_mbu_ratio, bytes_by))
         if self._mfu is not None:
             shown.append(Evidence("mfu_busy", self._mfu, limits.compute_mfu_ratio, "modelled"))
         if figures.intensity is not None:
             ridge = self._seen.peaks.ridge_flops_per_byte if self._seen.peaks else None
-            shown.append(Evidence("intensity_flops_per_byte", figures.intensity, ridge, "modelled"))
+            shown.append(Evidence("intensity_flops_per_byte", figures.intensity, ridge, bytes_by))
         if (routing := self._seen.routing) is not None:
-            reached = routing.reached
-            shown.append(Evidence("experts_reached", reached, routing.even, "counter", routing.age_seconds))
+            read, even, age = routing.read_ratio, routing.even_ratio, routing.age_seconds
+            shown.append(Evidence("experts_read_ratio", read, even, "counter", age))
         if kernels is not None:
             bubbles, age = kernels.launch_gap_ratio, kernels.age_seconds
             shown.append(Evidence("launch_gap_ratio", bubbles, None, "sampled", age))

@@ -158,20 +158,22 @@ class CounterEvidence:
 
 @dataclass(frozen=True)
 class RoutingEvidence:
-    """How many experts of a layer a step reads, mean, where the DRAM counter shows that routing is uneven.
+    """How much of its experts a step reads, mean, where the DRAM counter shows that routing is uneven.
 
-    ``reached``: what the counter leaves for them; at most so many, as it counts all else that is read too.
-    ``even``: what even routing would reach; ``count``: that there are.
+    ``read_ratio``: the share of the weights of all experts on this rank that the counter leaves for them; at
+    most so much, as it counts all else that is read too. ``even_ratio``: what even routing would read, and
+    ``even_mbu``: the MBU of whole steps then. ``weight``: how much of the difference figures took over.
     """
 
-    reached: float
-    even: float
-    count: int
+    read_ratio: float
+    even_ratio: float
+    even_mbu: float
+    weight: float
     age_seconds: float
 
     def said(self) -> str:
         """As the end of a reason."""
         return (
-            f"by the DRAM counter its steps reach some {self.reached:.0f} of {self.count} experts, "
-            f"where even routing would reach {self.even:.0f}"
+            f"MBU {self.even_mbu:.2f} if routing were even, but by the DRAM counter steps read "
+            f"{self.read_ratio:.0%} of the experts' weights instead of {self.even_ratio:.0%}"
         )

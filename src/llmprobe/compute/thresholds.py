@@ -130,13 +130,19 @@ class Thresholds:
         1.10, 1, 10, "an MBU or MFU above this contradicts the clock or the peak: `unknown`", _DESIGN
     )
     counter_disagreement_ratio: float = _at(
-        0.15, 0.01, 1, "a modelled MBU this far above the DRAM counter contradicts it: `unknown`", _DESIGN
+        0.15,
+        0.01,
+        1,
+        "a modelled MBU this far above the DRAM counter contradicts it: `unknown`; of a mixture of experts, "
+        "where uneven routing explains it, the counter is taken for it",
+        _DESIGN,
     )
     counter_agreement_ratio: float = _at(
         0.05,
         0,
         1,
-        "a DRAM counter no further than this below the modelled MBU confirms it; the tensor counter an MFU",
+        "a DRAM counter no further than this below the modelled MBU confirms it; the tensor counter an MFU; "
+        "further below it, of a mixture of experts, it begins to count for more than the model",
         _DESIGN,
     )
     clock_disagreement_ratio: float = _at(

@@ -58,7 +58,8 @@ class Observation:
         one_graph: each step was launched as one CUDA graph, see `llmprobe.compute.graphs`.
         no_model: why MBU and MFU are not known, if that is a matter of the model.
         no_peaks: why there are no peaks, if more of it is known than that.
-        experts: of the model; None if it has none.
+        experts: of the model, on this rank; None if it has none.
+        expert_parallel: whole experts are spread over ranks.
         routing: None unless figures have had the bytes of experts put right by a counter, see
             `llmprobe.compute.routing`.
         running: a step of it that has not ended; None where there is none.
@@ -79,6 +80,7 @@ class Observation:
     no_model: str = ""
     no_peaks: str = ""
     experts: Experts | None = None
+    expert_parallel: bool = False
     routing: RoutingEvidence | None = None
     running: RunningStep | None = None
     problems: tuple[str, ...] = ()

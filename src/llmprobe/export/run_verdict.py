@@ -114,6 +114,7 @@ def _observation(
         no_model=rank.no_model,
         no_peaks=rank.no_peaks,
         experts=rank.experts,
+        expert_parallel=rank.expert_parallel,
     )
 
 

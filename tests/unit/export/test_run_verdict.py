@@ -237,12 +237,20 @@ def test_counters_count_only_where_steps_filled_what_they_are_of() -> None:
 
 
 def test_experts_that_the_counter_did_not_see_are_in_no_figure_of_the_verdict() -> None:
-    """16 tokens a step reach 7 of 8 experts if routing is even, and 2 here."""
-    experts = Experts(8 * 0.08 * 3352e9 / 100, 1.0, 8, 1)
-    views = [decode(at, experts=experts, counters_lately=counters(0.3, 0.02)) for at in range(1, 12)]
+    """Experts are 0.6 of the 0.69 that the model has, and nearly all are read if routing is even."""
+    experts = Experts(0.7 * 3352e9 / 100, 1.0, 8, 1)
+    views = [
+        decode(
+            at,
+            experts=experts,
+            counters_lately=counters(0.3, 0.02),
+            operator_floors={"decode": {"experts": [0.6 * at, 0.0], "linear": [0.093 * at, 0.0]}},
+        )
+        for at in range(1, 12)
+    ]
     verdict = of(views[-1], looks=watched(*views))["verdicts"]["decode"]
     assert "MBU 0.30" in verdict["reason"]
-    assert "reach some 2 of 8 experts, where even routing would reach 7" in verdict["reason"]
+    assert "read 30% of the experts' weights instead of 86%" in verdict["reason"]
 
 
 def test_a_gpu_that_others_used_is_judged_by_nobody() -> None:
