@@ -42,7 +42,7 @@ def by_counter(seen: Observation, limits: Thresholds) -> Observation:
     # the window may all have been in these steps.
     modelled, counted = figures.mbu_step * figures.seconds, counters.dram_active_ratio * seen.window_seconds
     weight = _weight((modelled - counted) / figures.seconds, limits)
-    if weight <= 0:
+    if weight <= 0 or counted <= 0:  # steps that read nothing at all: no counter of theirs
         return seen
     of_experts = figures.operator_floors.get(_EXPERTS, (0.0, 0.0))[0] * _uncut(figures)
     every = experts.bytes / peaks.bandwidth_bytes_per_second * figures.steps

@@ -97,6 +97,7 @@ def test_a_batch_that_reads_the_experts_of_one_token_is_judged_by_the_counter() 
             observed(decoded(8.0, 1.0), 8.5, 3.0, counters=counters(0.3, 0.1, shared=True)),
         ),
         ("most of the window something else", observed(decoded(8.0, 1.0), 8.5, 3.0, window_seconds=20.0)),
+        ("a counter that stands still", observed(decoded(8.0, 0.3), 8.5, 0.0, expert_parallel=True)),
         ("no steps", observed(decoded(8.0, 1.0), 8.5, 3.0, figures=None)),
     ],
 )
