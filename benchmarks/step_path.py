@@ -6,6 +6,12 @@ A stand-in for a worker's methods is called with and without the hooks, in turns
 are emptied, as a model does. Shows what `overhead.py` cannot: the part of a step that llmprobe does not book,
 and how far the same code is from what it takes in a loop. In seconds, so it serves to compare changes.
 
+    python benchmarks/step_path.py --requests 128 --prompt-every 4
+    python benchmarks/step_path.py --requests 128 --prompt-every 4 --ranges
+
+With so many requests in a step, and a prompt of 128 tokens among them in every fourth. With --ranges as under
+a profiler that listens to NVTX, without what that does: each step has a range by its phase and tokens.
+
     python benchmarks/step_path.py --kept 128
 
 Instead: how many containers (what Python's collection of garbage counts) of a decode step of so many requests
@@ -24,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,6 +44,7 @@ from llmprobe.hooks.vllm.seams import Seam
 from llmprobe.hooks.vllm.steps import WorkerSteps
 from llmprobe.record.clock import HostClock, Stamps
 from llmprobe.record.journal_reader import JournalReader
+from llmprobe.record.nvtx import ranges
 from llmprobe.record.recorder import Recorder
 from llmprobe.settings import Settings
 
@@ -45,6 +52,7 @@ _now = time.monotonic_ns
 _AT_ONCE = 100  # steps between two readings of the journal, as many between off and on
 _KEPT_STEPS = 400  # fewer than those of which the step path writes some
 _BLOCK_TOKENS = 16
+_PROMPT_TOKENS = 128
 
 
 @dataclass
@@ -67,6 +75,39 @@ class Scheduled:
     scheduled_new_reqs: list[Any] = field(default_factory=list)
     scheduled_spec_decode_tokens: dict[str, list[int]] = field(default_factory=dict)
     finished_req_ids: set[str] = field(default_factory=set)
+
+
+@dataclass
+class New:
+    """As vLLM's NewRequestData, what is read of it."""
+
+    req_id: str
+    prompt_token_ids: list[int]
+    num_computed_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What steps work on: so many requests, and in every so-manieth step (0: none) one of them is new."""
+
+    requests: int = 1
+    prompt_every: int = 0
+
+    def step(self, number: int) -> Scheduled:
+        """What the scheduler would make of it."""
+        begun = number // self.prompt_every if self.prompt_every else 0
+        ids = [f"cmpl-{of:032x}-0" for of in range(begun, begun + self.requests)]
+        decoding = ids
+        scheduled = Scheduled(dict.fromkeys(ids, 1), self.requests, Cached([], [], []))
+        if self.prompt_every and number % self.prompt_every == 0:
+            decoding = ids[:-1]
+            scheduled.scheduled_new_reqs = [New(ids[-1], [0] * _PROMPT_TOKENS)]
+            scheduled.num_scheduled_tokens[ids[-1]] = _PROMPT_TOKENS
+            scheduled.total_num_scheduled_tokens += _PROMPT_TOKENS - 1
+            scheduled.finished_req_ids = {f"cmpl-{begun - 1:032x}-0"}
+        computed = list(range(number + 10, number + 10 + len(decoding)))
+        scheduled.scheduled_cached_reqs = Cached(decoding, computed, computed)
+        return scheduled
 
 
 class Runner:
@@ -101,6 +142,27 @@ def worker_class(runner: Runner, disturb: Callable[[], None]) -> tuple[type, lis
             return "output"
 
     return WorkerBase, inside
+
+
+class Listener:
+    """An NVTX domain as nvtx offers it once a profiler listens. Does nothing with ranges."""
+
+    def get_event_attributes(self, message: str, payload: int) -> Any:
+        """What is pushed."""
+        return SimpleNamespace(message=message, payload=payload)
+
+    def push_range(self, attributes: Any) -> None:
+        """A range begins."""
+
+    def pop_range(self) -> None:
+        """It ends."""
+
+
+def listen() -> None:
+    """From here on llmprobe finds a profiler."""
+    nvtx = ModuleType("nvtx")
+    vars(nvtx)["get_domain"] = lambda name: Listener()
+    sys.modules["nvtx"] = nvtx
 
 
 def cold() -> Callable[[], None]:
@@ -150,7 +212,7 @@ def hooked(clock: HostClock, disturb: Callable[[], None]) -> Iterator[Hooked]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def measure(steps: int, disturb: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def measure(steps: int, load: Load, disturb: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Nanoseconds a step: in the calls without the hooks, with them, and what the hooks booked of it."""
     with hooked(HostClock(), disturb) as on_worker:
         probe, worker, inside = on_worker.probe, on_worker.worker, on_worker.inside
@@ -161,7 +223,7 @@ def measure(steps: int, disturb: Callable[[], None]) -> tuple[np.ndarray, np.nda
             on = bool(turn % 2)
             (probe.apply_patches if on else probe.remove_patches)()
             for number in range(_AT_ONCE):
-                scheduled = Scheduled({"a": 1}, 1, Cached(["a"], [number + 10], [number]))
+                scheduled = load.step(number)
                 inside.clear()
                 disturb()
                 begin = _now()
@@ -243,28 +305,58 @@ def main() -> int:
     """Measure in emptied caches, and as a loop that does nothing else."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="of each kind [2000]")
+    parser.add_argument("--requests", type=int, default=1, help="in each step [1]")
+    parser.add_argument(
+        "--prompt-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="one of them is new in every so-manieth step",
+    )
+    parser.add_argument("--ranges", action="store_true", help="as if a profiler listened to NVTX")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/overhead.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
     parser.add_argument("--kept", type=int, metavar="REQUESTS", help="count containers, at so many at a time")
     options = parser.parse_args()
     if options.steps < _AT_ONCE:
         parser.error(f"--steps from {_AT_ONCE}")
+    if options.requests < 1 or options.prompt_every < 0:
+        parser.error("--requests from 1, --prompt-every from 0")
+    load = Load(options.requests, options.prompt_every)
+    if options.ranges:
+        listen()
     if options.kept:
         show_kept(options.kept, options.markdown)
         return 0
     rows, saved = [], {}
     for name, disturb in (("caches emptied between calls", cold()), ("nothing between calls", lambda: None)):
-        off, on, own = measure(options.steps, disturb)
+        off, on, own = measure(options.steps, load, disturb)
         added, booked = float(np.median(on) - np.median(off)) / 1e3, float(np.median(own)) / 1e3
-        saved[name] = {"added_us": added, "booked_us": booked}
-        rows.append([name, f"{added:.1f} µs", f"{booked:.1f} µs"])
+        means = float(on.mean() - off.mean()) / 1e3, float(own.mean()) / 1e3
+        saved[name] = {
+            "added_us": added,
+            "booked_us": booked,
+            "added_mean_us": means[0],
+            "booked_mean_us": means[1],
+        }
+        rows.append([name, *(f"{value:.1f} µs" for value in (added, booked, *means))])
     Results(
         "The hooks of a vLLM step without an engine",
         command("step_path.py"),
         machine_line(),
-        ("medians of a step", "added in all", "of it booked"),
+        (
+            "a step",
+            "added in all, median",
+            "of it booked, median",
+            "added in all, mean",
+            "of it booked, mean",
+        ),
         rows,
-        [f"{options.steps} steps with the hooks and as many without"],
+        [
+            f"{options.steps} steps with the hooks and as many without, {load.requests} requests in each"
+            + (f", one of them new in every {load.prompt_every}th" if load.prompt_every else "")
+            + ("; with ranges" if ranges(True).listening else "")
+        ],
     ).show(options.markdown)
     if options.json:
         options.json.write_text(json.dumps(saved, indent=1) + "\n")

@@ -32,6 +32,9 @@ class Ranges(Protocol):
     def end(self) -> None:
         """The step that began last ends, and so does its part."""
 
+    def of_one_thread(self) -> Ranges:
+        """The same for a caller that begins and ends steps in one thread only: at less cost."""
+
 
 class _NoRanges:
     listening = False
@@ -46,32 +49,33 @@ class _NoRanges:
     def end(self) -> None:
         pass
 
+    def of_one_thread(self) -> Ranges:
+        return self
 
-class _Thread(threading.local):
+
+class _OneThread:
     """What one thread has open. Attributes are its own too: a payload is set anew at each push."""
 
-    def __init__(self) -> None:
-        self.attributes: dict[str, Any] = {}
-        self.in_part: list[bool] = []  # one a step that is open
-
-
-class _NvtxRanges:
     listening = True
 
     def __init__(self, domain: Any) -> None:
         self._domain = domain
-        self._thread = _Thread()
+        self._attributes: dict[str, Any] = {}
+        self._in_part: list[bool] = []  # one a step that is open
+        self._thread = 0  # in which the last one began
 
     @property
     def open(self) -> bool:
-        return bool(self._thread.in_part)
+        return bool(self._in_part) and self._thread == threading.get_ident()
 
     def begin(self, phase: str, tokens: int) -> None:
         self._push(phase, tokens)
-        self._thread.in_part.append(False)
+        if not self._in_part:
+            self._thread = threading.get_ident()
+        self._in_part.append(False)
 
     def part(self, name: str | None) -> None:
-        in_part = self._thread.in_part
+        in_part = self._in_part
         if not in_part:
             return
         if in_part[-1]:
@@ -82,21 +86,42 @@ class _NvtxRanges:
             in_part[-1] = True  # only now: `end` pops what was pushed, no range around it
 
     def end(self) -> None:
-        in_part = self._thread.in_part
+        in_part = self._in_part
         if not in_part:
             return
         if in_part.pop():
             self._domain.pop_range()
         self._domain.pop_range()
 
+    def of_one_thread(self) -> Ranges:
+        return _OneThread(self._domain)
+
     def _push(self, name: str, payload: int) -> None:
-        known = self._thread.attributes
-        attributes = known.get(name)
-        if attributes is None:
+        try:
+            attributes = self._attributes[name]
+        except KeyError:
             # The message is registered with the tool here, once, not at each push.
-            attributes = known[name] = self._domain.get_event_attributes(message=name, payload=payload)
+            attributes = self._domain.get_event_attributes(message=name, payload=payload)
+            self._attributes[name] = attributes
         attributes.payload = payload
         self._domain.push_range(attributes)
+
+
+class _EachThread(threading.local):
+    """Of any number of threads: each has its own."""
+
+    listening = True
+
+    def __init__(self, domain: Any) -> None:
+        own = _OneThread(domain)
+        self._own, self.begin, self.part, self.end = own, own.begin, own.part, own.end
+
+    @property
+    def open(self) -> bool:
+        return self._own.open
+
+    def of_one_thread(self) -> Ranges:
+        return self._own.of_one_thread()
 
 
 class _EarlyDomain:
@@ -128,7 +153,7 @@ def ranges(enabled: bool) -> Ranges:
         domain = nvtx.get_domain(DOMAIN)
         if type(domain).__name__ == "DummyDomain":
             return _NoRanges()
-        found = _NvtxRanges(domain if hasattr(domain, "push_range") else _EarlyDomain(nvtx))
+        found = _EachThread(domain if hasattr(domain, "push_range") else _EarlyDomain(nvtx))
         found.begin("arming", 0)  # whatever an unknown version of nvtx lacks shows here, not in a step
         found.end()
     except (ImportError, AttributeError, TypeError, ValueError, OSError):

@@ -110,7 +110,7 @@ class BatchReader:
             return None
         if cached is not None:
             ids, computed = cached.req_ids, cached.num_computed_tokens
-            for req_id, output in _resumed(cached):
+            for req_id, output in resumed(cached):
                 self._prefilling[req_id] = self._prompt.get(req_id, 0) + output
         one_each = counts is None or (total == len(counts) and not new)
         prefilling = self._prefilling
@@ -257,7 +257,7 @@ class _Counts:
         )
 
 
-def _resumed(cached: Any) -> list[tuple[str, int]]:
+def resumed(cached: Any) -> list[tuple[str, int]]:
     """Requests that come back from preemption in this step, with how many tokens they had generated."""
     ids = getattr(cached, "resumed_req_ids", None)
     if ids is None:  # 0.11: a list of flags

@@ -13,12 +13,13 @@ from typing import Any
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.vllm import seams
-from llmprobe.hooks.vllm.batch import DUMMY, note_drafts, note_new
+from llmprobe.hooks.vllm.batch import note_drafts, note_new
+from llmprobe.hooks.vllm.phase import PhaseReader
 from llmprobe.hooks.vllm.records import StepRecords
-from llmprobe.hooks.vllm.unread import FORGET, NO_ROW
+from llmprobe.hooks.vllm.unread import FORGET, NO_ROW, Row
 from llmprobe.record.begun import LatestStep
 from llmprobe.record.clock import Stamps, StepClock
-from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag
+from llmprobe.record.layout import PHASES, UNKNOWN_PHASE, Flag, Phase
 from llmprobe.record.nvtx import FORWARD, SAMPLE, ranges
 from llmprobe.record.recorder import Recorder
 
@@ -31,6 +32,7 @@ _AT_ONCE = 4
 #: sampling begins is stamped in every fifth step only (no multiple of two: steps may alternate).
 _PARTS_EVERY = 5
 _NO_SAMPLE, _NO_PARTS = int(Flag.NO_SAMPLE), int(Flag.NO_PARTS)
+_DUMMY, _DECODE = int(Phase.DUMMY), Phase.DECODE.label
 _NO_DRAFTS: dict[str, int] = {}
 #: A seam that was not called in so many steps in a row is given up.
 SEAM_MISSED_AT_MOST = 200
@@ -78,8 +80,9 @@ class StepPath:
         self._own = 0
         self._unseen = 0  # about so many steps since `write` came by
         self._unseen_most = UNSEEN_AT_MOST
-        found = ranges(probe.settings.nvtx)
+        found = ranges(probe.settings.nvtx).of_one_thread()
         self._nvtx = found if found.listening else None
+        self._phases = PhaseReader()  # for ranges
         self._seam: seams.Seam | None = None
         self._running = running or seams.Running()
         self._clock: StepClock | None = None
@@ -111,6 +114,8 @@ class StepPath:
         drafts = note_drafts(drafts) if drafts else _NO_DRAFTS
         if not total:  # nothing to run, but requests ended
             self._rows.append((0, entered, finished, 0, (), (), None, new, drafts, None))
+            if self._nvtx is not None:
+                self._phases.read(finished, 0, (), (), None, new, drafts, None)
             return
         # Of vLLM's containers as few as will do: what is kept, the collection of garbage goes through.
         cached, counts = scheduled.scheduled_cached_reqs, scheduled.num_scheduled_tokens
@@ -140,9 +145,8 @@ class StepPath:
         self._stamps = stamps  # from here on, `abandon` gives it back
         self._marked = False
         if self._nvtx is not None:
-            batch = self._unread.batch(row) or DUMMY
-            self._nvtx.begin(PHASES[batch.phase], batch.tokens)
-            self._recorder.describe(number, batch.phase, batch.tokens)  # type: ignore[union-attr]
+            plain = counts is None and total > 0 and not finished and not self._phases.prefilling
+            self._nvtx.begin(_DECODE if plain else self._phase(row), max(total, 0))
         if not self._immediate:
             self._parts = number % _PARTS_EVERY == 0
         self._running.steps = self
@@ -151,6 +155,16 @@ class StepPath:
         # then counts as busy.
         if total < 0 or self._seam is None:
             self.forward_start()
+
+    def _phase(self, row: Row) -> str:
+        """The name of the step's range."""
+        phase: int | None = None
+        try:
+            if row[3] > 0:
+                phase = self._phases.read(*row[2:])
+        except Exception:  # noqa: BLE001 - who reads the row later reports it
+            pass
+        return PHASES[_DUMMY if phase is None else phase]
 
     def entered_dummy(self, argument: None) -> None:
         """``execute_dummy_batch`` is entered: padding, so that other data-parallel ranks can go on."""
@@ -343,6 +357,7 @@ class StepPath:
             self._stale = True
             return False
         self._rows.append(FORGET)
+        self._phases = PhaseReader()
         self._stream = None
         if self._clock is not None:
             self._clock.restart()

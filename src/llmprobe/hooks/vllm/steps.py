@@ -145,7 +145,7 @@ class WorkerSteps(StepPath):
         self._unseen = 0
         if clock.elsewhere or (self._stamps is None and time.monotonic_ns() - self._row[1] > _IDLE_NS):
             self._records.write()
-        if self._stamps is not None and self._nvtx is None:  # else the step path has read and told
+        if self._stamps is not None:
             self._records.describe(self._row)
         self._records.tell_lost()
         if self._seam_missed[0] >= SEAM_MISSED_AT_MOST and self._recorder is not None:
