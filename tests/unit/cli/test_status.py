@@ -114,6 +114,18 @@ def test_the_deciding_evidence_is_shown_and_all_of_it_on_demand(
     assert ["DRAM", "active", "0.61", "0.70", "counter", "2", "s", "ago"] in rows
 
 
+def test_of_uneven_routing_the_share_of_experts_that_are_read_is_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    evidence = (
+        Evidence("mbu_busy", 0.27, 0.5, "counter"),
+        Evidence("experts_read_ratio", 0.13, 0.96, "counter", 1.0),
+    )
+    one = {"verdicts": {"decode": verdict(bottleneck="inefficient_kernels", evidence=evidence)}}
+    told = "MBU of busy time 0.27 < 0.50 (counter); experts read 0.13 < 0.96 (counter, 1 s ago)"
+    assert told in " ".join(status(monkeypatch, tmp_path, one=one).split())
+
+
 @pytest.mark.parametrize(("bottleneck", "told"), [("sync_bound", True), ("memory_bound", False)])
 def test_the_host_decides_nothing_of_a_phase_that_the_device_binds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bottleneck: str, told: bool
