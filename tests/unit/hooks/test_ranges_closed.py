@@ -217,6 +217,40 @@ def test_switched_off_by_the_engines_own_thread(
     assert domain.open == []
 
 
+def test_a_step_without_stamps_is_followed_all_the_same(
+    rig: Rig, worker: Worker, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stamps are in flight: the next step has its name, and nothing is kept of a request that ended."""
+    clock = rig.steps._clock
+    assert clock is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.steps, "_spare", None)
+        patch.setattr(clock, "spare", lambda: None)
+        begun = new("b", 9, scheduled=4)
+        begun.finished_req_ids = {"a"}
+        worker.step(begun)
+    assert rig.steps._phases._prompt == {"b": 9}
+    worker.step(cached(b=(4, 5)))
+    worker.step(cached(b=(9, 1)))
+    names = [seen for seen in domain.seen if seen[0] not in ("forward", "sample")]
+    assert names == [("prefill", 5), ("prefill", 5), ("decode", 1)]
+
+
+@pytest.mark.swallows
+def test_a_step_that_cannot_be_named_is_recorded_and_told_of(
+    rig: Rig, worker: Worker, domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*row: Any) -> int:
+        raise KeyError("what no vLLM known sends")
+
+    monkeypatch.setattr(rig.steps._phases, "read", refuse)
+    monkeypatch.setitem(rig.steps._phases.prefilling, "b", 3)  # so that it is asked
+    worker.step(cached(a=(5, 1)))
+    assert domain.seen[-3][0] == "dummy"
+    assert rig.probe.guard.errors == {"vllm.phase": 1}
+    assert list(rig.written()["step"]) == [1, 2]
+
+
 def test_no_step_begins_while_the_probe_is_being_switched_off(
     rig: Rig, worker: Worker, domain: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,9 +55,10 @@ class PhaseReader:
                 return _DECODE
             counts = dict.fromkeys(ids, 1)
         alone = {request.req_id: request.computed for request in new}
-        for req_id in prefilling:
-            if req_id in counts and req_id not in alone:
-                alone[req_id] = computed[ids.index(req_id)]
+        chunks = [req_id for req_id in prefilling if req_id in counts and req_id not in alone]
+        if chunks:
+            known = dict(zip(ids, computed, strict=True))
+            alone.update((req_id, known[req_id]) for req_id in chunks)
         prompt = generated = 0
         rest = total
         for req_id, before in alone.items():

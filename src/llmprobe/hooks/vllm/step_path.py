@@ -134,6 +134,11 @@ class StepPath:
         row = number, entered, finished, total, ids, computed, counts, new, drafts, whole
         self._rows.append(row)
         self._row = row
+        name = _DECODE
+        if self._nvtx is not None and (
+            counts is not None or total < 0 or finished or self._phases.prefilling
+        ):
+            name = self._phase(row)  # also of a step that gets no stamps: who follows prompts misses none
         stamps = self._spare
         if stamps is None:
             stamps = self._clock.spare()
@@ -145,8 +150,7 @@ class StepPath:
         self._stamps = stamps  # from here on, `abandon` gives it back
         self._marked = False
         if self._nvtx is not None:
-            plain = counts is None and total > 0 and not finished and not self._phases.prefilling
-            self._nvtx.begin(_DECODE if plain else self._phase(row), max(total, 0))
+            self._nvtx.begin(name, max(total, 0))
         if not self._immediate:
             self._parts = number % _PARTS_EVERY == 0
         self._running.steps = self
@@ -162,8 +166,8 @@ class StepPath:
         try:
             if row[3] > 0:
                 phase = self._phases.read(*row[2:])
-        except Exception:  # noqa: BLE001 - who reads the row later reports it
-            pass
+        except Exception as error:  # noqa: BLE001 - the step is good without its name
+            self._probe.guard.failed("vllm.phase", error)
         return PHASES[_DUMMY if phase is None else phase]
 
     def entered_dummy(self, argument: None) -> None:
