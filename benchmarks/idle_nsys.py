@@ -52,7 +52,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Some seconds without recording, and a recording right after them."""
+    """Some seconds without recording, and a recording right after them.
+
+    The last four are without what a recording that cannot be told would say.
+    """
 
     on: bool
     step: float  # milliseconds by the clients' rate, not recorded: so many requests, one token each a step
@@ -60,7 +63,7 @@ class Stretch:
     once: Kind | None  # steps that are one launch, or few: of decode
     often: Kind | None  # steps of many
     calls: dict[str, tuple[float, float]]  # CUDA call of the engine's thread → how many a step, nanoseconds
-    lost: float  # share of launches that nsys did not record: they look like idle time
+    lost: float | None  # share of launches that nsys did not record: they look like idle time
 
 
 def main() -> int:
@@ -83,7 +86,7 @@ def main() -> int:
                     _show(found, dropped, options, machine)
     except NsysFailed as error:
         sys.exit(str(error))
-    return int(not found)
+    return int(not any(one.once or one.often for one in found))
 
 
 class _Watched:
@@ -129,28 +132,27 @@ class _Watched:
             assert self._log is not None
             if self.ended_ns - end < 1e9 * self._load.longest_seconds():
                 dropped.append(f"stretch {number}: its last requests were not over yet")
-            elif isinstance(steps, str):
-                dropped.append(f"stretch {number}: {steps}")
-            elif steps.lost > _MOST_LOST:
-                dropped.append(f"stretch {number}: nsys lost {steps.lost:.0%} of the launches")
-            else:
-                try:
-                    tokens = self._load.seen(begin, end).tokens_per_second
-                except LoadFailed as error:
-                    dropped.append(f"stretch {number}: {error}")
-                    continue
-                own = self._log.own_ns([(begin, end)])
-                found.append(
-                    Stretch(
-                        on=on,
-                        step=1e3 * self._load.concurrency / tokens,
-                        own=float(np.median(own)) / 1e3 if on and len(own) else None,
-                        once=_kind(steps, ~steps.launched_often),
-                        often=_kind(steps, steps.launched_often),
-                        calls=steps.calls,
-                        lost=steps.lost,
-                    )
+                continue
+            try:
+                tokens = self._load.seen(begin, end).tokens_per_second
+            except LoadFailed as error:
+                dropped.append(f"stretch {number}: {error}")
+                continue
+            told, why = recorded(steps)
+            if why:
+                dropped.append(f"stretch {number}, its recording: {why}")
+            own = self._log.own_ns([(begin, end)])
+            found.append(
+                Stretch(
+                    on=on,
+                    step=1e3 * self._load.concurrency / tokens,
+                    own=float(np.median(own)) / 1e3 if on and len(own) else None,
+                    once=told and _kind(told, ~told.launched_often),
+                    often=told and _kind(told, told.launched_often),
+                    calls=told.calls if told else {},
+                    lost=told and told.lost,
                 )
+            )
         return found, dropped
 
 
@@ -167,6 +169,15 @@ def _read(recording: Path) -> HostSteps | str:
         return host_steps(recording)
     except ValueError as error:
         return str(error)
+
+
+def recorded(steps: HostSteps | str) -> tuple[HostSteps | None, str]:
+    """What a recording says of its steps, and ""; or None, and why."""
+    if isinstance(steps, str):
+        return None, steps
+    if steps.lost > _MOST_LOST:
+        return None, f"nsys lost {steps.lost:.0%} of the launches"
+    return steps, ""
 
 
 def _kind(steps: HostSteps, chosen: np.ndarray) -> Kind | None:
@@ -196,7 +207,9 @@ def _table(found: list[Stretch], dropped: list[str], options: argparse.Namespace
             row("… of it the engine's thread waits for the GPU, ms", ".3f", of(kind, "waited")),
             row("… of it the GPU has nothing to do, ms", ".3f", of(kind, "idle")),
         ]
-    rows.append(row("launches that nsys lost, %", ".2f", lambda one: 100 * one.lost))
+    rows.append(
+        row("launches that nsys lost, %", ".2f", lambda one: None if one.lost is None else 100 * one.lost)
+    )
     notes = [
         f"Medians (least … most) of {len(sides[0])} stretches off and {len(sides[1])} on, in turns: "
         f"{options.seconds:g} s without recording for the first two rows, then {options.record_seconds:g} s "

@@ -172,14 +172,14 @@ def _measured(name: str, folder: Path) -> Iterator[Found]:
 
 
 def _verdict(server: VllmServer, load: Load) -> str:
-    """What the server's own agent says of decode, once it goes by the counter; or at last, and MISSED."""
+    """What the agent says of decode, once it knows and goes by the counter; or at last, and MISSED."""
     until = time.monotonic() + _VERDICT_SECONDS
     while True:
         load.wait(1.0)
         status = LocalAgent(server.directory).request("GET", "/api/status", timeout=30)[1]
         verdict = status["servers"][0]["verdicts"]["decode"]
         held = "experts_read_ratio" in {item["quantity"] for item in verdict["evidence"]}
-        if held or time.monotonic() > until:
+        if (held and verdict["bottleneck"] != "unknown") or time.monotonic() > until:
             said = f"{verdict['bottleneck']} ({verdict['confidence']:.2f}): {verdict['reason']}"
             return said if held else f"MISSED, not by the counter: {said}"
 
