@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import errno
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def users(
     ranks: int,
     used_bytes: int | None,
     root: Path = Path("/"),
+    kill: Callable[[int, int], None] = os.kill,
 ) -> Users:
     """Who uses a GPU besides one server.
 
@@ -38,21 +41,24 @@ def users(
         ranks: how many measured processes use the GPU, of this server or of others.
         used_bytes: memory in use on the whole GPU.
         root: of the file system.
+        kill: asked with signal 0 whether there is a process that ``/proc`` does not show.
     """
     if ranks > 1:
         return Users(True, f"{ranks} measured processes use one GPU: counters are those of all together")
     if not listed:  # at least ours uses it: the list is of another namespace, or withheld
         return Users(None)
     ours, pids = set(own), [process.pid for process in listed]
-    hidden = _unexplained(listed, used_bytes)
-    accounted = hidden is not None and hidden < _HIDDEN_BYTES
     if not ours & set(pids):
         # Pids of another namespace say nothing, but a single process must be ours.
-        return Users(False if len(pids) == 1 and accounted else None)
-    others = [pid for pid in pids if not _belongs(pid, ours, root) and _exists(pid, root)]
+        return Users(False if len(pids) == 1 and _accounted(_unexplained(listed, used_bytes)) else None)
+    mine = [process for process in listed if _belongs(process.pid, ours, root)]
+    rest = {process.pid for process in listed} - {process.pid for process in mine}
+    others = sorted(pid for pid in rest if _exists(pid, root, kill))
     if others:
-        return Users(True, f"other processes use this GPU too: pid {', '.join(map(str, sorted(others)))}")
-    if accounted or _sees_all(root):
+        return Users(True, f"other processes use this GPU too: pid {', '.join(map(str, others))}")
+    # What else is listed has ended, or is one of those that nobody shows us: then its memory is still in use.
+    hidden = _unexplained(mine, used_bytes)
+    if _accounted(hidden) or _sees_all(root):
         return Users(False)
     if hidden is None:
         return Users(None)
@@ -60,8 +66,12 @@ def users(
     return Users(None, f"{size} belong to processes that are not visible here")
 
 
+def _accounted(hidden_bytes: int | None) -> bool:
+    return hidden_bytes is not None and hidden_bytes < _HIDDEN_BYTES
+
+
 def _unexplained(listed: Sequence[GpuProcess], used_bytes: int | None) -> int | None:
-    """Memory in use that no listed process holds; None if that is not known.
+    """Memory in use that none of these processes holds; None if that is not known.
 
     Processes of other containers may be hidden; what they hold is not.
     """
@@ -85,8 +95,15 @@ def _belongs(pid: int, ours: set[int], root: Path) -> bool:
     return False
 
 
-def _exists(pid: int, root: Path) -> bool:
-    return (root / "proc" / str(pid)).exists()
+def _exists(pid: int, root: Path, kill: Callable[[int, int], None]) -> bool:
+    """Whether there is such a process; one of somebody else's may not be shown (``hidepid`` of proc(5))."""
+    if (root / "proc" / str(pid)).exists():
+        return True
+    try:
+        kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
 
 
 def _sees_all(root: Path) -> bool:

@@ -53,6 +53,7 @@ class Generation:
         self.past = 0  # tokens a row has in the cache
         # The open step.
         self.stamps: Stamps | None = None
+        self.forwarded = False  # its forward is over
         self.provisional = False  # opened at a boundary; prepare may still correct it
         self.number = 0
         self.phase = 0

@@ -16,18 +16,19 @@ from llmprobe.hooks.transformers_program import Program
 from llmprobe.hooks.transformers_requests import first_tokens, record_requests, tell_load
 from llmprobe.hooks.transformers_steps import Step, write_steps
 from llmprobe.record.clock import HOST_STEPS_KEPT
-from llmprobe.record.layout import PHASES, Clock, Phase
+from llmprobe.record.cuda_clock import POOL_SIZE
+from llmprobe.record.layout import PHASES, Phase
 from llmprobe.record.nvtx import FORWARD, SAMPLE, Ranges, ranges
 
 _now = time.monotonic_ns
 _PREFILL, _DECODE, _DRAFT = int(Phase.PREFILL), int(Phase.DECODE), int(Phase.DRAFT)
-_HOST = int(Clock.HOST)
-#: On a CPU device the housekeeping thread writes the steps, unless so many have come together: between two
-#: steps it would cost several times more, because the model has just emptied the caches.
-_STEPS_HELD_HOST = HOST_STEPS_KEPT // 2
-#: On a GPU the step path writes them, which costs nothing while the device is busy: so many together ...
-_STEPS_HELD_CUDA = 16
-_STEPS_HELD_NS = 20_000_000  # ... or those of so long a time
+#: The housekeeping thread writes the steps, unless so many have come together: between two steps it would
+#: cost several times more, because the model has just emptied the caches. A clock keeps as many until they
+#: are written, and those that were written last.
+_STEPS_HELD = min(HOST_STEPS_KEPT, POOL_SIZE) // 4
+#: Where that thread may not ask for a device's events the step path writes them: so many together ...
+_STEPS_HELD_HERE = 16
+_STEPS_HELD_HERE_NS = 20_000_000  # ... or those of so long a time
 _CACHE_WALKS = 2  # after the prompt, and once more when sliding windows have settled
 
 
@@ -205,7 +206,7 @@ class Tracker:
             if self._nvtx is not None:
                 self._nvtx.part(FORWARD)
             program.clock.mark(call.stamps, 0)
-            call.own_ns += call.stamps.ns[0] - entered
+            call.own_ns += _now() - entered
             return
         clock = program.clock
         if program.generation != call.generation:
@@ -214,7 +215,7 @@ class Tracker:
         stamps = clock.begin(None)
         if stamps is None:
             return
-        call.stamps = stamps
+        call.stamps, call.forwarded = stamps, False
         call.step_rows, call.query = rows, query
         phase = _DRAFT if call.kind == DRAFT else _DECODE if call.token_times else _PREFILL
         call.phase = phase
@@ -224,29 +225,32 @@ class Tracker:
             self._nvtx.begin(PHASES[phase], rows * query)
             self._nvtx.part(FORWARD)
         clock.mark(stamps, 0)
-        call.own_ns += stamps.ns[0] - entered
+        call.own_ns += _now() - entered
 
     def forward_end(self, call: Generation, outputs: Any, new_tokens: int) -> None:
         """The forward's outputs are there; ``new_tokens`` a row follow from them."""
+        entered = _now()
         # A tensor in older releases' assisted decoding, which has just read it itself to slice by it.
         call.new_tokens = int(new_tokens)
         stamps = call.stamps
         program = self._program
-        if stamps is None or program is None or stamps.ns[1]:
+        if stamps is None or program is None or call.forwarded:
             return  # a class and its base class may both call
+        call.forwarded = True
         clock = program.clock
         clock.mark(stamps, 1)
         if self._nvtx is not None:
             self._nvtx.part(SAMPLE)
         if call.kv_walks < _CACHE_WALKS and call.kind == REQUEST:
             call.cache = cache_of(outputs)
-        if clock.kind == _HOST:
-            full = program.unwritten >= _STEPS_HELD_HOST
+        if clock.elsewhere:
+            full = program.unwritten >= _STEPS_HELD
         else:
-            full = program.unwritten >= _STEPS_HELD_CUDA or stamps.ns[1] - program.written_at > _STEPS_HELD_NS
+            late = entered - program.written_at > _STEPS_HELD_HERE_NS
+            full = late or program.unwritten >= _STEPS_HELD_HERE
         if full:
             self._write(program, [call], wait=False)
-            call.own_ns += _now() - stamps.ns[1]
+        call.own_ns += _now() - entered
 
     def end_step(self, call: Generation) -> None:
         """The loop looks whether to go on: a step whose forward is over ends here."""
@@ -261,6 +265,7 @@ class Tracker:
         if program is None or stamps is None:
             return
         clock = program.clock
+        entered = _now()
         try:
             clock.mark(stamps, 3)
         except Exception:
@@ -299,7 +304,7 @@ class Tracker:
         )
         clock.finish(stamps)
         program.unwritten += 1
-        call.own_ns = _now() - stamps.ns[3]  # from here on it is booked on the next step
+        call.own_ns = _now() - entered  # this end is booked on the next step
 
     def boundary(self, call: Generation, going_on: bool) -> None:
         """The loop has looked whether to go on, and so waited for the device: new tokens are there."""
@@ -338,7 +343,7 @@ class Tracker:
         stamps = call.stamps
         if stamps is None:
             return
-        if active and stamps.ns[1]:
+        if active and call.forwarded:
             self._close(call, 0)  # the forward was complete; what followed it failed
             return
         self._drop(program, call)
@@ -356,11 +361,11 @@ class Tracker:
     def write(self) -> None:
         """Write what the step path has kept. Runs in the housekeeping thread, a few times a second.
 
-        CUDA events are left to the thread that runs the model: asking for them from another one would break
-        a graph that is being captured.
+        Where asking for a device's events here would break a graph that another thread captures (ROCm), they
+        are left to the thread that runs the model.
         """
         program = self._program
-        if program is not None and program.clock.kind == _HOST:
+        if program is not None and program.clock.elsewhere:
             self._write(program, list(program.running.values()), wait=False)
 
     def _write(self, program: Program, calls: list[Generation], wait: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ def listed(*entries: tuple[int, int | None]) -> list[GpuProcess]:
     return [GpuProcess(pid, memory) for pid, memory in entries]
 
 
+def nobody(pid: int, number: int) -> None:
+    raise ProcessLookupError(errno.ESRCH, "no such process")
+
+
 def test_ours_alone_on_a_machine_of_which_all_is_seen(root: Path) -> None:
     namespace(root, 4026531836)
     process(root, 10)
@@ -58,7 +63,32 @@ def test_a_stranger_is_another(root: Path) -> None:
 def test_a_stranger_that_just_ended_is_nobody(root: Path) -> None:
     namespace(root, 4026531836)
     process(root, 10)
-    assert users(listed((10, None), (20, None)), {10}, 1, None, root).shared is False
+    assert users(listed((10, None), (20, None)), {10}, 1, None, root, nobody).shared is False
+
+
+@pytest.mark.parametrize("memory", [GIB, None])
+def test_a_stranger_that_proc_does_not_show_is_another(root: Path, memory: int | None) -> None:
+    """``hidepid=2``, as machines of many users have it."""
+    namespace(root, 4026531836)
+    process(root, 10)
+
+    def refuse(pid: int, number: int) -> None:
+        assert (pid, number) == (20, 0)
+        raise PermissionError(errno.EPERM, "not yours")
+
+    found = users(listed((10, GIB), (20, memory)), {10}, 1, 2 * GIB, root, refuse)
+    assert found.shared is True
+    assert "pid 20" in found.note
+
+
+def test_of_one_that_is_nowhere_while_its_memory_is_in_use_nothing_is_known(root: Path) -> None:
+    """Of another namespace than ours. Where it is no longer in use, it has ended."""
+    process(root, 10)
+    both = listed((10, GIB), (20, 60 * GIB))
+    found = users(both, {10}, 1, 61 * GIB, root, nobody)
+    assert found.shared is None
+    assert "60.0 GiB" in found.note
+    assert users(both, {10}, 1, GIB, root, nobody) == Users(False)
 
 
 @pytest.mark.parametrize("entries", [None, []])

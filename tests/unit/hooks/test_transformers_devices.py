@@ -17,31 +17,9 @@ from llmprobe.record.clock import HostClock
 from llmprobe.settings import Settings
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-
-class Model(transformers.LlamaForCausalLM):  # type: ignore[misc]
-    """Its weights are on the CPU, whatever it says."""
-
-    at: Any = None
-
-    @property
-    def device(self) -> Any:
-        return self.at
-
-
-def model(at: str) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    made = Model(config)
-    made.at = torch.device(at)
-    return made
+from .somewhere import model  # noqa: E402
 
 
 @pytest.fixture
