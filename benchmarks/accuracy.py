@@ -174,13 +174,13 @@ def _measure(
     room = _cache_tokens(journal.facts())
     log = StepLog(journal)
     collector = Collector(server.server.directory)
-    for number, shape in enumerate(_FULL if options.full else _SHORT):
+    for shape in _FULL if options.full else _SHORT:
         if shape.batch * (shape.context + 200) > room and not shape.prefill:
             print(f"{name}, {shape.label}: the KV cache has room for {room} tokens", file=sys.stderr)
             continue
         try:
             with Polling(log):
-                runs.append(_run(name, server, log, shape, collector, number == 0, options))
+                runs.append(_run(name, server, log, shape, collector, options))
             print(f"{name}, {shape.label}: {runs[-1]}", file=sys.stderr, flush=True)
         except Exception as error:  # noqa: BLE001 - a load that fails is named, the others go on
             failed.append(f"{name}, {shape.label}: {error!r}"[:300])
@@ -198,20 +198,18 @@ def _run(
     log: StepLog,
     shape: Shape,
     collector: Collector,
-    elapsed: bool,
     options: argparse.Namespace,
 ) -> Measured:
-    """One load; with ``elapsed``, the sum of components too."""
+    """One load."""
     output = 4 if shape.prefill else 1600
     load = Load(server.server.port, NAME, shape.batch, shape.context, output)
-    error, traffic = None, (None, None)
+    traffic = (None, None)
     with load:
         if shape.prefill:
             load.wait(3.0)
         else:
             wait_steady(load, log, shape.batch)
-        if elapsed:
-            error = _elapsed_error(collector, load)
+        error = _elapsed_error(collector, load)
         if not shape.prefill:
             (traffic,) = counted(collector, load)
         found = _recorded(name, server, log, shape, load, options.data)

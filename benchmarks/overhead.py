@@ -6,6 +6,7 @@
         --env LLMPROBE_KERNEL_WINDOWS=0.1/5 -- --max-model-len 4096
     python benchmarks/overhead.py vllm --model dense --concurrency 1 16 128 --json cost.json
     python benchmarks/overhead.py transformers
+    python benchmarks/overhead.py transformers --model small        on a GPU
 
 One process lives through the whole measurement; ``llmprobe off`` and ``on`` take turns in it. Figures are
 saved after every pair of blocks, and a run that is ended early shows what it has. Exit status 1 if a bar is
@@ -52,7 +53,9 @@ def main() -> int:
                 _measure_vllm(options, Path(folder), saved, tables)
         if options.what in ("transformers", "all"):
             program = transformers_cost.measure(
-                transformers_cost.Plan(options.blocks, options.block_seconds, options.warm_up_seconds)
+                transformers_cost.Plan(
+                    options.blocks, options.block_seconds, options.warm_up_seconds, options.model
+                )
             )
             saved["transformers"] = asdict(program)
             tables["transformers"] = _transformers_table(program, options, machine)
@@ -167,14 +170,17 @@ def _vllm_table(cost: vllm_cost.VllmCost, options: argparse.Namespace, machine: 
 def _transformers_table(
     cost: transformers_cost.TransformersCost, options: argparse.Namespace, machine: str
 ) -> Results:
+    token = _difference("a token, program's clock", cost.token, 1e6, "µs", 1)
+    if options.model:
+        token[-1] = str(cost.token.bar(0.5, "%", 1, 100 / cost.token.off))
     rows = [
-        _difference("a token, program's clock", cost.token, 1e6, "µs", 1),
+        token,
         _difference("a generate call", cost.call, 1e3, "ms", 2),
         _difference("program's processor time a token", cost.cpu, 1e6, "µs", 1),
-        *_own_rows(cost.own, _OWN_US_TRANSFORMERS),
+        *_own_rows(cost.own, _OWN_US_GPU if options.model else _OWN_US_TRANSFORMERS),
     ]
     return Results(
-        "transformers, greedy generate",
+        f"transformers, greedy generate{f', {options.model}' if options.model else ''}",
         command("overhead.py"),
         machine,
         _HEADER,
@@ -245,6 +251,11 @@ def _options() -> argparse.Namespace:
         "--env", type=variable, action="append", default=[], metavar="NAME=VALUE", help="of the server"
     )
     options = with_flags(parser)
+    if options.what != "vllm" and options.model and not (options.model in CONFIGURATIONS and has_gpu()):
+        parser.error(
+            f"--model {options.model}: transformers runs one of {', '.join(CONFIGURATIONS)} on a GPU; "
+            "without --model a tiny one on the CPU"
+        )
     if (
         options.blocks < 1
         or options.block_seconds <= 0

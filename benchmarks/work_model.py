@@ -2,6 +2,7 @@
 
     python benchmarks/work_model.py
     python benchmarks/work_model.py --engine transformers --only "latent attention"
+    python benchmarks/work_model.py --device cuda         on a GPU, with transformers
 
 Makes a tiny model of each kind, runs it with transformers and with vLLM's CPU build under llmprobe, and holds
 what llmprobe says against safetensors files, formulas on the configuration, torch's FlopCounterMode and the
@@ -68,10 +69,20 @@ def main() -> int:
     )
     parser.add_argument("--engine", choices=("transformers", "vllm"), help="only with this one")
     parser.add_argument("--only", metavar="NAME", help="only this kind of model")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="of transformers; vLLM is its CPU build [cpu]",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as it stands in the docs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure")
     arguments = parser.parse_args()
     families = [family for family in FAMILIES if arguments.only in (None, family.name)]
+    if arguments.device != "cpu":
+        if arguments.engine == "vllm":
+            parser.error(f"--device {arguments.device}: --engine transformers alone runs there")
+        arguments.engine = "transformers"
     if not families:
         parser.error(f"--only {arguments.only!r}: one of {', '.join(family.name for family in FAMILIES)}")
     results = Results(
@@ -94,7 +105,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for family in families:
             path = family.make(Path(folder) / family.name.replace(" ", "-"))
-            truth = Truth(family, path)
+            truth = Truth(family, path, arguments.device)
             for engine, check in (("transformers", in_transformers), ("vllm", in_vllm)):
                 if arguments.engine in (None, engine) and (engine == "vllm" or not family.engine):
                     print(f"{family.name}, {engine}", file=sys.stderr, flush=True)
@@ -142,16 +153,16 @@ def _short(value: float) -> str:
 class Truth:
     """What is true of one model, found without llmprobe."""
 
-    def __init__(self, family: Family, path: Path) -> None:
+    def __init__(self, family: Family, path: Path, device: str) -> None:
         import torch
         from support.work_truth import counted
 
-        self.path = path
-        model = family.model()
+        self.path, self.device = path, device
+        model = family.model().to(device)
         self.config = model.config
         self.prefill, self.decode = [], []
         for length in PROMPTS:
-            ids = torch.tensor([[10 + token % 7 for token in range(length)]])
+            ids = torch.tensor([[10 + token % 7 for token in range(length)]], device=device)
             with counted(model) as steps:
                 model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
             self.prefill.append(steps[0])
@@ -162,7 +173,7 @@ def in_transformers(family: Family, path: Path, truth: Truth, notes: list[str]) 
     """Ours from ``generate`` with the hooks installed."""
     from support.work_truth import file_bytes, kv_bytes_per_token
 
-    said = _program("transformers_facts.py", path, {})
+    said = _program("transformers_facts.py", path, {"device": truth.device})
     (worker,) = said["workers"]
     model = ModelFacts.from_json(worker["facts"]["model"])
     stored = file_bytes(path)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmprobe.demo.server import free_port, stop_agent
+from support.gpu_models import CONFIGURATIONS
 from support.journals import StepLog
 from support.own_time import OwnTime
 from support.paired import Difference, paired
@@ -31,6 +32,7 @@ class Plan:
     pairs: int
     block_seconds: float
     warm_up_seconds: float
+    model: str | None = None  # of `support.gpu_models`, on a GPU; None: a tiny one on the CPU
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,13 @@ class TransformersCost:
     own: OwnTime
 
 
-class _Program:
-    """A tiny Llama on the CPU that generates greedily, and the program's own clock of its tokens."""
+def _tiny() -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    def __init__(self) -> None:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
-
-        torch.set_num_threads(1)  # too small a model to split: more threads only wait for each other
-        torch.manual_seed(0)
-        config = LlamaConfig(
+    torch.set_num_threads(1)  # too small a model to split: more threads only wait for each other
+    return LlamaForCausalLM(
+        LlamaConfig(
             vocab_size=128,
             hidden_size=64,
             intermediate_size=128,
@@ -68,10 +67,32 @@ class _Program:
             eos_token_id=None,
             pad_token_id=1,
         )
-        self._model: Any = LlamaForCausalLM(config).eval()
-        self._prompt = torch.randint(2, 128, (1, _PROMPT_TOKENS))
+    )
+
+
+def _on_a_gpu(name: str) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    said = {**CONFIGURATIONS[name], "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
+    with torch.device("cuda"):
+        config = AutoConfig.for_model(said.pop("model_type"), **said)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+class _Program:
+    """A model that generates greedily, and the program's own clock of its tokens."""
+
+    def __init__(self, model: str | None) -> None:
+        import torch
+        from transformers import StoppingCriteria
+
+        torch.manual_seed(0)
+        self._model: Any = (_tiny() if model is None else _on_a_gpu(model)).eval()
+        device = self._model.device
+        self._prompt = torch.randint(2, 128, (1, _PROMPT_TOKENS), device=device)
         self._mask = torch.ones_like(self._prompt)
-        never = torch.zeros(1, dtype=torch.bool)
+        never = torch.zeros(1, dtype=torch.bool, device=device)
         times = self._times = []
 
         class Clock(StoppingCriteria):
@@ -104,7 +125,7 @@ def measure(plan: Plan) -> TransformersCost:
     directory = new_directory()
     try:
         probe = llmprobe.enable(dir=str(directory), listen=f"127.0.0.1:{free_port()}")
-        program = _Program()
+        program = _Program(plan.model)
         program.generate()
         if probe.recorder is None:
             raise RuntimeError("the probe did not arm; what it said stands above")

@@ -24,7 +24,8 @@ MOST_SECONDS = 180.0
 
 
 @limited(200)
-def test_what_an_encoder_takes_is_its_own_and_no_gap(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_what_an_encoder_takes_is_its_own_and_no_gap(tmp_path: Path, runner: str) -> None:
     environment = {
         **os.environ,
         "LLMPROBE": "1",
@@ -32,6 +33,7 @@ def test_what_an_encoder_takes_is_its_own_and_no_gap(tmp_path: Path) -> None:
         "LLMPROBE_DIR": str(tmp_path / "probe"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0",
     }
     program = [sys.executable, str(PROGRAM), str(tmp_path / "model"), "bfloat16"]
     done = subprocess.run(

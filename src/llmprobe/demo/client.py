@@ -20,13 +20,14 @@ class ClientFailed(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """One run of the client: requests of random tokens that arrive at random times."""
+    """One run of the client: requests of random tokens that arrive at random times, or as others end."""
 
     name: str
     prompt_tokens: int
     generated_tokens: int
     requests_per_second: float
     seconds: float
+    at_a_time: int | None = None  # requests that run at once, at most
 
     @property
     def requests(self) -> int:
@@ -132,6 +133,8 @@ def bench_command(port: int, model: Path, name: str, load: Load, folder: Path) -
         "--result-dir": folder,
         "--result-filename": f"{load.name}.json",
     }
+    if load.at_a_time is not None:
+        options["--max-concurrency"] = load.at_a_time
     flags = ["--ignore-eos", "--save-result", "--disable-tqdm"]
     return [
         *vllm_command(),

@@ -20,6 +20,52 @@ NESTED = "nested"  #: any other call inside a call, such as one made by a stream
 class Generation:
     """State of one call; lives on its thread's stack, never on the model."""
 
+    # Forty values and more: in a dictionary, which each look-up has to go through, they would lie far apart.
+    __slots__ = (
+        "assisted",
+        "boundaries",
+        "busy",
+        "cache",
+        "cached",
+        "candidates",
+        "context",
+        "cross_length",
+        "eos",
+        "forwarded",
+        "generation",
+        "groups",
+        "keep",
+        "kind",
+        "kv_size",
+        "kv_walks",
+        "live",
+        "looping",
+        "model",
+        "new_tokens",
+        "number",
+        "own_ns",
+        "own_request_ns",
+        "pad",
+        "parent",
+        "past",
+        "phase",
+        "prompts",
+        "provisional",
+        "query",
+        "requests",
+        "rows",
+        "sequence_start",
+        "stale",
+        "stamps",
+        "started",
+        "step_rows",
+        "step_time",
+        "token_times",
+        "tokens_written",
+        "unprepared",
+        "use_cache",
+    )
+
     def __init__(
         self, kind: str, model: Any, parent: Generation | None, started: int, generation: int
     ) -> None:

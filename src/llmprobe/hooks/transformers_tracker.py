@@ -15,7 +15,7 @@ from llmprobe.hooks.transformers_generation import DRAFT, NESTED, REQUEST, Gener
 from llmprobe.hooks.transformers_program import Program
 from llmprobe.hooks.transformers_requests import first_tokens, record_requests, tell_load
 from llmprobe.hooks.transformers_steps import Step, write_steps
-from llmprobe.record.clock import HOST_STEPS_KEPT
+from llmprobe.record.clock import HOST_STEPS_KEPT, Stamps, StepClock
 from llmprobe.record.cuda_clock import POOL_SIZE
 from llmprobe.record.layout import PHASES, Phase
 from llmprobe.record.nvtx import FORWARD, SAMPLE, Ranges, ranges
@@ -205,8 +205,7 @@ class Tracker:
             call.step_rows, call.query = rows, query
             if self._nvtx is not None:
                 self._nvtx.part(FORWARD)
-            program.clock.mark(call.stamps, 0)
-            call.own_ns += _now() - entered
+            call.own_ns += _begin(program.clock, call.stamps) - entered
             return
         clock = program.clock
         if program.generation != call.generation:
@@ -224,8 +223,7 @@ class Tracker:
         if self._nvtx is not None:
             self._nvtx.begin(PHASES[phase], rows * query)
             self._nvtx.part(FORWARD)
-        clock.mark(stamps, 0)
-        call.own_ns += _now() - entered
+        call.own_ns += _begin(clock, stamps) - entered
 
     def forward_end(self, call: Generation, outputs: Any, new_tokens: int) -> None:
         """The forward's outputs are there; ``new_tokens`` a row follow from them."""
@@ -238,7 +236,10 @@ class Tracker:
             return  # a class and its base class may both call
         call.forwarded = True
         clock = program.clock
-        clock.mark(stamps, 1)
+        if clock.immediate:
+            stamps.ns[1] = entered
+        else:
+            clock.mark(stamps, 1)
         if self._nvtx is not None:
             self._nvtx.part(SAMPLE)
         if call.kv_walks < _CACHE_WALKS and call.kind == REQUEST:
@@ -266,11 +267,14 @@ class Tracker:
             return
         clock = program.clock
         entered = _now()
-        try:
-            clock.mark(stamps, 3)
-        except Exception:
-            self._drop(program, call)
-            raise
+        if clock.immediate:
+            stamps.ns[3] = entered
+        else:
+            try:
+                clock.mark(stamps, 3)
+            except Exception:
+                self._drop(program, call)
+                raise
         call.stamps = None
         call.provisional = False
         if self._nvtx is not None:
@@ -386,6 +390,15 @@ class Tracker:
                         program.recorder.tokens(0, tokens, inter_token_ns=gaps)
         finally:
             program.writing.release()
+
+
+def _begin(clock: StepClock, stamps: Stamps) -> int:
+    """Stamp the start of a forward; returns the host's time right after it."""
+    if clock.immediate:
+        stamps.ns[0] = left = _now()
+        return left
+    clock.mark(stamps, 0)
+    return _now()
 
 
 def _is_assistant(model: Any, kwargs: dict[str, Any]) -> bool:
