@@ -2,7 +2,7 @@
 
     python benchmarks/client_agreement.py
     python benchmarks/client_agreement.py --requests 201 --model PATH -- --max-num-seqs 64
-    python benchmarks/client_agreement.py --model dense --at-a-time 1 32 128 --contexts 512 6000 \\
+    python benchmarks/client_agreement.py --model dense --loads 1x512 32x512 1x6000 \\
         -- --max-model-len 10240
 
 Runs ``vllm bench serve`` against a server with llmprobe and compares, load by load. Exit status 1 if a bar
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -92,7 +93,7 @@ def main() -> int:
         with running_server(model, [*flags, *options.flags]) as server:
             collector = Collector(server.directory)
             try:
-                wanted = _closed(options) if options.at_a_time else loads(options.requests)
+                wanted = _closed(options) if options.loads else loads(options.requests)
                 runs = [_run(server, collector, model or tiny_model(), load, folder) for load in wanted]
             finally:
                 collector.close()
@@ -123,7 +124,7 @@ def _closed(options: argparse.Namespace) -> list[Load]:
         name = f"{batch}-x-{context}"
         return Load(name, context, options.output_tokens, _AT_ONCE, requests / _AT_ONCE, at_a_time=batch)
 
-    return [load(batch, context) for context in options.contexts for batch in options.at_a_time]
+    return [load(batch, context) for batch, context in options.loads]
 
 
 def _run(server: VllmServer, collector: Collector, model: Path, load: Load, folder: Path) -> Compared:
@@ -249,21 +250,26 @@ def _options() -> argparse.Namespace:
         "[the demo's tiny Llama]",
     )
     parser.add_argument(
-        "--at-a-time",
-        type=int,
+        "--loads",
+        type=_batch_and_context,
         nargs="+",
-        metavar="N",
-        help="loads of so many requests at a time [three loads of random arrivals]",
+        metavar="NxTOKENS",
+        help="so many requests at a time with such prompts, ± 50 %% [three loads of random arrivals]",
     )
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512], help="prompts of those loads [512]")
     parser.add_argument("--output-tokens", type=int, default=64, help="of each of their requests [64]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save every figure there")
     parser.add_argument("--markdown", action="store_true", help="print the table as in docs/accuracy.md")
     options = with_flags(parser)
-    counts = [options.requests, options.output_tokens, *options.contexts, *(options.at_a_time or ())]
-    if min(counts) < 1:
-        parser.error("--requests, --output-tokens, --contexts and --at-a-time from 1")
+    if min(options.requests, options.output_tokens) < 1:
+        parser.error("--requests and --output-tokens from 1")
     return options
+
+
+def _batch_and_context(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NxTOKENS, such as 32x512")
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":
