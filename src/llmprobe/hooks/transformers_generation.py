@@ -240,3 +240,9 @@ def _until_end(row: list[int], eos: frozenset[int], pad: int | None) -> int:
         while length and row[length - 1] == pad:
             length -= 1
     return length
+
+
+def is_assistant(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this call of ``generate`` is that of an assistant in assisted decoding."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    return bool(getattr(config, "is_assistant", False))

@@ -5,6 +5,7 @@ What the step path leaves in a `Step` is turned into context, pairs and bytes he
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 from llmprobe.hooks.attention import visible_attention
@@ -40,9 +41,9 @@ class Step(NamedTuple):
     kv_bytes: int  #: of all running calls, where there are several
 
 
-def write_steps(recorder: Recorder, clock: StepClock) -> None:
-    """Record the steps that are complete on the device."""
-    for done in clock.harvest():
+def write_steps(recorder: Recorder, clock: StepClock, most: int = sys.maxsize) -> None:
+    """Record the steps that are complete on the device, the first ``most`` of them."""
+    for done in clock.harvest(most):
         step: Step = done.payload
         rows, prefill = step.rows, step.phase == _PREFILL
         # A draft model is not the one that the facts describe: its cache is left out.

@@ -11,21 +11,21 @@ from typing import Any
 
 from llmprobe.hooks.probe import Probe
 from llmprobe.hooks.transformers_cache import cache_among, cache_length, cache_of, measure_cache
-from llmprobe.hooks.transformers_generation import DRAFT, NESTED, REQUEST, Generation
+from llmprobe.hooks.transformers_generation import DRAFT, NESTED, REQUEST, Generation, is_assistant
 from llmprobe.hooks.transformers_program import Program
 from llmprobe.hooks.transformers_requests import first_tokens, record_requests, tell_load
 from llmprobe.hooks.transformers_steps import Step, write_steps
-from llmprobe.record.clock import HOST_STEPS_KEPT, Stamps, StepClock
-from llmprobe.record.cuda_clock import POOL_SIZE
+from llmprobe.record.clock import Stamps, StepClock
 from llmprobe.record.layout import PHASES, Phase
 from llmprobe.record.nvtx import FORWARD, SAMPLE, Ranges, ranges
 
 _now = time.monotonic_ns
 _PREFILL, _DECODE, _DRAFT = int(Phase.PREFILL), int(Phase.DECODE), int(Phase.DRAFT)
-#: The housekeeping thread writes the steps, unless so many have come together: between two steps it would
-#: cost several times more, because the model has just emptied the caches. A clock keeps as many until they
-#: are written, and those that were written last.
-_STEPS_HELD = min(HOST_STEPS_KEPT, POOL_SIZE) // 4
+#: The housekeeping thread writes the steps: between two steps it would cost several times more, because the
+#: model has just emptied the caches. After so many without it the step path looks whether they get too many,
+#: and then writes some at a time.
+_STEPS_HELD = 128
+_AT_ONCE = 4
 #: Where that thread may not ask for a device's events the step path writes them: so many together ...
 _STEPS_HELD_HERE = 16
 _STEPS_HELD_HERE_NS = 20_000_000  # ... or those of so long a time
@@ -56,7 +56,7 @@ class Tracker:
         outer = self.current.top
         if outer is not None and outer.model is model and not outer.looping and not outer.boundaries:
             return None  # generate handing over to itself (a recipe from the Hub)
-        kind = REQUEST if outer is None else DRAFT if _is_assistant(model, kwargs) else NESTED
+        kind = REQUEST if outer is None else DRAFT if is_assistant(model, kwargs) else NESTED
         program = self._program_for(model)
         if program is None or not program.adopt(model, kind == DRAFT):
             return None
@@ -108,10 +108,13 @@ class Tracker:
             return
         active = self._probe.active and call.generation == self._probe.generation and not call.stale
         try:
-            if call.stamps is not None:
-                self._abandon(program, call, active)
+            if call.stamps is not None:  # what else is known of the call counts, should that fail
+                self._probe.guard.call_even_inert(
+                    "transformers.abandon", self._abandon, program, call, active
+                )
             call.cache = None
-            self._write(program, [call], wait=True)  # what was measured before the probe was off counts
+            if call.kind == REQUEST:  # others are calls in the middle of one
+                self._write(program, [call], wait=True)  # what was measured before the probe was off counts
             if call.kind == REQUEST and active:
                 record_requests(program, call, result, failed, entered)
         finally:
@@ -245,11 +248,9 @@ class Tracker:
         if call.kv_walks < _CACHE_WALKS and call.kind == REQUEST:
             call.cache = cache_of(outputs)
         if clock.elsewhere:
-            full = program.unwritten >= _STEPS_HELD
-        else:
-            late = entered - program.written_at > _STEPS_HELD_HERE_NS
-            full = late or program.unwritten >= _STEPS_HELD_HERE
-        if full:
+            if program.unwritten >= _STEPS_HELD and clock.crowded:
+                self._write(program, [], wait=False, most=_AT_ONCE)
+        elif program.unwritten >= _STEPS_HELD_HERE or entered - program.written_at > _STEPS_HELD_HERE_NS:
             self._write(program, [call], wait=False)
         call.own_ns += _now() - entered
 
@@ -372,17 +373,21 @@ class Tracker:
         if program is not None and program.clock.elsewhere:
             self._write(program, list(program.running.values()), wait=False)
 
-    def _write(self, program: Program, calls: list[Generation], wait: bool) -> None:
+    def _write(self, program: Program, calls: list[Generation], wait: bool, most: int | None = None) -> None:
         """Write the steps that are complete on the device, and the tokens of ``calls``.
 
         Args:
             wait: for another thread that is writing; not on the step path.
+            most: steps; None is all.
         """
         if not program.writing.acquire(blocking=wait):
             return
         try:
-            program.unwritten, program.written_at = 0, _now()
-            write_steps(program.recorder, program.clock)
+            if most is None:
+                program.unwritten, program.written_at = 0, _now()
+                write_steps(program.recorder, program.clock)
+            else:
+                write_steps(program.recorder, program.clock, most)
             for call in calls:
                 if call.live and call.kind == REQUEST and call.tokens_written:
                     tokens, gaps = call.new_gaps()
@@ -399,8 +404,3 @@ def _begin(clock: StepClock, stamps: Stamps) -> int:
         return left
     clock.mark(stamps, 0)
     return _now()
-
-
-def _is_assistant(model: Any, kwargs: dict[str, Any]) -> bool:
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    return bool(getattr(config, "is_assistant", False))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llmprobe.record.clock import HOLE, SPARE, Stamps, leave_hole
@@ -75,8 +76,8 @@ class CudaClock:
         self._last_event: Any = None  # the event of the last harvested step's end ...
         self._last_ns = 0  # ... and when that was
         self._home = threading.get_ident()
-        self._visitors = threading.local()
-        self.elsewhere = _capture_mode_switch() is not None
+        self._switch_mode = _capture_mode_switch()
+        self.elsewhere = self._switch_mode is not None
         # torch's own methods look up device and stream, and make an object of it, at every call: several
         # microseconds a mark. Where its parts below them are known, those are used.
         event = self._free[0].events[0]
@@ -187,54 +188,59 @@ class CudaClock:
         Raises:
             RuntimeError: the device has an error, or a step's events cannot be read: that step is dropped.
         """
-        if self._capturing() or not self._harvesting.acquire(blocking=False):
+        if not self._harvesting.acquire(blocking=False):
             return []
         try:
-            if threading.get_ident() != self._home and not hasattr(self._visitors, "at_home"):
-                self._visit()
-                self._visitors.at_home = True
-            for stamps in self._harvested:
-                self._give_back(stamps)
-            self._harvested = []
-            done = self._newest_done(most)
-            while len(self._harvested) < most and self._flying:
-                stamps = self._flying[0]
-                if stamps is HOLE:
-                    self._flying.popleft()
-                    self._lost = True
-                    continue
-                whole = _whole(stamps)
-                try:
-                    if whole:
-                        if done is None or not (stamps.stream is done.stream or stamps.stream == done.stream):
-                            if not self._done(stamps.events[3]):
-                                break
-                        elif stamps is done:
-                            done = None  # those behind it have to be asked
-                        self._place(stamps)
-                except Exception as error:
-                    if done is not None:
-                        # It has not been asked: of two threads on one stream the one that finished first may
-                        # have been the last to record its end. It comes up again, as any other.
-                        done = None
-                        continue
-                    if _IN_A_CAPTURE not in str(error):
-                        if not self._harvested:
-                            self._drop(self._flying.popleft())  # it must not come up for ever
-                            raise
-                        break  # those that are good first; it comes up again
-                    whole = False
-                self._flying.popleft()
-                if not whole:
-                    self._drop(stamps)
-                    continue
-                if self._lost:
-                    self._lost = False
-                    stamps.restarted = True
-                self._harvested.append(stamps)
-            return self._harvested
+            if threading.get_ident() == self._home:
+                return self._harvest(most)
+            with self._visit():
+                return self._harvest(most)
         finally:
             self._harvesting.release()
+
+    def _harvest(self, most: int) -> list[Stamps]:
+        if self._capturing():
+            return []
+        for stamps in self._harvested:
+            self._give_back(stamps)
+        self._harvested = []
+        done = self._newest_done(most)
+        while len(self._harvested) < most and self._flying:
+            stamps = self._flying[0]
+            if stamps is HOLE:
+                self._flying.popleft()
+                self._lost = True
+                continue
+            whole = _whole(stamps)
+            try:
+                if whole:
+                    if done is None or not (stamps.stream is done.stream or stamps.stream == done.stream):
+                        if not self._done(stamps.events[3]):
+                            break
+                    elif stamps is done:
+                        done = None  # those behind it have to be asked
+                    self._place(stamps)
+            except Exception as error:
+                if done is not None:
+                    # It has not been asked: of two threads on one stream the one that finished first may
+                    # have been the last to record its end. It comes up again, as any other.
+                    done = None
+                    continue
+                if _IN_A_CAPTURE not in str(error):
+                    if not self._harvested:
+                        self._drop(self._flying.popleft())  # it must not come up for ever
+                        raise
+                    break  # those that are good first; it comes up again
+                whole = False
+            self._flying.popleft()
+            if not whole:
+                self._drop(stamps)
+                continue
+            if self._lost:
+                self._lost = False
+                stamps.restarted = True
+            self._harvested.append(stamps)
+        return self._harvested
 
     def _newest_done(self, most: int) -> Stamps | None:
         """The newest of the first ``most`` steps that is seen to be done, if it is among the last few.
@@ -260,15 +266,21 @@ class CudaClock:
         """See `StepClock.restart`."""
         leave_hole(self._flying)
 
-    def _visit(self) -> None:
-        """Prepare a thread that is not the engine's."""
-        # Asking for an event in a thread whose current device is another one can make a context there, which
-        # takes half a gigabyte of that device's memory.
-        if self._device is not None:
-            self._cuda.set_device(self._device)
-        switch = _capture_mode_switch()
-        if switch is not None:
-            switch(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+    @contextlib.contextmanager
+    def _visit(self) -> Iterator[None]:
+        """In a thread that is not the engine's: its device is the current one, and calls break no capture.
+
+        Afterwards both are as they were: it may be a thread of the program. Asking for an event while another
+        device is the current one can make a context there, which takes half a gigabyte of its memory.
+        """
+        switch, mode = self._switch_mode, ctypes.c_int(_THREAD_LOCAL)
+        with contextlib.ExitStack() as stack:
+            if self._device is not None:
+                stack.enter_context(self._cuda.device(self._device))
+            if switch is not None:
+                switch(ctypes.byref(mode))  # which then holds the mode before
+                stack.callback(switch, ctypes.byref(mode))
+            yield
 
     def _place(self, stamps: Stamps) -> None:
         """Replace the host's times of the marks by the device's."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,48 @@ def test_where_the_housekeeping_thread_may_it_writes_them(
 
 
 @pytest.mark.parametrize("elsewhere", [True], ids=["elsewhere"], indirect=True)
+def test_what_it_writes_while_steps_go_on_is_whole_and_in_order(tracker: Tracker, device: Ticking) -> None:
+    loop = Loop(tracker, device, 1_000_000)
+    over = threading.Event()
+
+    def keep_house() -> None:
+        while not over.is_set():
+            tracker.write()
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=keep_house)
+    thread.start()
+    try:
+        for _ in range(400):
+            loop.step()
+    finally:
+        over.set()
+        thread.join()
+    loop.leave()
+    steps: Any = steps_of(tracker)
+    assert list(steps["step"]) == list(range(1, 401))
+    assert (steps["e0"][1:] >= steps["e3"][:-1]).all()
+
+
+@pytest.mark.parametrize("elsewhere", [True], ids=["elsewhere"], indirect=True)
+def test_a_draft_s_call_in_the_middle_of_another_writes_nothing(tracker: Tracker, device: Ticking) -> None:
+    """It comes with each step of assisted decoding."""
+    loop = Loop(tracker, device, 1_000_000)
+    loop.step()
+    draft = model("cuda:0")
+    draft.generation_config.is_assistant = True
+    ids = torch.ones(1, 4, dtype=torch.long)
+    assisting = tracker.enter(draft, (ids,), {})
+    assert assisting is not None
+    assert assisting.kind == "draft"
+    tracker.pop(assisting)
+    tracker.leave(assisting, None, False)
+    assert len(steps_of(tracker)) == 0
+    loop.leave()
+    assert len(steps_of(tracker)) == 1
+
+
+@pytest.mark.parametrize("elsewhere", [True], ids=["elsewhere"], indirect=True)
 def test_if_it_never_comes_no_step_is_lost(tracker: Tracker, device: Ticking) -> None:
     loop = Loop(tracker, device, 1_000_000)
     for _ in range(1200):
@@ -197,3 +241,26 @@ def test_of_a_call_that_fails_the_step_whose_forward_was_over_is_kept(
     device.host_ns += 1_000_000_000
     tracker._write(tracker._program, [], wait=False)  # type: ignore[arg-type]
     assert len(steps_of(tracker)) == 1 + forwarded
+
+
+@pytest.mark.swallows
+def test_a_call_that_fails_with_the_device_is_a_request_all_the_same(
+    tracker: Tracker, device: Ticking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an assertion on the device each call into the driver raises."""
+    loop = Loop(tracker, device, 1_000_000)
+    loop.step()
+    loop.forward()
+
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    program = tracker._program
+    assert program is not None
+    monkeypatch.setattr(program.clock, "mark", refuse)
+    loop.leave(failed=True)
+    recorder = tracker._probe.recorder
+    assert recorder is not None
+    counters = JournalReader(recorder.writer.path, recorder.writer).counters()
+    assert (counters["requests_aborted"], counters["errors"]) == (1, 1)
+    assert len(steps_of(tracker)) == 1

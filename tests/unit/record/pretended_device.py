@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +23,10 @@ class Device:
         self.queries = 0
         self.refused = 0  # times asked for of what is not done
         self.stream = "main"  # the current one
-        self.chosen: list[tuple[bool, Any]] = []  # in another thread, the device made current there
+        self.current: Any = "cuda:0"
+        # By (in another thread, device):
+        self.asked_on: list[tuple[bool, Any]] = []  # whose current stream was asked about
+        self.visited: list[tuple[bool, Any]] = []  # made current for a while
 
     def monotonic_ns(self) -> int:
         return self.host_ns
@@ -39,10 +44,21 @@ class Device:
         return self.stream
 
     def is_current_stream_capturing(self) -> bool:
+        self.asked_on.append((_elsewhere(), self.current))
         return self.capturing
 
-    def set_device(self, device: Any) -> None:
-        self.chosen.append((threading.current_thread() is not threading.main_thread(), device))
+    @contextlib.contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        self.visited.append((_elsewhere(), device))
+        before, self.current = self.current, device
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def _elsewhere() -> bool:
+    return threading.current_thread() is not threading.main_thread()
 
 
 class Event:

@@ -6,6 +6,7 @@ code meets a real one in tests/gpu.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmprobe.record import cuda_clock
 from llmprobe.record.clock import Stamps
 from llmprobe.record.cuda_clock import CudaClock
 
@@ -438,8 +440,20 @@ def test_times_stay_between_recording_and_seeing_whatever_the_drift(
                 assert abs((e3 - e0) - steps[done.payload][0] * speed) <= 1
 
 
-def test_another_thread_first_makes_the_clocks_device_its_own(device: Device) -> None:
-    """On a rank other than 0 it would otherwise open a context on device 0."""
+def test_another_thread_makes_the_clocks_device_its_own_meanwhile(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a rank other than 0 it would otherwise open a context on device 0. It may be a thread of the
+    program, which goes on with a device and a mode of its own."""
+    modes: list[int] = []
+    mode = ctypes.c_int(0)
+
+    def exchange(found: Any) -> None:
+        given = found._obj
+        mode.value, given.value = given.value, mode.value
+        modes.append(mode.value)
+
+    monkeypatch.setattr(cuda_clock, "_capture_mode_switch", lambda: exchange)
     clock = CudaClock("cuda:1")
     for payload in range(2):
         submit(clock, device, payload)
@@ -448,7 +462,10 @@ def test_another_thread_first_makes_the_clocks_device_its_own(device: Device) ->
         thread.start()
         thread.join()
     clock.harvest()
-    assert device.chosen == [(True, "cuda:1")] * 2  # once a thread, and never in the engine's
+    assert device.visited == [(True, "cuda:1")] * 2  # never in the engine's
+    assert device.current == "cuda:0"
+    assert {on for elsewhere, on in device.asked_on if elsewhere} == {"cuda:1"}
+    assert modes == [1, 0] * 2  # thread-local, and global again
 
 
 def test_spare_stamps_are_all_of_the_pool_and_come_back_to_it(device: Device) -> None:
