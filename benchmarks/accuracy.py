@@ -209,10 +209,11 @@ def _run(
             load.wait(3.0)
         else:
             wait_steady(load, log, shape.batch)
-        error = _elapsed_error(collector, load)
         if not shape.prefill:
             (traffic,) = counted(collector, load)
         found = _recorded(name, server, log, shape, load, options.data)
+        # Last: it may have prompts in it, when the first requests are over.
+        error = _elapsed_error(collector, load)
     return Measured(name, shape, SERVERS[name].eager, found, error, *traffic)
 
 

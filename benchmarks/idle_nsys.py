@@ -86,7 +86,7 @@ def main() -> int:
                     _show(found, dropped, options, machine)
     except NsysFailed as error:
         sys.exit(str(error))
-    return int(not any(one.once or one.often for one in found))
+    return int(not found)
 
 
 class _Watched:

@@ -52,9 +52,10 @@ def main() -> int:
             with tempfile.TemporaryDirectory(prefix="llmprobe-overhead-") as folder:
                 _measure_vllm(options, Path(folder), saved, tables)
         if options.what in ("transformers", "all"):
+            on_a_gpu = options.model if options.what == "transformers" else None
             program = transformers_cost.measure(
                 transformers_cost.Plan(
-                    options.blocks, options.block_seconds, options.warm_up_seconds, options.model
+                    options.blocks, options.block_seconds, options.warm_up_seconds, on_a_gpu
                 )
             )
             saved["transformers"] = asdict(program)
@@ -171,16 +172,17 @@ def _transformers_table(
     cost: transformers_cost.TransformersCost, options: argparse.Namespace, machine: str
 ) -> Results:
     token = _difference("a token, program's clock", cost.token, 1e6, "µs", 1)
-    if options.model:
+    model = options.model if options.what == "transformers" else None
+    if model:
         token[-1] = str(cost.token.bar(0.5, "%", 1, 100 / cost.token.off))
     rows = [
         token,
         _difference("a generate call", cost.call, 1e3, "ms", 2),
         _difference("program's processor time a token", cost.cpu, 1e6, "µs", 1),
-        *_own_rows(cost.own, _OWN_US_GPU if options.model else _OWN_US_TRANSFORMERS),
+        *_own_rows(cost.own, _OWN_US_GPU if model else _OWN_US_TRANSFORMERS),
     ]
     return Results(
-        f"transformers, greedy generate{f', {options.model}' if options.model else ''}",
+        f"transformers, greedy generate{f', {model}' if model else ''}",
         command("overhead.py"),
         machine,
         _HEADER,
@@ -244,14 +246,18 @@ def _options() -> argparse.Namespace:
     group.add_argument(
         "--model",
         metavar="PATH",
-        help=f"a model directory, or a configuration without weights: {', '.join(CONFIGURATIONS)} "
-        "[the demo's tiny Llama]",
+        help=f"a model directory, or a configuration without weights: {', '.join(CONFIGURATIONS)}; a "
+        "configuration is also for `transformers`, on a GPU [the demo's tiny Llama, and one layer of one]",
     )
     group.add_argument(
         "--env", type=variable, action="append", default=[], metavar="NAME=VALUE", help="of the server"
     )
     options = with_flags(parser)
-    if options.what != "vllm" and options.model and not (options.model in CONFIGURATIONS and has_gpu()):
+    if (
+        options.what == "transformers"
+        and options.model
+        and not (options.model in CONFIGURATIONS and has_gpu())
+    ):
         parser.error(
             f"--model {options.model}: transformers runs one of {', '.join(CONFIGURATIONS)} on a GPU; "
             "without --model a tiny one on the CPU"

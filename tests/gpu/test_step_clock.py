@@ -305,6 +305,8 @@ def test_events_take_no_memory() -> None:
     assert (off.pop("harvested"), on.pop("harvested")) == (0, 400)
     by_torch = ("allocated", "most", "reserved", "calls")
     assert {name: on[name] - off[name] for name in by_torch} == dict.fromkeys(by_torch, 0)
+    if on["nvml_process"] is None:
+        pytest.skip("NVML lists no process of this namespace: torch's figures agree, its own are not known")
     assert on["nvml_process"] == off["nvml_process"]
 
 

@@ -103,7 +103,9 @@ def _exists(pid: int, root: Path, kill: Callable[[int, int], None]) -> bool:
         kill(pid, 0)
     except OSError as error:
         return error.errno == errno.EPERM
-    return True
+    except OverflowError:
+        return False
+    return pid > 0  # 0 is our own group
 
 
 def _sees_all(root: Path) -> bool:
