@@ -137,7 +137,8 @@ class Tracker:
         with self._making:
             if self._program is None or self._program.recorder is not self._probe.recorder:
                 self._program = Program.make(self._probe, model)
-                self._nvtx = self._nvtx or ranges(self._probe.settings.nvtx)
+                found = ranges(self._probe.settings.nvtx)
+                self._nvtx = found if found.listening else None
             return self._program
 
     # Steps ------------------------------------------------------------------------------------------
