@@ -18,6 +18,8 @@ from .listening import Domain, listen
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from .tiny_llama import tiny_llama  # noqa: E402
+
 
 @pytest.fixture
 def domain(monkeypatch: pytest.MonkeyPatch) -> Domain:
@@ -35,15 +37,7 @@ def probe(domain: Domain, tmp_path: Path) -> Iterator[Probe]:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_llama()
 
 
 class At(transformers.LogitsProcessor):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from llmprobe.settings import Settings
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from .somewhere import model  # noqa: E402
+from .tiny_llama import tiny_llama_on as model  # noqa: E402
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ from llmprobe.record.journal_reader import JournalReader
 from llmprobe.settings import Settings
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+from .tiny_llama import tiny_llama  # noqa: E402
 
 TOKENS = 20
 
@@ -27,18 +29,6 @@ def probe(tmp_path: Path) -> Iterator[Probe]:
     yield made
     made.remove_patches()
     made.disarm()
-
-
-def model() -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def steps(probe: Probe, model: Any) -> int:
@@ -57,7 +47,7 @@ def test_a_cache_that_cannot_be_read(probe: Probe, monkeypatch: pytest.MonkeyPat
         raise AttributeError("of a later release")
 
     monkeypatch.setattr(transformers_tracker, "measure_cache", refuse)
-    assert steps(probe, model()) == TOKENS
+    assert steps(probe, tiny_llama()) == TOKENS
     assert sum(probe.guard.errors.values()) == 1  # it is not tried at every step
 
 
@@ -71,7 +61,7 @@ def test_without_room_for_a_journal_the_model_is_looked_at_once(
     probe = Probe(Settings.from_env({"LLMPROBE": "1", "LLMPROBE_DIR": str(tmp_path / "file" / "probe")}))
     hooks.install(probe)
     try:
-        made = model()
+        made = tiny_llama()
         for _ in range(3):
             made.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, eos_token_id=None)
     finally:
@@ -82,7 +72,7 @@ def test_without_room_for_a_journal_the_model_is_looked_at_once(
 
 @pytest.mark.swallows
 def test_a_parameter_without_a_shape(probe: Probe) -> None:
-    made = model()
+    made = tiny_llama()
     made.unused = torch.nn.LazyLinear(4)
     assert steps(probe, made) == TOKENS
     assert probe.recorder is not None

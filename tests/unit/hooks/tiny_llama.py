@@ -1,4 +1,4 @@
-"""A tiny model that says it is on some device, for tests of what that changes."""
+"""A Llama of one layer, made on the spot; also one that says it is on some device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import transformers
 
 
-class Model(transformers.LlamaForCausalLM):
+class _Elsewhere(transformers.LlamaForCausalLM):
     """Its weights are on the CPU, whatever it says."""
 
     at: Any = None
@@ -18,8 +18,18 @@ class Model(transformers.LlamaForCausalLM):
         return self.at
 
 
-def model(at: str) -> Any:
-    config = transformers.LlamaConfig(
+def tiny_llama() -> Any:
+    return transformers.LlamaForCausalLM(_config()).eval()
+
+
+def tiny_llama_on(device: str) -> Any:
+    made = _Elsewhere(_config())
+    made.at = torch.device(device)
+    return made
+
+
+def _config() -> Any:
+    return transformers.LlamaConfig(
         vocab_size=97,
         hidden_size=32,
         intermediate_size=64,
@@ -27,6 +37,3 @@ def model(at: str) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    made = Model(config)
-    made.at = torch.device(at)
-    return made
